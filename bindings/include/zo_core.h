@@ -1,0 +1,79 @@
+/* zo_core C ABI: Philox noise (version 1) and the fused pass over CPU tensors.
+ *
+ * One operation, for every tensor i of a list and every element e of it:
+ *
+ *   dst = round( (1 - decay) * (src + H^-1/2 * sum_k restore[k] z_k)  +  H'^-1/2 * sum_k coeffs[k] z_k )
+ *   H'  = clamp( H * (1 - smoothing + sum_k curvature[k] z_k^2), hessian_min, hessian_max )
+ *
+ * z_k is the noise of stream k at element `offset + e` of tensor `id`: a pure function, never stored.
+ * Without a hessian H = H' = 1. Sums are float32, the result is rounded once.
+ *
+ * The library holds no state but the selected instruction set, allocates nothing that outlives a call, and
+ * is safe to call from several threads on disjoint tensors.
+ */
+#ifndef ZO_CORE_H
+#define ZO_CORE_H
+#include <stdint.h>
+
+#if defined(__GNUC__)
+#define ZO_API __attribute__((visibility("default")))
+#else
+#define ZO_API
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define ZO_ABI_VERSION 1   /* layout of the structs below */
+#define ZO_NOISE_VERSION 1 /* docs/noise.md */
+
+enum zo_dtype { ZO_FLOAT32 = 0, ZO_BFLOAT16 = 1, ZO_FLOAT16 = 2 };
+enum zo_distribution { ZO_GAUSSIAN = 0, ZO_RADEMACHER = 1 };
+enum zo_rounding { ZO_NEAREST = 0, ZO_STOCHASTIC = 1 };
+enum zo_domain { ZO_DOMAIN_GAUSSIAN = 0, ZO_DOMAIN_RADEMACHER = 1, ZO_DOMAIN_ROUNDING = 2, ZO_DOMAIN_HOST = 3 };
+enum zo_isa { ZO_ISA_PORTABLE = 0, ZO_ISA_AVX2 = 1, ZO_ISA_AVX512 = 2 };
+enum zo_status { ZO_OK = 0, ZO_BAD_ARGUMENT = 1 };
+
+typedef struct zo_tensor {
+  const void *src; /* numel elements of src_dtype, contiguous */
+  void *dst;       /* numel elements of dst_dtype; the same memory as src, or disjoint from it */
+  float *hessian;  /* numel float32, or NULL */
+  int64_t numel;
+  int64_t offset; /* index of the first element in the full, unsharded tensor */
+  uint32_t id;    /* tensor id of the noise */
+  int32_t src_dtype, dst_dtype;
+} zo_tensor;
+
+typedef struct zo_pass {
+  uint64_t seed;
+  const uint32_t *streams; /* n_streams */
+  const float *coeffs;     /* n_streams x n_tensors, row-major; a zero leaves the tensor out of the stream */
+  const float *restore;    /* the same shape, or NULL; only with hessians */
+  const float *curvature;  /* the same shape, or NULL; only with hessians, which it updates */
+  const float *decay;      /* n_tensors, or NULL for 0 */
+  const float *smoothing;  /* n_tensors; used with curvature */
+  int64_t n_streams;
+  float hessian_min, hessian_max;
+  int32_t distribution, rounding;
+  uint32_t update; /* stream of the stochastic rounding */
+  int32_t threads; /* at least 1 */
+} zo_pass;
+
+/* Runs one pass. counters[0] += 1 and nothing else is written when any scalar is not finite;
+ * counters[1] += elements whose result was beyond the range of dst_dtype and was saturated. */
+ZO_API int zo_run(const zo_pass *pass, const zo_tensor *tensors, int64_t n_tensors, int64_t counters[2]);
+
+/* Writes 4 * n_blocks raw Philox4x32 words of consecutive blocks (rounds: 7, the noise's, or 10). */
+ZO_API int zo_philox(uint64_t seed, uint32_t domain, uint32_t tensor_id, uint32_t stream, uint64_t block,
+              int64_t n_blocks, int32_t rounds, uint32_t *words);
+
+ZO_API int zo_isa_available(int isa); /* compiled in and supported by this processor */
+ZO_API int zo_isa_get(void);          /* the one in use; the best available one at start */
+ZO_API int zo_isa_set(int isa);       /* process-wide; ZO_BAD_ARGUMENT if not available */
+ZO_API int zo_abi_version(void);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,173 @@
+"""Finds the native CPU library, loads it through ctypes and hands tensors to its C ABI (include/zo_core.h)."""
+
+import ctypes
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ABI_VERSION = 1
+LIBRARY = Path(__file__).with_name("libzo_core.so")
+ISAS = ("portable", "avx2", "avx512")
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DISTRIBUTIONS = {"gaussian": 0, "rademacher": 1}
+
+_i32, _i64, _u32, _u64, _f32, _ptr = (
+    ctypes.c_int32,
+    ctypes.c_int64,
+    ctypes.c_uint32,
+    ctypes.c_uint64,
+    ctypes.c_float,
+    ctypes.c_void_p,
+)
+
+
+class _TensorStruct(ctypes.Structure):
+    _fields_ = (
+        ("src", _ptr),
+        ("dst", _ptr),
+        ("hessian", _ptr),
+        ("numel", _i64),
+        ("offset", _i64),
+        ("id", _u32),
+        ("src_dtype", _i32),
+        ("dst_dtype", _i32),
+    )
+
+
+class _PassStruct(ctypes.Structure):
+    _fields_ = (
+        ("seed", _u64),
+        ("streams", _ptr),
+        ("coeffs", _ptr),
+        ("restore", _ptr),
+        ("curvature", _ptr),
+        ("decay", _ptr),
+        ("smoothing", _ptr),
+        ("n_streams", _i64),
+        ("hessian_min", _f32),
+        ("hessian_max", _f32),
+        ("distribution", _i32),
+        ("rounding", _i32),
+        ("update", _u32),
+        ("threads", _i32),
+    )
+
+
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    if os.environ.get("ZO_CORE_BACKEND", "native") == "reference":
+        return None, "switched off by ZO_CORE_BACKEND=reference"
+    if not LIBRARY.exists():
+        return None, (
+            "not built: install g++ (or clang++) and ninja, then reinstall zo_core, or run "
+            "`python setup.py build_ext --inplace` in a checkout"
+        )
+    try:
+        library = ctypes.CDLL(str(LIBRARY))
+    except OSError as error:
+        return None, f"{LIBRARY.name} could not be loaded ({error}): rebuild it on this machine"
+    if (found := library.zo_abi_version()) != ABI_VERSION:
+        return None, f"{LIBRARY.name} has ABI version {found}, this package needs {ABI_VERSION}: rebuild it"
+    library.zo_run.argtypes = (ctypes.POINTER(_PassStruct), ctypes.POINTER(_TensorStruct), _i64, _ptr)
+    library.zo_philox.argtypes = (_u64, _u32, _u32, _u32, _u64, _i64, _i32, _ptr)
+    if isa := os.environ.get("ZO_CORE_ISA"):
+        if isa not in ISAS or library.zo_isa_set(ISAS.index(isa)):
+            choices = ", ".join(name for i, name in enumerate(ISAS) if library.zo_isa_available(i))
+            raise ValueError(f"ZO_CORE_ISA={isa}: expected one this machine runs ({choices})")
+    return library, ""
+
+
+_library, why_missing = _load()
+
+
+def available() -> bool:
+    """Whether the native library is loaded; ``why_missing`` says what to do if not."""
+    return _library is not None
+
+
+def _require() -> ctypes.CDLL:
+    if _library is None:
+        raise RuntimeError(f"zo_core's native CPU library is {why_missing}")
+    return _library
+
+
+def isas() -> tuple[str, ...]:
+    """Instruction sets that are compiled in and that this processor runs, slowest first."""
+    return tuple(name for i, name in enumerate(ISAS) if _library is not None and _library.zo_isa_available(i))
+
+
+def get_isa() -> str:
+    """The instruction set in use. Raises RuntimeError without the native library."""
+    return ISAS[_require().zo_isa_get()]
+
+
+def set_isa(name: str) -> None:
+    """Choose the instruction set for the whole process; ValueError if it is not one of ``isas()``."""
+    if name not in isas():
+        raise ValueError(f"isa: expected one of {isas()}, got {name!r}")
+    _require().zo_isa_set(ISAS.index(name))
+
+
+def philox_(
+    words: Tensor, *, domain: int, tensor_id: int, stream: int, block: int, seed: int, rounds: int = 7
+) -> None:
+    """Fill int32 ``words`` of shape (n, 4) with the Philox words of blocks ``block`` to ``block + n - 1``."""
+    _require().zo_philox(seed, domain, tensor_id, stream, block, words.shape[0], rounds, words.data_ptr())
+
+
+def run_pass(
+    src: Sequence[Tensor],
+    dst: Sequence[Tensor],
+    hessians: Sequence[Tensor],
+    tensor_ids: Sequence[int],
+    offsets: Sequence[int],
+    streams: Tensor,
+    coeffs: Tensor,
+    *,
+    seed: int,
+    distribution: str,
+    counters: Tensor,
+    decay: Tensor | None = None,
+    update: Tensor | None = None,
+    restore: Tensor | None = None,
+    curvature: Tensor | None = None,
+    smoothing: Tensor | None = None,
+    hessian_min: float = 0.0,
+    hessian_max: float = float("inf"),
+) -> None:
+    """``zo_run`` on CPU tensors; arguments as in ``bindings.ops``, already checked."""
+    count = len(src)
+    tensors = (_TensorStruct * count)()
+    for i, (t, source, target) in enumerate(zip(tensors, src, dst, strict=True)):
+        t.src, t.dst, t.numel, t.id = source.data_ptr(), target.data_ptr(), source.numel(), tensor_ids[i]
+        t.hessian = hessians[i].data_ptr() if hessians else None
+        t.offset = offsets[i] if offsets else 0
+        t.src_dtype, t.dst_dtype = DTYPES[source.dtype], DTYPES[target.dtype]
+    kept: list[Tensor] = []  # alive until the call returns
+
+    def pointer(x: Tensor | None, dtype: torch.dtype = torch.float32) -> int | None:
+        if x is None:
+            return None
+        kept.append(x.to(dtype).contiguous())
+        return kept[-1].data_ptr()
+
+    job = _PassStruct(
+        seed=seed,
+        streams=pointer(streams, torch.int32),
+        coeffs=pointer(coeffs),
+        restore=pointer(restore),
+        curvature=pointer(curvature),
+        decay=pointer(decay),
+        smoothing=pointer(smoothing),
+        n_streams=streams.numel(),
+        hessian_min=hessian_min,
+        hessian_max=hessian_max,
+        distribution=DISTRIBUTIONS[distribution],
+        rounding=update is not None,
+        update=0 if update is None else int(update) & 0xFFFFFFFF,
+        threads=torch.get_num_threads(),
+    )
+    if status := _require().zo_run(job, tensors, count, counters.data_ptr()):
+        raise RuntimeError(f"zo_run refused its arguments (status {status}): please report this as a bug")

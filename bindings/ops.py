@@ -1,0 +1,231 @@
+"""``torch.ops.zo_core.*``: schemas, checks, fakes and dispatch, the boundary of every frontend and backend.
+
+All ops write into tensors they are given. One pass computes, for tensor i and each of its elements,
+
+    dst = round( (1 - decay) * (src + H^-1/2 sum_k restore[k] z_k)  +  H'^-1/2 sum_k coeffs[k] z_k )
+    H'  = clamp( H (1 - smoothing + sum_k curvature[k] z_k^2), hessian_min, hessian_max )
+
+``update_`` is it in place. ``perturb`` writes ``dst`` instead and neither restores nor changes H. Without
+hessians H = 1. Arguments, for T tensors and K streams, all on the device of the weights:
+
+    tensor_ids   T ints: the tensors' ids in the noise
+    offsets      T ints, or [] for zeros: index of the first element in the full, unsharded tensor
+    streams      int64 (K,): stream numbers, taken modulo 2^32
+    coeffs       float32 (K, T); a zero leaves the tensor out of that stream at no cost
+    decay        float32 (T,), or None for 0
+    update       int64, one element: stream of the stochastic rounding of 16-bit results; None rounds to nearest
+    restore, curvature   float32 (K, T); smoothing float32 (T,); given together, with hessians, float32
+    seed         64-bit run seed as a signed integer (``signed64``)
+    distribution "gaussian" or "rademacher"
+    counters     int64 (2,): passes that were no-ops because a scalar was not finite; elements that saturated
+
+Errors (TypeError for dtypes, ValueError for all else) come before anything is written.
+"""
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.graph import increment_version
+
+from ..kernels import reference
+from . import native
+
+DTYPES = tuple(native.DTYPES)
+HESSIAN_RANGE = (1e-8, 1e8)
+
+_UINT64 = (1 << 64) - 1
+_COMMON = (
+    "int[] tensor_ids, int[] offsets, Tensor streams, Tensor coeffs, *, int seed, str distribution, "
+    "Tensor(z!) counters, Tensor? decay=None, Tensor? update=None"
+)
+_SCHEMAS = (
+    f"update_(Tensor(a!)[] weights, Tensor(b!)[] hessians, {_COMMON}, Tensor? restore=None, Tensor? curvature=None, "
+    f"Tensor? smoothing=None, float hessian_min={HESSIAN_RANGE[0]}, float hessian_max={HESSIAN_RANGE[1]}) -> ()",
+    f"perturb(Tensor[] src, Tensor(a!)[] dst, Tensor[] hessians, {_COMMON}) -> ()",
+    "philox_(Tensor(a!) words, *, int seed, int domain, int tensor_id, int stream, int block, int rounds=7) -> ()",
+)
+
+
+def signed64(seed: int) -> int:
+    """The int64 with the bits of a seed in [0, 2^64); ValueError outside."""
+    if not 0 <= seed <= _UINT64:
+        raise ValueError(f"seed: expected an integer in [0, 2^64), got {seed}")
+    return seed - (seed >> 63 << 64)
+
+
+# ---- checks ----------------------------------------------------------------------------------------------------
+
+
+def _check_tensors(
+    name: str, tensors: Sequence[Tensor], device: torch.device, dtypes: tuple[torch.dtype, ...]
+) -> None:
+    for i, t in enumerate(tensors):
+        if t.dtype not in dtypes:
+            raise TypeError(f"{name}[{i}]: expected {' or '.join(map(str, dtypes))}, got {t.dtype}")
+        if t.device != device:
+            raise ValueError(
+                f"{name}[{i}]: expected device {device} as streams, got {t.device}; make one call a device"
+            )
+        if not t.is_contiguous():
+            raise ValueError(
+                f"{name}[{i}]: expected a contiguous tensor, got shape {tuple(t.shape)} with strides {t.stride()}; "
+                "noise goes by the index in the contiguous tensor: pass t.contiguous()"
+            )
+
+
+def _check_shapes(name: str, tensors: Sequence[Tensor], like: str, others: Sequence[Tensor]) -> None:
+    if len(tensors) != len(others):
+        raise ValueError(f"{name}: expected {len(others)} tensors as {like} has, got {len(tensors)}")
+    for i, (t, o) in enumerate(zip(tensors, others, strict=True)):
+        if t.shape != o.shape:
+            raise ValueError(f"{name}[{i}]: expected shape {tuple(o.shape)} as {like}[{i}], got {tuple(t.shape)}")
+
+
+def _check_ints(name: str, numbers: Sequence[int], count: int, bits: int) -> None:
+    if len(numbers) != count:
+        raise ValueError(f"{name}: expected {count} integers, one a tensor, got {len(numbers)}")
+    if bad := [n for n in numbers if not 0 <= n < 1 << bits]:
+        raise ValueError(f"{name}: expected integers in [0, 2^{bits}), got {bad[0]}")
+
+
+def _check_scalars(
+    name: str, x: Tensor, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.float32
+) -> None:
+    if x.dtype != dtype:
+        raise TypeError(f"{name}: expected {dtype}, got {x.dtype}")
+    if x.device != device:
+        raise ValueError(f"{name}: expected device {device} as streams, got {x.device}")
+    if tuple(x.shape) != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got {tuple(x.shape)}")
+
+
+def _check_overlap(written: dict[str, Tensor], read: dict[str, Tensor]) -> None:
+    """What is written may share no memory with anything else; what is only read may, with what is only read."""
+    if any(isinstance(t, FakeTensor) or t.is_meta for t in (*written.values(), *read.values())):
+        return
+    spans = [(t.data_ptr(), t.data_ptr() + t.nbytes, name, name in written) for name, t in (written | read).items()]
+    furthest = {True: (0, ""), False: (0, "")}  # end and name, of what is written and of what is only read
+    for start, end, name, writes in sorted(s for s in spans if s[0] < s[1]):
+        for kind in (True, False) if writes else (True,):
+            if start < furthest[kind][0]:
+                raise ValueError(
+                    f"{furthest[kind][1]} and {name} overlap in memory: pass each element once (tied weights as one "
+                    "tensor), and write in place with update_"
+                )
+        furthest[writes] = max(furthest[writes], (end, name))
+
+
+def _check_pass(
+    src: Sequence[Tensor],
+    dst: Sequence[Tensor],
+    hessians: Sequence[Tensor],
+    tensor_ids: Sequence[int],
+    offsets: Sequence[int],
+    streams: Tensor,
+    coeffs: Tensor,
+    *,
+    in_place: bool,
+    seed: int,
+    distribution: str,
+    counters: Tensor,
+    decay: Tensor | None = None,
+    update: Tensor | None = None,
+    restore: Tensor | None = None,
+    curvature: Tensor | None = None,
+    smoothing: Tensor | None = None,
+    hessian_min: float = HESSIAN_RANGE[0],
+    hessian_max: float = HESSIAN_RANGE[1],
+) -> None:
+    device, count, k = streams.device, len(src), streams.numel()
+    read, written = ("weights", "weights") if in_place else ("src", "dst")
+    _check_tensors(read, src, device, DTYPES)
+    if not in_place:
+        _check_tensors(written, dst, device, DTYPES)
+        _check_shapes(written, dst, read, src)
+    _check_ints("tensor_ids", tensor_ids, count, 32)
+    if offsets:
+        _check_ints("offsets", offsets, count, 56)
+    _check_scalars("streams", streams, (k,), device, torch.int64)
+    _check_scalars("counters", counters, (2,), device, torch.int64)
+    if update is not None:
+        _check_scalars("update", update, tuple(update.shape) if update.numel() == 1 else (1,), device, torch.int64)
+    for name, x, shape in (
+        ("coeffs", coeffs, (k, count)),
+        ("restore", restore, (k, count)),
+        ("curvature", curvature, (k, count)),
+        ("decay", decay, (count,)),
+        ("smoothing", smoothing, (count,)),
+    ):
+        if x is not None:
+            _check_scalars(name, x, shape, device)
+    if distribution not in reference.DISTRIBUTIONS:
+        raise ValueError(f"distribution: expected one of {list(reference.DISTRIBUTIONS)}, got {distribution!r}")
+    changes_hessians = curvature is not None
+    if len({x is None for x in (restore, curvature, smoothing)}) > 1:
+        raise ValueError("restore, curvature, smoothing: expected all three or none")
+    if hessians or changes_hessians:
+        _check_tensors("hessians", hessians, device, (torch.float32,))
+        _check_shapes("hessians", hessians, read, src)
+    if not 0 < hessian_min <= hessian_max:
+        raise ValueError(f"hessian_min, hessian_max: expected 0 < min <= max, got {hessian_min} and {hessian_max}")
+    scales = {f"hessians[{i}]": h for i, h in enumerate(hessians)}
+    sources = {} if in_place else {f"src[{i}]": t for i, t in enumerate(src)}
+    targets = {f"{written}[{i}]": t for i, t in enumerate(dst)}
+    _check_overlap(targets | (scales if changes_hessians else {}), sources if changes_hessians else sources | scales)
+
+
+def _check_philox(words: Tensor, *, rounds: int = 7, **_: int) -> None:
+    if words.dtype != torch.int32 or words.dim() != 2 or words.shape[1] != 4 or not words.is_contiguous():
+        raise ValueError(f"words: expected contiguous int32 of shape (n, 4), got {words.dtype} {tuple(words.shape)}")
+    if rounds not in (7, 10):
+        raise ValueError(f"rounds: expected 7 or 10, got {rounds}")
+
+
+# ---- dispatch --------------------------------------------------------------------------------------------------
+
+
+def backend_for(device: torch.device) -> ModuleType:
+    """The module whose ``run_pass`` and ``philox_`` serve tensors on this device."""
+    return native if device.type == "cpu" and native.available() else reference
+
+
+def _update_(weights: list[Tensor], *args: Any, seed: int, **options: Any) -> None:
+    _check_pass(weights, weights, *args, in_place=True, seed=seed, **options)
+    backend_for(args[3].device).run_pass(weights, weights, *args, seed=seed & _UINT64, **options)
+    increment_version([t for t in (*weights, *args[0]) if not t.is_inference()])
+
+
+def _perturb(src: list[Tensor], dst: list[Tensor], *args: Any, seed: int, **options: Any) -> None:
+    _check_pass(src, dst, *args, in_place=False, seed=seed, **options)
+    backend_for(args[3].device).run_pass(src, dst, *args, seed=seed & _UINT64, **options)
+    increment_version([t for t in dst if not t.is_inference()])
+
+
+def _philox_(words: Tensor, *, seed: int, **options: int) -> None:
+    _check_philox(words, **options)
+    backend_for(words.device).philox_(words, seed=seed & _UINT64, **options)
+
+
+def _fake_update_(weights: list[Tensor], *args: Any, **options: Any) -> None:
+    _check_pass(weights, weights, *args, in_place=True, **options)
+
+
+def _fake_perturb(src: list[Tensor], dst: list[Tensor], *args: Any, **options: Any) -> None:
+    _check_pass(src, dst, *args, in_place=False, **options)
+
+
+def _fake_philox_(words: Tensor, *, seed: int, **options: int) -> None:
+    _check_philox(words, **options)
+
+
+_LIBRARY = torch.library.Library("zo_core", "DEF")
+for _schema, _kernel, _fake in zip(
+    _SCHEMAS, (_update_, _perturb, _philox_), (_fake_update_, _fake_perturb, _fake_philox_), strict=True
+):
+    _name = _LIBRARY.define(_schema)
+    _LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"zo_core::{_name}", _fake, lib=_LIBRARY)

@@ -1,0 +1,211 @@
+// The pass over one tile of one tensor. Compiled once an instruction set, with ZO_VARIANT its name.
+#include "pass.h"
+
+#include "noise.h"
+
+namespace {
+
+// ---- storage formats: float32 in registers, the format's bits in memory -------------------------------------
+
+struct Float32 {
+  using Bits = uint32_t;
+  static constexpr float MAX = 0x1.fffffep127f;
+  static ZO_INLINE vf get(const Bits *p) { return load<vf>(p); }
+  static ZO_INLINE void put(Bits *p, vf x, vu, bool) { store(p, x); }
+};
+
+struct BFloat16 {
+  using Bits = uint16_t;
+  static constexpr float MAX = 0x1.fep127f;
+  static ZO_INLINE vf get(const Bits *p) { return as_f(widen(load<vh>(p)) << 16); }
+  static ZO_INLINE void put(Bits *p, vf x, vu random, bool stochastic) {
+    const vu b = as_u(x);
+    store(p, narrow((b + (stochastic ? random : 0x7fffu + ((b >> 16) & 1u))) >> 16));
+  }
+};
+
+struct Float16 {
+  using Bits = uint16_t;
+  static constexpr float MAX = 65504.0f;
+  static ZO_INLINE vf get(const Bits *p) {
+    const vu h = widen(load<vh>(p)), magnitude = h & 0x7fffu;
+    vu b = (magnitude << 13) + (112u << 23);
+    b = select((vi)(magnitude >= 0x7c00u), b + (112u << 23), b);  // infinities and NaN
+    b = select((vi)(magnitude < 0x0400u), as_u(to_float(magnitude) * 0x1p-24f), b);
+    return as_f(b | ((h & 0x8000u) << 16));
+  }
+  static ZO_INLINE void put(Bits *p, vf x, vu random, bool stochastic) {
+    const vu b = as_u(x) & 0x7fffffffu, sign = (as_u(x) >> 16) & 0x8000u;
+    vu normal, subnormal;
+    if (stochastic) {
+      normal = (b + (random >> 3)) >> 13;
+      // in units of 2^-40: the top 16 of the bits that a subnormal result drops
+      const vf tiny = as_f(select((vi)(b < 0x38800000u), b, vu{}));
+      subnormal = ((vu)__builtin_convertvector(tiny * 0x1p40f, vi) + random) >> 16;
+    } else {
+      normal = (b + 0xfffu + ((b >> 13) & 1u)) >> 13;
+      subnormal = as_u(as_f(b) + 0.5f) - 0x3f000000u;  // an ulp of 0.5 is the subnormal spacing, 2^-24
+    }
+    vu h = select((vi)(b < 0x38800000u), subnormal, normal - (112u << 10));
+    h = select((vi)(b >= 0x7f800000u), ((b >> 13) & 0x3ffu) | 0x7c00u, h);
+    store(p, narrow(h | sign));
+  }
+};
+
+// ---- one tile -----------------------------------------------------------------------------------------------
+
+// The rare lanes: a weight that is not finite passes unchanged, a result beyond the range saturates.
+__attribute__((noinline)) int64_t saturate(vf &out, const vf &weight, float limit) {
+  int64_t count = 0;
+  for (int i = 0; i < LANES; i++) {
+    const float w = weight[i], x = out[i];
+    if (!(__builtin_fabsf(w) <= Float32::MAX)) {
+      uint32_t bits;  // as a quiet NaN that every format can hold, or the infinity
+      memcpy(&bits, &w, 4);
+      if (w != w) bits = (bits | 0x00400000u) & 0xffff0000u;
+      vu all = as_u(out);
+      all[i] = bits;
+      out = as_f(all);
+    } else if (!(__builtin_fabsf(x) <= limit)) {
+      out[i] = x != x ? w : __builtin_copysignf(limit, x);
+      count++;
+    }
+  }
+  return count;
+}
+
+struct Buffers {  // one thread's scratch; indices count from a multiple of 128 elements
+  alignas(64) float coeffs[ZO_TILE], restore[ZO_TILE], curvature[ZO_TILE];
+  alignas(64) uint32_t random[ZO_TILE / 2];  // 16 bits an element
+};
+
+// Elements [first, first + n) of the tile in the buffers. `hessian` is null, read, or (curvature) updated.
+template <class Src, class Dst, bool STOCHASTIC, bool SCALED>
+int64_t finish(const Tile &t, const Buffers &buf, int64_t first, int64_t n, const typename Src::Bits *src,
+               typename Dst::Bits *dst, float *hessian) {
+  const vf keep = splat<vf>(t.keep);
+  int64_t saturated = 0;
+  for (int64_t i = 0; i < n; i += LANES) {
+    const int64_t k = first + i;
+    vf weight = Src::get(src + i), noise = load<vf>(buf.coeffs + k), base = weight;
+    if constexpr (SCALED) {
+      vf h = load<vf>(hessian + i), scale = 1.0f / sqrt(h);
+      if (t.curvature) {
+        base = weight + load<vf>(buf.restore + k) * scale;
+        h = h * (t.remain + load<vf>(buf.curvature + k));
+        h = h < t.hessian_min ? splat<vf>(t.hessian_min) : h;
+        h = h > t.hessian_max ? splat<vf>(t.hessian_max) : h;
+        store(hessian + i, h);
+        scale = 1.0f / sqrt(h);
+      }
+      noise = noise * scale;
+    }
+    vf out = base * keep + noise;
+    if (__builtin_expect(!all_within(out, Dst::MAX), 0)) saturated += saturate(out, weight, Dst::MAX);
+    const vu random = STOCHASTIC ? widen(load<vh>((const uint16_t *)buf.random + k)) : vu{};
+    Dst::put(dst + i, out, random, STOCHASTIC);
+  }
+  return saturated;
+}
+
+// Whole vectors go straight through; what is left of one goes through a padded copy.
+template <class Src, class Dst, bool STOCHASTIC, bool SCALED>
+int64_t finish_all(const Tile &t, Buffers &buf) {
+  const auto *src = (const typename Src::Bits *)t.src + t.begin;
+  auto *dst = (typename Dst::Bits *)t.dst + t.begin;
+  float *hessian = SCALED ? t.hessian + t.begin : nullptr;
+  const int64_t first = (t.offset + t.begin) & 127, n = t.end - t.begin, whole = n - n % LANES, rest = n - whole;
+  int64_t saturated = finish<Src, Dst, STOCHASTIC, SCALED>(t, buf, first, whole, src, dst, hessian);
+  if (rest) {
+    typename Src::Bits from[LANES] = {};
+    typename Dst::Bits to[LANES];
+    float h[LANES];
+    for (int i = 0; i < LANES; i++) h[i] = SCALED && i < rest ? hessian[whole + i] : 1.0f;
+    memcpy(from, src + whole, (size_t)rest * sizeof *from);
+    for (int64_t i = first + n; i < first + whole + LANES; i++)  // what is behind the end must not saturate
+      buf.coeffs[i] = buf.restore[i] = buf.curvature[i] = 0.0f;
+    saturated += finish<Src, Dst, STOCHASTIC, SCALED>(t, buf, first + whole, LANES, from, to, h);
+    memcpy(dst + whole, to, (size_t)rest * sizeof *to);
+    if (SCALED && t.curvature) memcpy(hessian + whole, h, (size_t)rest * sizeof *h);
+  }
+  return saturated;
+}
+
+template <class Src, class Dst>
+int64_t finish_rounded(const Tile &t, Buffers &buf) {
+  if (t.stochastic && sizeof(typename Dst::Bits) == 2)
+    return t.hessian ? finish_all<Src, Dst, true, true>(t, buf) : finish_all<Src, Dst, true, false>(t, buf);
+  return t.hessian ? finish_all<Src, Dst, false, true>(t, buf) : finish_all<Src, Dst, false, false>(t, buf);
+}
+
+template <class Src>
+int64_t finish_from(const Tile &t, Buffers &buf) {
+  switch (t.dst_dtype) {
+    case ZO_FLOAT32: return finish_rounded<Src, Float32>(t, buf);
+    case ZO_BFLOAT16: return finish_rounded<Src, BFloat16>(t, buf);
+    default: return finish_rounded<Src, Float16>(t, buf);
+  }
+}
+
+template <class Sink>
+ZO_INLINE void each_z(int distribution, int64_t e, int64_t n, Noise key, Sink sink) {
+  if (distribution == ZO_GAUSSIAN)
+    gaussian(e, n, key, sink);
+  else
+    rademacher(e, n, key, sink);
+}
+
+int64_t run_tile(const zo_pass &pass, const Tile &t) {
+  Buffers buf;
+  // The noise is made for whole groups of 128 elements around [begin, end): blocks never start inside one.
+  const int64_t e = (t.offset + t.begin) & ~(int64_t)127, n = ((t.offset + t.end + 127) & ~(int64_t)127) - e;
+  bool empty = true;
+  for (int64_t k = 0; k < pass.n_streams; k++) {
+    const int64_t at = k * t.n_tensors + t.index;
+    const float c = pass.coeffs[at], r = t.curvature ? pass.restore[at] : 0, q = t.curvature ? pass.curvature[at] : 0;
+    if (c == 0 && r == 0 && q == 0) continue;
+    const Noise key = {pass.seed, t.id, pass.streams[k]};
+    if (t.curvature)
+      each_z(pass.distribution, e, n, key, [&](int64_t i, vf z) {
+        store(buf.coeffs + i, empty ? c * z : load<vf>(buf.coeffs + i) + c * z);
+        store(buf.restore + i, empty ? r * z : load<vf>(buf.restore + i) + r * z);
+        store(buf.curvature + i, empty ? q * (z * z) : load<vf>(buf.curvature + i) + q * (z * z));
+      });
+    else if (empty)
+      each_z(pass.distribution, e, n, key, [&](int64_t i, vf z) { store(buf.coeffs + i, c * z); });
+    else
+      each_z(pass.distribution, e, n, key,
+             [&](int64_t i, vf z) { store(buf.coeffs + i, load<vf>(buf.coeffs + i) + c * z); });
+    empty = false;
+  }
+  if (empty) {
+    memset(buf.coeffs, 0, sizeof buf.coeffs);
+    memset(buf.restore, 0, sizeof buf.restore);
+    memset(buf.curvature, 0, sizeof buf.curvature);
+  }
+  if (t.stochastic && t.dst_dtype != ZO_FLOAT32)
+    philox_words(buf.random, (uint64_t)e >> 3, n >> 3, ZO_DOMAIN_ROUNDING, {pass.seed, t.id, pass.update});
+  switch (t.src_dtype) {
+    case ZO_FLOAT32: return finish_from<Float32>(t, buf);
+    case ZO_BFLOAT16: return finish_from<BFloat16>(t, buf);
+    default: return finish_from<Float16>(t, buf);
+  }
+}
+
+void words(uint32_t *out, uint64_t block, int64_t n_blocks, uint32_t domain, uint64_t seed, uint32_t tensor_id,
+           uint32_t stream, int rounds) {
+  uint32_t group[4 * PAIRS];
+  for (int64_t b = 0; b < n_blocks; b += PAIRS) {
+    const Noise noise = {seed, tensor_id, stream};
+    if (rounds == 10)
+      philox_words<10>(group, block + (uint64_t)b, PAIRS, domain, noise);
+    else
+      philox_words(group, block + (uint64_t)b, PAIRS, domain, noise);
+    const int64_t count = n_blocks - b < PAIRS ? n_blocks - b : PAIRS;
+    memcpy(out + 4 * b, group, (size_t)count * 16);
+  }
+}
+
+}  // namespace
+
+extern const Variant ZO_VARIANT = {run_tile, words};

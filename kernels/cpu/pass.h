@@ -1,0 +1,25 @@
+// Between the C entry points (zo_core.cpp) and the variants of pass.cpp, one an instruction set.
+#pragma once
+#include "zo_core.h"
+
+constexpr int ZO_TILE = 2048;  // elements; a thread's scratch is then 28 KiB and stays in its first-level cache
+
+struct Tile {
+  const void *src;
+  void *dst;
+  float *hessian;
+  int64_t offset, begin, end;  // elements [begin, end) of a tensor whose first element has index `offset`
+  int64_t index, n_tensors;    // column of the coefficient matrices, and how many they have
+  uint32_t id;
+  int32_t src_dtype, dst_dtype;
+  bool stochastic, curvature;
+  float keep, remain, hessian_min, hessian_max;  // 1 - decay, 1 - smoothing, limits of H
+};
+
+struct Variant {
+  int64_t (*run_tile)(const zo_pass &, const Tile &);  // the number of elements that saturated
+  void (*words)(uint32_t *out, uint64_t block, int64_t n_blocks, uint32_t domain, uint64_t seed, uint32_t tensor_id,
+                uint32_t stream, int rounds);
+};
+
+extern const Variant zo_portable, zo_avx2, zo_avx512;

@@ -1,0 +1,140 @@
+// The C entry points: arguments, instruction set, threads. What a pass computes is in pass.cpp.
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#include "pass.h"
+
+namespace {
+
+// Below this many elements a thread's start costs more than it saves (about 20 us against 1 ns an element).
+constexpr int64_t MIN_PER_THREAD = 1 << 16;
+
+const Variant *variant_of(int isa) {
+#if defined(__x86_64__)
+  if (isa == ZO_ISA_AVX512 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+    return &zo_avx512;
+  if (isa == ZO_ISA_AVX2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &zo_avx2;
+#endif
+  return isa == ZO_ISA_PORTABLE ? &zo_portable : nullptr;
+}
+
+int best_isa() {
+  int isa = ZO_ISA_AVX512;
+  while (!variant_of(isa)) isa--;
+  return isa;
+}
+
+std::atomic<int> current_isa{best_isa()};
+
+bool finite(const float *x, int64_t n) {
+  bool all = true;
+  for (int64_t i = 0; x && i < n; i++) all &= std::isfinite(x[i]);
+  return all;
+}
+
+bool valid_dtype(int32_t d) { return d >= ZO_FLOAT32 && d <= ZO_FLOAT16; }
+
+// Tiles end at multiples of ZO_TILE of the element index, wherever a tensor starts.
+int64_t tiles_of(const zo_tensor &t) {
+  return t.numel ? (t.offset + t.numel + ZO_TILE - 1) / ZO_TILE - t.offset / ZO_TILE : 0;
+}
+
+// Whether the pass changes anything of tensor i: layers that a mask leaves out cost nothing.
+bool touches(const zo_pass &p, const zo_tensor &t, int64_t i, int64_t n) {
+  if (t.src != t.dst || (p.decay && p.decay[i] != 0) || (p.curvature && p.smoothing[i] != 0)) return true;
+  for (int64_t k = 0; k < p.n_streams; k++) {
+    const int64_t at = k * n + i;
+    if (p.coeffs[at] != 0 || (p.curvature && (p.restore[at] != 0 || p.curvature[at] != 0))) return true;
+  }
+  return false;
+}
+
+}  // namespace
+
+extern "C" int zo_run(const zo_pass *pass, const zo_tensor *tensors, int64_t n_tensors, int64_t counters[2]) {
+  if (!pass || !counters || n_tensors < 0 || (n_tensors && !tensors)) return ZO_BAD_ARGUMENT;
+  const zo_pass &p = *pass;
+  if (p.n_streams < 0 || (p.n_streams && (!p.streams || !p.coeffs)) || p.threads < 1 ||
+      (p.distribution != ZO_GAUSSIAN && p.distribution != ZO_RADEMACHER) ||
+      (p.rounding != ZO_NEAREST && p.rounding != ZO_STOCHASTIC) || (p.curvature && (!p.restore || !p.smoothing)) ||
+      (p.restore && !p.curvature))
+    return ZO_BAD_ARGUMENT;
+  for (int64_t i = 0; i < n_tensors; i++) {
+    const zo_tensor &t = tensors[i];
+    if (t.numel < 0 || t.offset < 0 || !valid_dtype(t.src_dtype) || !valid_dtype(t.dst_dtype) ||
+        (t.numel && (!t.src || !t.dst)) || (p.curvature && t.numel && !t.hessian) ||
+        (t.src == t.dst && t.src_dtype != t.dst_dtype))
+      return ZO_BAD_ARGUMENT;
+  }
+  const int64_t matrix = p.n_streams * n_tensors;
+  if (!finite(p.coeffs, matrix) || !finite(p.restore, matrix) || !finite(p.curvature, matrix) ||
+      !finite(p.decay, n_tensors) || !finite(p.curvature ? p.smoothing : nullptr, n_tensors)) {
+    counters[0]++;
+    return ZO_OK;
+  }
+
+  std::vector<int64_t> first_tile(1, 0);  // of each tensor, in one row of all tiles
+  for (int64_t i = 0; i < n_tensors; i++)
+    first_tile.push_back(first_tile.back() + (touches(p, tensors[i], i, n_tensors) ? tiles_of(tensors[i]) : 0));
+  const int64_t tiles = first_tile.back();
+  const Variant &variant = *variant_of(current_isa);
+  std::atomic<int64_t> saturated{0};
+
+  const auto work = [&](int64_t from, int64_t to) {
+    int64_t count = 0, i = 0;
+    for (int64_t tile = from; tile < to; tile++) {
+      while (first_tile[i + 1] <= tile) i++;
+      const zo_tensor &t = tensors[i];
+      const int64_t start = (t.offset / ZO_TILE + tile - first_tile[i]) * ZO_TILE - t.offset;
+      Tile x = {};
+      x.src = t.src, x.dst = t.dst, x.hessian = t.hessian, x.offset = t.offset;
+      x.begin = start < 0 ? 0 : start;
+      x.end = start + ZO_TILE < t.numel ? start + ZO_TILE : t.numel;
+      x.index = i, x.n_tensors = n_tensors, x.id = t.id, x.src_dtype = t.src_dtype, x.dst_dtype = t.dst_dtype;
+      x.stochastic = p.rounding == ZO_STOCHASTIC, x.curvature = p.curvature != nullptr;
+      x.keep = 1.0f - (p.decay ? p.decay[i] : 0.0f);
+      x.remain = 1.0f - (p.curvature ? p.smoothing[i] : 0.0f);
+      x.hessian_min = p.hessian_min, x.hessian_max = p.hessian_max;
+      count += variant.run_tile(p, x);
+    }
+    saturated += count;
+  };
+
+  const int64_t useful = tiles * ZO_TILE / MIN_PER_THREAD, threads = p.threads < useful ? p.threads : useful;
+  std::vector<std::thread> others;
+  int64_t done = 0;  // tiles handed to other threads; this one takes what is left, also if none can be started
+  try {
+    others.reserve(threads > 1 ? (size_t)threads - 1 : 0);
+    for (int64_t k = 1; k < threads; k++) {
+      const int64_t to = tiles * k / threads;
+      others.emplace_back(work, done, to);
+      done = to;
+    }
+  } catch (const std::system_error &) {
+  }
+  work(done, tiles);
+  for (std::thread &t : others) t.join();
+  counters[1] += saturated;
+  return ZO_OK;
+}
+
+extern "C" int zo_philox(uint64_t seed, uint32_t domain, uint32_t tensor_id, uint32_t stream, uint64_t block,
+                         int64_t n_blocks, int32_t rounds, uint32_t *words) {
+  if (n_blocks < 0 || (n_blocks && !words) || (rounds != 7 && rounds != 10) || domain > 0xff) return ZO_BAD_ARGUMENT;
+  variant_of(current_isa)->words(words, block, n_blocks, domain, seed, tensor_id, stream, rounds);
+  return ZO_OK;
+}
+
+extern "C" int zo_isa_available(int isa) { return variant_of(isa) != nullptr; }
+extern "C" int zo_isa_get(void) { return current_isa; }
+extern "C" int zo_isa_set(int isa) {
+  if (!variant_of(isa)) return ZO_BAD_ARGUMENT;
+  current_isa = isa;
+  return ZO_OK;
+}
+extern "C" int zo_abi_version(void) { return ZO_ABI_VERSION; }

@@ -1,0 +1,1 @@
+"""Engines: how a perturbation reaches the forward pass."""

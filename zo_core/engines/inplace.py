@@ -1,0 +1,78 @@
+"""The papers' way: the weights are written to be probed, in one fused pass where they walk to and fro."""
+
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from ..space import ParamSpace, Probe
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Hold back Ctrl-C, so that the weights and the record of what was added to them change together."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    arrived: list[tuple] = []
+    previous = signal.signal(signal.SIGINT, lambda *args: arrived.append(args))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+        if arrived and callable(previous):
+            previous(*arrived[0])
+
+
+class InPlaceEngine:
+    """Evaluates at theta + c z by adding to theta; the way back is fused into whatever comes next.
+
+    MeZO's step is three passes: to +eps z, on to -eps z, and restore and update together. Going back rounds, in
+    the weights' dtype: float32 returns to within an ulp, 16-bit weights drift (docs/design.md).
+    """
+
+    def __init__(self, space: ParamSpace):
+        self.space = space
+        self.at: tuple[Probe, float] | None = None  # theta + c z is in the weights
+
+    def evaluate(self, closure: Callable[[], object], c: float, probe: Probe | None) -> object:
+        """The closure's result at theta + c z(probe); at theta without a probe."""
+        self._move((probe, c) if probe is not None and c != 0 else None)
+        return closure()
+
+    def restore(self) -> None:
+        """Go back to theta."""
+        self._move(None)
+
+    def _move(self, to: tuple[Probe, float] | None) -> None:
+        steps = [(probe, sign * c) for sign, place in ((-1, self.at), (1, to)) if place for probe, c in [place]]
+        if len(steps) == 2 and steps[0][0] is steps[1][0]:
+            steps = [(steps[0][0], steps[0][1] + steps[1][1])]
+        with uninterrupted():
+            if steps:
+                self.space.update_([p for p, _ in steps], torch.cat([self.space.full(c) for _, c in steps]))
+            self.at = to
+
+    def update(self, probes: Sequence[Probe], coeffs: Tensor, decay: Tensor, update: Tensor | None) -> None:
+        """theta <- (1 - decay) theta + sum_k coeffs[k] z_k, restored and updated in one pass.
+
+        Args:
+            probes: K streams.
+            coeffs: float32 (K, T).
+            decay: float32 (T,).
+            update: stream of the stochastic rounding, or None for nearest.
+        """
+        if self.at is not None:
+            probe, c = self.at
+            back = ((decay - 1) * c).unsqueeze(0)
+            found = [k for k, p in enumerate(probes) if p is probe]
+            if found:
+                coeffs = coeffs.index_add(0, torch.tensor(found, device=coeffs.device), back)
+            else:
+                probes, coeffs = [*probes, probe], torch.cat([coeffs, back])
+        with uninterrupted():
+            self.space.update_(probes, coeffs, decay, update)
+            self.at = None

@@ -1,0 +1,75 @@
+"""The noise as tensors, for looking at it: a pass makes it in registers and never stores it (docs/noise.md)."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .bindings import native, ops
+
+VERSION = 1
+HOST_DOMAIN, DATA_ORDER = 3, 1  # domain of host-side selection, and the tensor id of data order in it
+
+
+def sample(
+    distribution: str,
+    shape: int | Sequence[int],
+    *,
+    seed: int,
+    tensor_id: int = 0,
+    stream: int = 0,
+    offset: int = 0,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Noise of a (part of a) tensor, exactly as a perturbation with coefficient 1 adds it to zeros.
+
+    Args:
+        distribution: "gaussian" (standard normal) or "rademacher" (+1 or -1).
+        shape: of the result.
+        seed: 64-bit run seed.
+        tensor_id: position of the tensor in the optimizer's list of trainable tensors.
+        stream: number of the probe, modulo 2^32.
+        offset: index of the first element in the full, contiguous tensor.
+        device: where to make it.
+
+    Returns:
+        float32 tensor of ``shape``.
+
+    Raises:
+        ValueError: unknown distribution, or a number out of its range.
+    """
+    out = torch.zeros(shape, device=device)
+    torch.ops.zo_core.update_(
+        [out],
+        [],
+        [tensor_id],
+        [offset],
+        torch.tensor([stream], device=device),
+        torch.ones(1, 1, device=device),
+        seed=ops.signed64(seed),
+        distribution=distribution,
+        counters=torch.zeros(2, dtype=torch.int64, device=device),
+    )
+    return out
+
+
+def permutation(n: int, *, seed: int, stream: int) -> Tensor:
+    """A random order of 0..n-1 (int64, CPU), a pure function of seed and stream (the epoch, say).
+
+    Sorts one Philox block an element (domain 3, tensor id 1), so the order does not depend on any global state.
+    """
+    words = torch.empty(n, 4, dtype=torch.int32)
+    key = {"seed": ops.signed64(seed), "domain": HOST_DOMAIN, "tensor_id": DATA_ORDER, "stream": stream, "block": 0}
+    torch.ops.zo_core.philox_(words, **key)
+    return (words[:, 0].to(torch.int64) << 32 | words[:, 1].to(torch.int64) & 0xFFFFFFFF).argsort(stable=True)
+
+
+def backend_info() -> dict[str, object]:
+    """What serves CPU tensors: ``native`` (bool), ``isa`` in use, ``isas`` available, ``threads``, ``why_missing``."""
+    return {
+        "native": native.available(),
+        "isa": native.get_isa() if native.available() else None,
+        "isas": list(native.isas()),
+        "threads": torch.get_num_threads(),
+        "why_missing": native.why_missing,
+    }

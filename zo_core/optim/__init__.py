@@ -1,0 +1,1 @@
+"""Zeroth-order optimizers: each method is a short file that chooses parts."""
