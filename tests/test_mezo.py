@@ -10,11 +10,12 @@ import warnings
 
 import pytest
 import torch
-import zo_core
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from twins import TwinMeZO
+
+import zo_core
 
 
 def network(seed: int = 0, dropout: float = 0.0, dtype: torch.dtype = torch.float32) -> nn.Sequential:
@@ -60,7 +61,9 @@ def test_groups_have_their_own_rates_and_decay_as_they_say():
     model, other = network(), network()
     first, second = list(model[0].parameters()), list(model[4].parameters())
     opt = zo_core.MeZO(
-        [{"params": first, "lr": 1e-2, "weight_decay": 0.5}, {"params": second, "lr": torch.tensor(3e-2)}], lr=1.0, seed=3
+        [{"params": first, "lr": 1e-2, "weight_decay": 0.5}, {"params": second, "lr": torch.tensor(3e-2)}],
+        lr=1.0,
+        seed=3,
     )
     twin = TwinMeZO([*other[0].parameters(), *other[4].parameters()], 3)
     for _ in range(5):

@@ -8,7 +8,6 @@ import math
 
 import pytest
 import torch
-import zo_core
 from conftest import NATIVE
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,10 +15,17 @@ from torch import Tensor
 from zo_core.bindings import native, ops
 from zo_core.kernels import reference
 
+import zo_core
+
 SEED = 0x9E3779B97F4A7C15
 KNOWN = [  # Random123's kat_vectors: counter, key, words after 7 and after 10 rounds
     ((0,) * 4, (0,) * 2, "5f6fb709 0d893f64 4f121f81 4f730a48", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
-    ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, "5207ddc2 45165e59 4d8ee751 8c52f662", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+    (
+        (0xFFFFFFFF,) * 4,
+        (0xFFFFFFFF,) * 2,
+        "5207ddc2 45165e59 4d8ee751 8c52f662",
+        "408f276d 41c83b0e a20bc7c6 6d5451fd",
+    ),
     (
         (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
         (0xA4093822, 0x299F31D0),

@@ -51,10 +51,18 @@ def buffer(n: int) -> Tensor:
 
 SHARED = buffer(100)
 WRONG = {
-    "dtype": ({"weights": [torch.zeros(40), torch.zeros(41, dtype=torch.float64)]}, TypeError, r"weights\[1\].*float64"),
+    "dtype": (
+        {"weights": [torch.zeros(40), torch.zeros(41, dtype=torch.float64)]},
+        TypeError,
+        r"weights\[1\].*float64",
+    ),
     "integer weights": ({"weights": [torch.zeros(40), torch.zeros(41).int()]}, TypeError, r"weights\[1\].*int32"),
     "device": ({"weights": [torch.zeros(40), torch.zeros(41, device="meta")]}, ValueError, r"weights\[1\].*cpu.*meta"),
-    "layout": ({"weights": [torch.zeros(40), torch.zeros(4, 5).t()]}, ValueError, r"weights\[1\].*contiguous.*\(5, 4\)"),
+    "layout": (
+        {"weights": [torch.zeros(40), torch.zeros(4, 5).t()]},
+        ValueError,
+        r"weights\[1\].*contiguous.*\(5, 4\)",
+    ),
     "the same tensor twice": ({"weights": [SHARED, SHARED]}, ValueError, r"weights\[0\] and weights\[1\] overlap"),
     "overlapping views": ({"weights": [SHARED[:60], SHARED[59:]]}, ValueError, r"overlap"),
     "too few ids": ({"tensor_ids": [0]}, ValueError, r"tensor_ids: expected 2 .* got 1"),
@@ -102,7 +110,7 @@ def test_wrong_destinations_are_refused():
     ):
         with pytest.raises(error, match=message):
             zo.perturb(src, dst, *rest, **options)
-    zo.perturb([whole[:40], whole[:40]], good[:1] + [torch.empty(40)], *rest, **options)  # sources may be shared
+    zo.perturb([whole[:40], whole[:40]], [*good[:1], torch.empty(40)], *rest, **options)  # sources may be shared
 
 
 def test_fakes_check_as_well():

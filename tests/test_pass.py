@@ -73,7 +73,9 @@ def test_the_operation(backend, form, src_dtype, dst_dtype, stochastic, distribu
     src = [spread(n, src_dtype, n) for n in sizes]
     dst = [torch.full_like(t, math.nan, dtype=dst_dtype) for t in src]
     streams, n = [0, 9, 2**32 - 1], len(sizes)
-    coeffs = torch.tensor([[1e-3, 1e-2, 0.0, 3e-6, 1e-3, 0.0], [0.0, 2e-3, 0.0, 1e-3, -1e-3, 0.0], [1e-4] * 4 + [0.5, 0.0]])
+    coeffs = torch.tensor(
+        [[1e-3, 1e-2, 0.0, 3e-6, 1e-3, 0.0], [0.0, 2e-3, 0.0, 1e-3, -1e-3, 0.0], [1e-4] * 4 + [0.5, 0.0]]
+    )
     decay = torch.tensor([0.0, 0.1, 0.0, 0.01, 0.0, 0.5])
     hessians, extra = [], {}
     if form != "plain":
@@ -101,7 +103,10 @@ def test_the_operation(backend, form, src_dtype, dst_dtype, stochastic, distribu
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_in_place_is_the_same_as_into_another_tensor(backend, dtype):
-    src, options = [spread(5000, dtype), spread(77, dtype, 1)], {"update": torch.tensor(3), "decay": torch.tensor([0.1, 0.0])}
+    src, options = (
+        [spread(5000, dtype), spread(77, dtype, 1)],
+        {"update": torch.tensor(3), "decay": torch.tensor([0.1, 0.0])},
+    )
     dst = [torch.empty_like(t) for t in src]
     run(backend, src, dst, [1, 2], [[0.1, 0.2], [0.3, 0.0]], **options)
     run(backend, src, src, [1, 2], [[0.1, 0.2], [0.3, 0.0]], **options)
@@ -177,7 +182,9 @@ def test_every_16_bit_value_survives_a_pass_that_adds_nothing(backend):
 def test_nearest_is_torch_s_rounding_bit_for_bit(backend, dtype):
     g = torch.Generator().manual_seed(0)
     patterns = torch.randint(-(1 << 31), 1 << 31, (200_000,), generator=g, dtype=torch.int64).to(torch.int32)
-    halves = (torch.arange(0, 1 << 15, dtype=torch.int32) << 16).view(torch.float32)[: 0x7F80]  # bf16 values: ties of f16
+    halves = (torch.arange(0, 1 << 15, dtype=torch.int32) << 16).view(torch.float32)[
+        :0x7F80
+    ]  # bf16 values: ties of f16
     subnormal = torch.arange(0, 1 << 12).float() * 2.0**-26  # quarters of float16's spacing
     x = torch.cat((patterns.view(torch.float32), halves, subnormal, -subnormal))
     x = x[x.abs() <= torch.finfo(dtype).max]

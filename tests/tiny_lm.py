@@ -53,7 +53,13 @@ def save(folder: Path, kind: str = "llama") -> Path:
     else:
         model = GPT2LMHeadModel(
             GPT2Config(
-                vocab_size=len(words), n_embd=32, n_layer=2, n_head=4, n_positions=128, bos_token_id=0, eos_token_id=0
+                vocab_size=len(words),
+                n_embd=32,
+                n_layer=2,
+                n_head=4,
+                n_positions=128,
+                bos_token_id=0,
+                eos_token_id=0,
             )
         )
     generator = torch.Generator().manual_seed(1)
