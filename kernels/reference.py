@@ -102,6 +102,7 @@ def _finite(*scalars: Tensor | None) -> bool:
     return all(bool(s.isfinite().all()) for s in scalars if s is not None)
 
 
+@torch.no_grad()
 def run_pass(
     src: Sequence[Tensor],
     dst: Sequence[Tensor],

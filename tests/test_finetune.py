@@ -181,6 +181,7 @@ def test_a_stopped_process_goes_on_as_if_nothing_had_happened(
             file.write('{"kind": "st')  # what a kill in the middle of a line leaves
     else:
         assert child.returncode == 128 + signum, said
+        assert torch.load(folder / "checkpoint" / "state.pt")["state"]["step"] == done
         assert f"zo-core finetune --output '{folder}' --resume" in said
     finetune(resumed_config(folder, {}), resume=True)
     assert losses(folder) == losses(uninterrupted)
@@ -189,7 +190,7 @@ def test_a_stopped_process_goes_on_as_if_nothing_had_happened(
 
 @pytest.mark.parametrize("when", ["before", "validation", "step", "after"])
 def test_a_stop_in_any_phase_can_be_resumed(
-    inputs: dict[str, object], finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+    inputs: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
     """The signal's flag is raised in each phase of a run in turn."""
     folder = tmp_path / "run"
@@ -208,15 +209,19 @@ def test_a_stop_in_any_phase_can_be_resumed(
             run.signum = signal.SIGINT
         return step(run)
 
-    options = {**inputs, "steps": 20, "lr": 0.3}
-    finetune(FinetuneConfig(**options, output=tmp_path / "whole"))
+    options = {**inputs, "steps": 20, "lr": 0.1}
+    whole = finetune(FinetuneConfig(**{**options, "steps": 25}, output=tmp_path / "whole"))
+    assert whole["selected_step"] < 20, (
+        "a stop while the best weights are in the model must not lose the last ones"
+    )
     monkeypatch.setattr(runs.Run, "evaluate", stopping_evaluate)
     monkeypatch.setattr(runs.Run, "step", stopping_step)
     with pytest.raises(RunInterrupted):
         finetune(FinetuneConfig(**options, output=folder))
     monkeypatch.undo()
-    finetune(resumed_config(folder, {}), resume=True)
+    finetune(resumed_config(folder, {"steps": 25}), resume=True)
     assert same(folder, tmp_path / "whole")
+    assert losses(folder) == losses(tmp_path / "whole")
     kinds = [[(x["kind"], x["step"]) for x in runs.read_metrics(f)] for f in (folder, tmp_path / "whole")]
     assert kinds[0] == kinds[1]
 
@@ -309,7 +314,20 @@ def test_durations_and_defaults() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"lr": 0}, {"lr": float("nan")}, {"eps": -1}, {"steps": 0}, {"time_budget": "soon"}, {"time_budget": ""}, {"labels": ["x"]}, {"method": "adam"}, {"unknown": 1}, {"warmup": 1}, {"seed": -1}, {"batch_size": 0}],
+    [
+        {"lr": 0},
+        {"lr": float("nan")},
+        {"eps": -1},
+        {"steps": 0},
+        {"time_budget": "soon"},
+        {"time_budget": ""},
+        {"labels": ["x"]},
+        {"method": "adam"},
+        {"unknown": 1},
+        {"warmup": 1},
+        {"seed": -1},
+        {"batch_size": 0},
+    ],
 )
 def test_wrong_options_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ValidationError):

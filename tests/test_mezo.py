@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from twins import TwinMeZO
+from zo_core.bindings import ops
 
 import zo_core
 
@@ -41,7 +42,8 @@ def equal(a: nn.Module, b: nn.Module) -> bool:
 @pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
 @pytest.mark.parametrize("probes", [1, 3])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.3])
-def test_agrees_with_the_twin_step_by_step(distribution, probes, weight_decay):
+def test_agrees_with_the_twin_step_by_step(backend, monkeypatch, distribution, probes, weight_decay):
+    monkeypatch.setattr(ops, "backend_for", lambda device: backend)
     model, other = network(), network()
     seed = (1 << 63) + 5
     options = {"eps": 1e-2, "weight_decay": weight_decay, "probes": probes}
@@ -389,3 +391,21 @@ def test_average_projected_gradient_is_the_gradient():
     gradient = -target  # and the step is minus its estimate
     sigma = math.sqrt(float(gradient.square().sum()) / n)
     assert float((-w.detach() - gradient).abs().amax()) < 5 * sigma
+
+
+def test_a_decay_too_large_for_float32_is_skipped():
+    model = network()
+    opt = zo_core.MeZO(model, lr=1e30, weight_decay=1e30)
+    opt.step(lambda: 1.0)
+    assert opt.skipped == 1
+    assert all(torch.allclose(p, q, atol=1e-6) for p, q in zip(model.parameters(), network().parameters(), strict=True))
+
+
+def test_optimizers_that_load_one_state_do_not_share_it():
+    model, other = network(), network()
+    saved = zo_core.MeZO(model, lr=1e-2).state_dict()
+    a, b = zo_core.MeZO(model, lr=1e-2), zo_core.MeZO(other, lr=1e-2)
+    a.load_state_dict(saved)
+    b.load_state_dict(saved)
+    a.step(loss_of(model))
+    assert (a.updates, b.updates) == (1, 0)

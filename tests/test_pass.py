@@ -256,3 +256,12 @@ def test_threads_do_not_change_a_bit():
         results.append(torch.cat(weights))
     torch.set_num_threads(threads)
     assert all(torch.equal(results[0], r) for r in results[1:])
+
+
+def test_the_number_of_threads_is_torch_s(monkeypatch):
+    if not native.available():
+        pytest.skip(f"the native library is {native.why_missing}")
+    weights = [torch.zeros(3)]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 0)  # which no pass can run on
+    with pytest.raises(RuntimeError, match="zo_run refused"):
+        run(native, weights, weights, [1], [[0.1]])
