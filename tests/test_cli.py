@@ -125,9 +125,7 @@ def test_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "native library" in result.output
     found = json.loads(call("doctor", "--json").output)
     assert found["usable"] is True
-    assert {"zo_core", "torch", "transformers", "GPU", "cache folder"} <= {
-        f["what"] for f in found["findings"]
-    }
+    assert {"zo_core", "torch", "transformers", "GPU", "cache folder"} <= {f["what"] for f in found["findings"]}
     monkeypatch.setattr(
         report,
         "versions",
@@ -140,9 +138,7 @@ def test_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_help_loads_no_heavy_package() -> None:
-    code = (
-        "import sys\nfrom zo_core.cli import app\ntry: app(['finetune', '--help'])\nexcept SystemExit: pass\n"
-    )
+    code = "import sys\nfrom zo_core.cli import app\ntry: app(['finetune', '--help'])\nexcept SystemExit: pass\n"
     code += "print([m for m in ('transformers', 'matplotlib', 'triton', 'gguf') if m in sys.modules])"
     root = Path(report.__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True)

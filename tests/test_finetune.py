@@ -101,7 +101,7 @@ def test_what_a_run_writes(finished: Path) -> None:
     assert summary["selected_step"] == best["step"]
     assert summary["config"]["labels"] == {"negative": " negative", "positive": " positive"}
     assert summary["data"]["test"] == 60
-    assert -0.5 < summary["share_outside_forwards"] < 1  # of steps of milliseconds, so only roughly
+    assert 0 < summary["share_outside_forwards"] < 1
     assert summary["peak_rss_bytes"] > 2**20
     assert summary["seconds"]["step"] > 0
     assert len(list((finished / "checkpoint").iterdir())) == 1 + len({300, best["step"]})
@@ -209,11 +209,9 @@ def test_a_stop_in_any_phase_can_be_resumed(
             run.signum = signal.SIGINT
         return step(run)
 
-    options = {**inputs, "steps": 20, "lr": 0.1}
+    options = {**inputs, "steps": 20, "lr": 1e-2}
     whole = finetune(FinetuneConfig(**{**options, "steps": 25}, output=tmp_path / "whole"))
-    assert whole["selected_step"] < 20, (
-        "a stop while the best weights are in the model must not lose the last ones"
-    )
+    assert whole["selected_step"] < 20, "a stop while the best weights are in the model must not lose the last ones"
     monkeypatch.setattr(runs.Run, "evaluate", stopping_evaluate)
     monkeypatch.setattr(runs.Run, "step", stopping_step)
     with pytest.raises(RunInterrupted):
@@ -253,9 +251,7 @@ def test_a_run_without_a_finite_loss_stops(inputs: dict[str, object], tmp_path: 
 def test_a_taken_folder_is_left_alone(inputs: dict[str, object], tmp_path: Path) -> None:
     folder, options = tmp_path / "run", {**inputs, "steps": 2}
     finetune(FinetuneConfig(**options, output=folder))
-    with pytest.raises(
-        RunError, match="already holds a run; --resume goes on with it, --overwrite replaces it"
-    ):
+    with pytest.raises(RunError, match="already holds a run; --resume goes on with it, --overwrite replaces it"):
         finetune(FinetuneConfig(**options, output=folder))
     (folder / "notes.txt").write_text("mine")
     finetune(FinetuneConfig(**{**options, "steps": 3}, output=folder), overwrite=True)
@@ -293,9 +289,7 @@ def test_a_resumed_run_keeps_its_options(inputs: dict[str, object], tmp_path: Pa
         ({"device": "abacus"}, "--device 'abacus' cannot be used"),
     ],
 )
-def test_models_and_devices_that_do_not_work(
-    inputs: dict[str, object], options: dict[str, str], expected: str
-) -> None:
+def test_models_and_devices_that_do_not_work(inputs: dict[str, object], options: dict[str, str], expected: str) -> None:
     with pytest.raises(RunError) as caught:
         prepare(FinetuneConfig(**{**inputs, **options}))
     assert expected in str(caught.value)

@@ -7,8 +7,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
-import zo_core
 from zo_core.bindings import native
+
+import zo_core
 
 ROOT = Path(__file__).parent.parent
 
@@ -76,7 +77,12 @@ def test_the_wheel(tmp_path, compiler):
         pytest.skip("this environment could not build the native library either")
     file, output = wheel(tmp_path, **({} if compiler else {"CXX": str(tmp_path / "no-such-compiler")}))
     names = set(zipfile.ZipFile(file).namelist())
-    assert {"zo_core/__init__.py", "zo_core/py.typed", "zo_core/kernels/reference.py", "zo_core/bindings/ops.py"} <= names
+    assert {
+        "zo_core/__init__.py",
+        "zo_core/py.typed",
+        "zo_core/kernels/reference.py",
+        "zo_core/bindings/ops.py",
+    } <= names
     assert {"zo_core/bindings/include/zo_core.h", "zo_core/integrations/tasks.py"} <= names
     assert not {n for n in names if n.split("/")[0] in ("kernels", "bindings", "tests", "bench")}
     assert ("zo_core/bindings/libzo_core.so" in names) == compiler

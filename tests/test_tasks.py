@@ -109,9 +109,7 @@ def test_label_words() -> None:
         "negative": " b",
         "positive": " a",
     }
-    with pytest.raises(
-        TaskError, match=r"no word for 'negative'; the data has 'positive' \(60\), 'negative' \(60\)"
-    ):
+    with pytest.raises(TaskError, match=r"no word for 'negative'; the data has 'positive' \(60\), 'negative' \(60\)"):
         tasks.label_words(EXAMPLES, {"positive": " a", "neg": " b"})
     with pytest.raises(TaskError, match="'neutral' never occurs"):
         tasks.label_words(EXAMPLES, {**LABELS, "neutral": " c"})
@@ -162,9 +160,7 @@ def scorer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     folder = tiny_lm.save(tmp_path_factory.mktemp("model"), request.param)
     prompter = Prompter(AutoTokenizer.from_pretrained(folder), TEMPLATE, LABELS)
     found = Scorer(AutoModelForCausalLM.from_pretrained(folder).eval(), prompter.label_tokens)
-    found.encoded = prompter.encode(
-        [Example(e.text * (1 + i % 4), e.label) for i, e in enumerate(EXAMPLES[:21])]
-    )
+    found.encoded = prompter.encode([Example(e.text * (1 + i % 4), e.label) for i, e in enumerate(EXAMPLES[:21])])
     return found
 
 
@@ -209,9 +205,7 @@ def test_autocast_is_bfloat16_over_float32_weights(scorer: Scorer) -> None:
 
 
 def test_intervals() -> None:
-    assert tasks.wilson_interval(81, 263) == pytest.approx(
-        (0.2553, 0.3662), abs=5e-5
-    )  # Newcombe 1998, table I
+    assert tasks.wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)  # Newcombe 1998, table I
     assert tasks.wilson_interval(0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
     before = torch.tensor([True] * 60 + [False] * 40)
     after = before.clone()

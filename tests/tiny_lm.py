@@ -6,8 +6,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-WORDS = "good fine great happy lovely bad awful sad terrible boring".split()
-NOUNS = "film plot cast story ending scene score script pace idea".split()
+WORDS = "good", "fine", "great", "happy", "lovely", "bad", "awful", "sad", "terrible", "boring"
+NOUNS = "film", "plot", "cast", "story", "ending", "scene", "score", "script", "pace", "idea"
 
 
 def rows(n: int = 120) -> list[tuple[str, str]]:

@@ -153,6 +153,7 @@ def main_options() -> None:
     """Fine-tune language models with forward passes only."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "critical")  # its retries; what fails in the end is an error here
 
 
 @app.command(help=FINETUNE_HELP)

@@ -68,9 +68,7 @@ class FinetuneConfig(BaseModel):
     device: str = _option("auto", "Model", "cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")
     eval_batch_size: int = _option(32, "Model", "Examples a forward in evaluations.", ge=1)
 
-    data: str = _option(
-        "reviews", "Data", f"Name ({', '.join(names('dataset'))}), or a .csv, .tsv or .jsonl file."
-    )
+    data: str = _option("reviews", "Data", f"Name ({', '.join(names('dataset'))}), or a .csv, .tsv or .jsonl file.")
     text_column: str = _option("text", "Data", "Column with the text.")
     label_column: str = _option("label", "Data", "Column with the label.")
     template: str = _option(
@@ -88,18 +86,12 @@ class FinetuneConfig(BaseModel):
 
     method: Literal["mezo"] = _option("mezo", "Method", "Zeroth-order method.")
     lr: float = _option(1e-6, "Method", "Learning rate.", gt=0)
-    schedule: Literal["constant", "linear", "cosine"] = _option(
-        "constant", "Method", "How the learning rate falls."
-    )
-    warmup: float = _option(
-        0.0, "Method", "Fraction of the run over which the learning rate rises.", ge=0, lt=1
-    )
+    schedule: Literal["constant", "linear", "cosine"] = _option("constant", "Method", "How the learning rate falls.")
+    warmup: float = _option(0.0, "Method", "Fraction of the run over which the learning rate rises.", ge=0, lt=1)
     eps: float = _option(1e-3, "Method", "Size of a perturbation.", gt=0)
     weight_decay: float = _option(0.0, "Method", "Weight decay.", ge=0)
     probes: int = _option(1, "Method", "Random directions a step.", ge=1)
-    distribution: Literal["gaussian", "rademacher"] = _option(
-        "gaussian", "Method", "What directions are drawn from."
-    )
+    distribution: Literal["gaussian", "rademacher"] = _option("gaussian", "Method", "What directions are drawn from.")
     batch_size: int = _option(16, "Method", "Examples a forward.", ge=1)
     dropout: bool = _option(False, "Method", "Train with the model's dropout.")
     seed: int = _option(0, "Method", "Seed of directions and data order.", ge=0, lt=2**63)
@@ -110,9 +102,7 @@ class FinetuneConfig(BaseModel):
     )
     eval_every: int = _option(100, "Run", "Steps between validations.", ge=1)
     save_every: float = _option(5.0, "Run", "Minutes between checkpoints.", ge=0)
-    keep_best: bool = _option(
-        True, "Run", "Save and test the weights with the best validation accuracy, not the last."
-    )
+    keep_best: bool = _option(True, "Run", "Save and test the weights with the best validation accuracy, not the last.")
     output: Path = _option(Path("runs/finetune"), "Run", "Folder of the run.")
 
     @model_validator(mode="before")
@@ -151,9 +141,7 @@ def stored_config(folder: Path, given: Mapping[str, Any] | None = None) -> Finet
         stored = json.loads(path.read_text(encoding="utf-8"))
         FinetuneConfig(**stored)
     except (OSError, ValueError, TypeError) as error:  # pydantic's and json's errors are ValueErrors
-        why = (
-            "there is no config.json" if isinstance(error, OSError) else "its config.json is not one of a run"
-        )
+        why = "there is no config.json" if isinstance(error, OSError) else "its config.json is not one of a run"
         raise RunError(f"--output {str(folder)!r} holds no run to resume: {why}") from error
     return FinetuneConfig(**{**stored, **(given or {}), "output": folder})
 

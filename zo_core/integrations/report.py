@@ -111,9 +111,7 @@ def smooth(values: Sequence[float], weight: float = 0.95) -> list[float]:
     return out
 
 
-def plot(
-    path: Path, steps: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, Any]], title: str
-) -> None:
+def plot(path: Path, steps: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, Any]], title: str) -> None:
     """Write a PNG: training loss and validation accuracy against forward passes, with seconds on top.
 
     Args:
@@ -138,18 +136,14 @@ def plot(
 
     validation = [line for line in evaluations if line["split"] == "validation"]
     x = [line["forwards"] for line in validation]
-    right.plot(
-        x, [line["accuracy"] for line in validation], "o-", color=blue, linewidth=2, label="validation"
-    )
+    right.plot(x, [line["accuracy"] for line in validation], "o-", color=blue, linewidth=2, label="validation")
     low, high = ([line["interval"][side] for line in validation] for side in (0, 1))
     right.fill_between(x, low, high, color=blue, alpha=0.15, linewidth=0, label="95% interval")
     for line in evaluations:
         if line["split"] == "test":
             error = [[line["accuracy"] - line["interval"][0]], [line["interval"][1] - line["accuracy"]]]
             label = "test" if line["forwards"] else None
-            right.errorbar(
-                line["forwards"], line["accuracy"], error, fmt="D", color=orange, capsize=4, label=label
-            )
+            right.errorbar(line["forwards"], line["accuracy"], error, fmt="D", color=orange, capsize=4, label=label)
     right.set_ylabel("accuracy")
     for axes in (left, right):
         axes.set_xlabel("forward passes")
@@ -198,12 +192,8 @@ def summary_table(summary: dict[str, Any]) -> Table:
     table.add_row(f"test accuracy after (step {summary['selected_step']})", f"[bold]{measured(after)}[/]")
     table.add_row("difference", f"[bold]{100 * change['difference']:+.1f}[/]  (95%: {low} to {high}) points")
     table.add_row("test loss", f"{before['loss']:.4f} -> {after['loss']:.4f}")
-    table.add_row(
-        "steps", f"{summary['steps']} ({summary['skipped_steps']} skipped), {summary['forwards']} forwards"
-    )
-    table.add_row(
-        "training", f"{clock(summary['seconds']['training'])}, {summary['seconds']['step']:.3f} s a step"
-    )
+    table.add_row("steps", f"{summary['steps']} ({summary['skipped_steps']} skipped), {summary['forwards']} forwards")
+    table.add_row("training", f"{clock(summary['seconds']['training'])}, {summary['seconds']['step']:.3f} s a step")
     table.add_row("of a step, outside forwards", "not measured" if outside is None else percent(outside))
     table.add_row("peak memory", "unknown" if rss is None else f"{rss / 2**30:.2f} GiB")
     return table

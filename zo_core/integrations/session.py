@@ -48,9 +48,7 @@ def prepare(
     if config.data in names("dataset"):
         examples = tasks.read_examples(fetch(config.data, status) / "data.jsonl")
     else:
-        examples = tasks.read_examples(
-            Path(config.data).expanduser(), config.text_column, config.label_column
-        )
+        examples = tasks.read_examples(Path(config.data).expanduser(), config.text_column, config.label_column)
     words = tasks.label_words(examples, config.labels, all_occur=not whole)
     if whole:
         parts = {"all": examples}

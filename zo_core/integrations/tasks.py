@@ -112,9 +112,7 @@ def _read_jsonl(file: Any) -> Iterator[tuple[int, dict[str, Any]]]:
         if line.strip():
             row = json.loads(line)
             if not isinstance(row, dict):
-                raise TaskError(
-                    f"data {file.name!r}, line {number}: expected a JSON object, got {line[:40]!r}"
-                )
+                raise TaskError(f"data {file.name!r}, line {number}: expected a JSON object, got {line[:40]!r}")
             yield number, row
 
 
@@ -179,9 +177,7 @@ def label_words(
     if len(words) < 2 or (all_occur and len(counts) < 2):
         raise TaskError(f"labels: expected at least two different values, the data has {shown}")
     if lacking := sorted(set(counts) - set(words)):
-        raise TaskError(
-            f"--label: no word for {lacking[0]!r}; the data has {shown}; add --label '{lacking[0]}= word'"
-        )
+        raise TaskError(f"--label: no word for {lacking[0]!r}; the data has {shown}; add --label '{lacking[0]}= word'")
     if all_occur and (extra := sorted(set(words) - set(counts))):
         raise TaskError(f"--label: {extra[0]!r} never occurs as a label; the data has {shown}")
     return {value: words[value] for value in sorted(words)}
@@ -204,9 +200,7 @@ class Prompter:
 
     """
 
-    def __init__(
-        self, tokenizer: Any, template: str, words: Mapping[str, str], max_length: int = 256
-    ) -> None:
+    def __init__(self, tokenizer: Any, template: str, words: Mapping[str, str], max_length: int = 256) -> None:
         """Find the label tokens, and check that they can be told apart."""
         self.tokenizer, self.template, self.max_length = tokenizer, template, max_length
         self.index = {value: i for i, value in enumerate(words)}
