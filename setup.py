@@ -72,6 +72,7 @@ class BuildNative(build_ext):
 
             build.mkdir(parents=True, exist_ok=True)
             target.parent.mkdir(parents=True, exist_ok=True)
+            target.unlink(missing_ok=True)  # or a failed build would install an old one
             write_ninja(build, target, compiler)
             subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", build], check=True)
         except (RuntimeError, ImportError, OSError, subprocess.CalledProcessError) as error:

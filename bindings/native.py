@@ -57,7 +57,9 @@ class _PassStruct(ctypes.Structure):
 
 
 def _load() -> tuple[ctypes.CDLL | None, str]:
-    if os.environ.get("ZO_CORE_BACKEND", "native") == "reference":
+    if (wanted := os.environ.get("ZO_CORE_BACKEND", "native")) not in ("native", "reference"):
+        raise ValueError(f"ZO_CORE_BACKEND: expected native or reference, got {wanted!r}")
+    if wanted == "reference":
         return None, "switched off by ZO_CORE_BACKEND=reference"
     if not LIBRARY.exists():
         return None, (
@@ -111,7 +113,8 @@ def set_isa(name: str) -> None:
 
 def philox_(words: Tensor, *, domain: int, tensor_id: int, stream: int, block: int, seed: int, rounds: int = 7) -> None:
     """Fill int32 ``words`` of shape (n, 4) with the Philox words of blocks ``block`` to ``block + n - 1``."""
-    _require().zo_philox(seed, domain, tensor_id, stream, block, words.shape[0], rounds, words.data_ptr())
+    if _require().zo_philox(seed, domain, tensor_id, stream, block, words.shape[0], rounds, words.data_ptr()):
+        raise RuntimeError("zo_philox refused its arguments: please report this as a bug")
 
 
 def run_pass(

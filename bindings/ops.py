@@ -22,7 +22,10 @@ hessians H = 1. Arguments, for T tensors and K streams, all on the device of the
 Errors (TypeError for dtypes, ValueError for all else) come before anything is written.
 """
 
+import os
+import warnings
 from collections.abc import Callable, Sequence
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -176,19 +179,33 @@ def _check_pass(
     _check_overlap(targets | (scales if changes_hessians else {}), sources if changes_hessians else sources | scales)
 
 
-def _check_philox(words: Tensor, *, rounds: int = 7, **_: int) -> None:
+def _check_philox(words: Tensor, *, rounds: int = 7, **numbers: int) -> None:
     if words.dtype != torch.int32 or words.dim() != 2 or words.shape[1] != 4 or not words.is_contiguous():
         raise ValueError(f"words: expected contiguous int32 of shape (n, 4), got {words.dtype} {tuple(words.shape)}")
     if rounds not in (7, 10):
         raise ValueError(f"rounds: expected 7 or 10, got {rounds}")
+    for name, bits in (("domain", 8), ("tensor_id", 32), ("stream", 32), ("block", 56)):
+        if not 0 <= numbers[name] < 1 << bits:
+            raise ValueError(f"{name}: expected an integer in [0, 2^{bits}), got {numbers[name]}")
 
 
 # ---- dispatch --------------------------------------------------------------------------------------------------
 
 
+@cache
+def _say_once(text: str) -> None:
+    if os.environ.get("ZO_CORE_BACKEND") != "reference":
+        warnings.warn(text, stacklevel=2)
+
+
 def backend_for(device: torch.device) -> ModuleType:
     """The module whose ``run_pass`` and ``philox_`` serve tensors on this device."""
-    return native if device.type == "cpu" and native.available() else reference
+    backend: ModuleType = native if device.type == "cpu" and native.available() else reference
+    if backend is reference:
+        _say_once(
+            f"zo_core: {device.type} tensors take the slow torch reference (native CPU library: {native.why_missing})"
+        )
+    return backend
 
 
 def _update_(weights: list[Tensor], *args: Any, seed: int, **options: Any) -> None:

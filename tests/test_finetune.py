@@ -37,7 +37,12 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     folder = tmp_path_factory.mktemp("inputs")
     data = folder / "data.jsonl"
     data.write_text("".join(json.dumps({"text": t, "label": v}) + "\n" for t, v in tiny_lm.rows(300)))
-    options = {"model": str(tiny_lm.save(folder / "llama")), "data": str(data), "autocast": False}
+    options = {
+        "model": str(tiny_lm.save(folder / "llama")),
+        "data": str(data),
+        "autocast": False,
+        "schedule": "constant",
+    }
     return {**options, "lr": 1e-3, "eval_every": 10, "validation_size": 50, "test_size": 60, "steps": 25}
 
 

@@ -409,3 +409,93 @@ def test_optimizers_that_load_one_state_do_not_share_it():
     b.load_state_dict(saved)
     a.step(loss_of(model))
     assert (a.updates, b.updates) == (1, 0)
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGALRM])
+def test_a_step_that_a_signal_interrupts_happens_wholly_or_not_at_all(at, number):
+    """A handler that raises right after pass number `at`: two perturb, the third restores and updates."""
+
+    class Stop(BaseException):
+        pass
+
+    def stop(*_):
+        raise Stop
+
+    model, other, untouched = network(), network(), network()
+    opt, reference = (zo_core.MeZO(m, lr=1e-2) for m in (model, other))
+    reference.step(loss_of(other))
+    space = opt._prepare().space
+    original, calls = space.update_, []
+
+    def interrupted(*args, **kwargs):
+        original(*args, **kwargs)
+        calls.append(0)
+        if len(calls) == at:
+            os.kill(os.getpid(), number)
+
+    space.update_ = interrupted
+    previous = signal.signal(number, stop)
+    try:
+        with pytest.raises(Stop):
+            opt.step(loss_of(model))
+        assert signal.getsignal(number) is stop
+    finally:
+        signal.signal(number, previous)
+    assert opt.updates == (1 if at == 3 else 0)
+    expected = other if at == 3 else untouched
+    assert all(torch.allclose(p, q, atol=1e-6) for p, q in zip(model.parameters(), expected.parameters(), strict=True))
+    assert int(opt.state["zo"]["stream"]) == opt.updates  # the next step draws the probe that comes next
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_torch_s_default_dtype_changes_nothing(dtype):
+    model, other = network(), network()
+    a, b = (zo_core.MeZO(m, lr=1e-2, weight_decay=0.1) for m in (model, other))
+    expected = a.step(loss_of(model))
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        loss = b.step(loss_of(other))
+        assert torch.equal(zo_core.noise.sample("gaussian", 3, seed=0), zo_core.noise.sample("gaussian", 3, seed=0))
+        fresh = zo_core.MeZO(network().float(), lr=1e-2)
+        fresh.step(lambda: 1.0)
+    finally:
+        torch.set_default_dtype(before)
+    assert equal(model, other) and float(loss) == float(expected)
+
+
+def test_skipped_steps_of_16_bit_weights_round_anew_each_time():
+    model = network(dtype=torch.bfloat16)
+    before = model[0].weight.detach().float().clone()
+    opt = zo_core.MeZO(model, lr=1e-2, eps=1e-2)
+    for _ in range(200):
+        opt.step(lambda: math.nan)
+    drift = (model[0].weight.float() - before).square().mean().sqrt() / before.square().mean().sqrt()
+    assert opt.skipped == 200 and drift.item() < 0.15  # a random walk; with the same bits every time it is over 0.5
+
+
+def test_a_step_inside_its_own_closure_is_refused():
+    model = network()
+    opt = zo_core.MeZO(model, lr=1e-2)
+    with pytest.raises(RuntimeError, match="inside its own closure"):
+        opt.step(lambda: opt.step(loss_of(model)))
+    assert all(torch.allclose(p, q, atol=1e-6) for p, q in zip(model.parameters(), network().parameters(), strict=True))
+    opt.step(loss_of(model))
+
+
+def test_an_optimizer_made_in_inference_mode_steps_outside():
+    model = network()
+    with torch.inference_mode():
+        opt = zo_core.MeZO(model, lr=1e-2)
+        opt.load_state_dict(opt.state_dict())
+    opt.step(loss_of(model))
+    assert opt.updates == 1
+
+
+def test_groups_added_to_a_module_s_optimizer_decay_as_they_say():
+    model, extra = network(), nn.Parameter(torch.ones(5))
+    opt = zo_core.MeZO(model, lr=0.1, weight_decay=0.0)
+    opt.add_param_group({"params": [("extra", extra)], "weight_decay": 0.5})
+    opt.step(lambda: 1.0)
+    assert torch.allclose(extra.detach(), torch.full((5,), 0.95))

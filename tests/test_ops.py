@@ -156,3 +156,12 @@ def zo_core_native() -> bool:
     from zo_core.bindings import native
 
     return native.available()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("domain", 256), ("tensor_id", -1), ("stream", 1 << 32), ("block", 1 << 56)]
+)
+def test_philox_refuses_numbers_out_of_range(name, value):
+    key = {"seed": 1, "domain": 0, "tensor_id": 0, "stream": 0, "block": 0, name: value}
+    with pytest.raises(ValueError, match=name):
+        zo.philox_(torch.empty(3, 4, dtype=torch.int32), **key)

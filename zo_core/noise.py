@@ -38,14 +38,14 @@ def sample(
     Raises:
         ValueError: unknown distribution, or a number out of its range.
     """
-    out = torch.zeros(shape, device=device)
+    out = torch.zeros(shape, dtype=torch.float32, device=device)
     torch.ops.zo_core.update_(
         [out],
         [],
         [tensor_id],
         [offset],
         torch.tensor([stream], device=device),
-        torch.ones(1, 1, device=device),
+        torch.ones(1, 1, dtype=torch.float32, device=device),
         seed=ops.signed64(seed),
         distribution=distribution,
         counters=torch.zeros(2, dtype=torch.int64, device=device),
@@ -58,10 +58,11 @@ def permutation(n: int, *, seed: int, stream: int) -> Tensor:
 
     Sorts one Philox block an element (domain 3, tensor id 1), so the order does not depend on any global state.
     """
-    words = torch.empty(n, 4, dtype=torch.int32)
+    words = torch.empty(n, 4, dtype=torch.int32, device="cpu")
     key = {"seed": ops.signed64(seed), "domain": HOST_DOMAIN, "tensor_id": DATA_ORDER, "stream": stream, "block": 0}
     torch.ops.zo_core.philox_(words, **key)
-    return (words[:, 0].to(torch.int64) << 32 | words[:, 1].to(torch.int64) & 0xFFFFFFFF).argsort(stable=True)
+    first, second = (words[:, i].to(torch.int64) & 0xFFFFFFFF for i in (0, 1))
+    return (first - (1 << 31) << 32 | second).argsort(stable=True)  # in the order of the unsigned 64-bit numbers
 
 
 def backend_info() -> dict[str, object]:

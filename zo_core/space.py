@@ -48,4 +48,4 @@ class ParamSpace:
 
     def full(self, c: float) -> Tensor:
         """A row of coefficients: c for every tensor, float32 (1, T)."""
-        return torch.full((1, len(self.tensors)), c, device=self.counters.device)
+        return torch.full((1, len(self.tensors)), c, dtype=torch.float32, device=self.counters.device)

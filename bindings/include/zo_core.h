@@ -40,7 +40,7 @@ typedef struct zo_tensor {
   void *dst;       /* numel elements of dst_dtype; the same memory as src, or disjoint from it */
   float *hessian;  /* numel float32, or NULL */
   int64_t numel;
-  int64_t offset; /* index of the first element in the full, unsharded tensor */
+  int64_t offset; /* index of the first element in the full, unsharded tensor; at most 2^56 */
   uint32_t id;    /* tensor id of the noise */
   int32_t src_dtype, dst_dtype;
 } zo_tensor;

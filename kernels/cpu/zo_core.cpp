@@ -37,6 +37,15 @@ bool finite(const float *x, int64_t n) {
   return all;
 }
 
+constexpr int64_t MAX_INDEX = (int64_t)1 << 56;  // of an element; block numbers have 56 bits
+
+// src and dst must be the same memory in the same dtype, or disjoint.
+bool partly_overlap(const zo_tensor &t) {
+  const char *s = (const char *)t.src, *d = (const char *)t.dst;
+  if (s == d) return t.numel && t.src_dtype != t.dst_dtype;
+  return s < d + t.numel * (t.dst_dtype == ZO_FLOAT32 ? 4 : 2) && d < s + t.numel * (t.src_dtype == ZO_FLOAT32 ? 4 : 2);
+}
+
 bool valid_dtype(int32_t d) { return d >= ZO_FLOAT32 && d <= ZO_FLOAT16; }
 
 // Tiles end at multiples of ZO_TILE of the element index, wherever a tensor starts.
@@ -66,9 +75,9 @@ extern "C" int zo_run(const zo_pass *pass, const zo_tensor *tensors, int64_t n_t
     return ZO_BAD_ARGUMENT;
   for (int64_t i = 0; i < n_tensors; i++) {
     const zo_tensor &t = tensors[i];
-    if (t.numel < 0 || t.offset < 0 || !valid_dtype(t.src_dtype) || !valid_dtype(t.dst_dtype) ||
+    if (t.numel < 0 || t.offset < 0 || t.numel > MAX_INDEX || t.offset > MAX_INDEX || !valid_dtype(t.src_dtype) || !valid_dtype(t.dst_dtype) ||
         (t.numel && (!t.src || !t.dst)) || (p.curvature && t.numel && !t.hessian) ||
-        (t.numel && t.src == t.dst && t.src_dtype != t.dst_dtype))
+        partly_overlap(t))
       return ZO_BAD_ARGUMENT;
   }
   const int64_t matrix = p.n_streams * n_tensors;

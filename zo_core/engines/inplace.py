@@ -4,6 +4,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import FrameType
 
 import torch
 from torch import Tensor
@@ -13,18 +14,21 @@ from ..space import ParamSpace, Probe
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Hold back Ctrl-C, so that the weights and the record of what was added to them change together."""
-    if threading.current_thread() is not threading.main_thread():
+    """Hold back Ctrl-C and all signals that Python code handles: weights and what is known of them change together."""
+    if threading.current_thread() is not threading.main_thread():  # which runs all handlers
         yield
         return
-    arrived: list[tuple] = []
-    previous = signal.signal(signal.SIGINT, lambda *args: arrived.append(args))
+    handlers = {int(s): h for s in signal.valid_signals() if callable(h := signal.getsignal(s))}
+    arrived: list[tuple[int, FrameType | None]] = []
+    for number in handlers:
+        signal.signal(number, lambda *args: arrived.append(args))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, previous)
-        if arrived and callable(previous):
-            previous(*arrived[0])
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number, frame in arrived:
+            handlers[number](number, frame)
 
 
 class InPlaceEngine:

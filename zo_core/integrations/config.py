@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from zo_core.integrations.assets import names
 
@@ -104,6 +104,14 @@ class FinetuneConfig(BaseModel):
     save_every: float = _option(5.0, "Run", "Minutes between checkpoints.", ge=0)
     keep_best: bool = _option(True, "Run", "Save and test the weights with the best validation accuracy, not the last.")
     output: Path = _option(Path("runs/finetune"), "Run", "Folder of the run.")
+
+    @field_validator("model", "data")
+    @classmethod
+    def _absolute(cls, value: str) -> str:
+        """A local path in full, so that a run can be resumed and evaluated from anywhere."""
+        path = Path(value).expanduser()
+        known = value in names("model") or value in names("dataset")
+        return str(path.resolve()) if not known and path.exists() else value
 
     @model_validator(mode="before")
     @classmethod

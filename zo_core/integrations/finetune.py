@@ -9,7 +9,8 @@
     summary.json    what came out        plot.png   loss and accuracy over the run
 
 Everything a step needs is a function of the seed and the step's number, so a resumed run makes the same
-weights, bit for bit, as one that was never stopped.
+weights, bit for bit, as one that was never stopped. (A learning rate that falls does so over
+the budget: it follows the clock of a time budget, and a resumed run's new budget.)
 """
 
 from __future__ import annotations
@@ -97,6 +98,10 @@ def _claim(folder: Path, overwrite: bool) -> None:
         raise RunError(
             f"--output {str(folder)!r} already holds a run; --resume goes on with it, --overwrite replaces it"
         )
+
+
+def _clear(folder: Path) -> None:
+    """Remove an earlier run's files."""
     for name in OUR_FILES:
         path = folder / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
@@ -472,6 +477,8 @@ def finetune(
     with console.status("starting") as status:
         session = prepare(config, lambda text: status.update(text))
     run = Run(session, console)
+    if not resume:
+        _clear(config.output)
     try:
         run.open(resume)
         with run.metrics, run.stoppable():

@@ -174,12 +174,14 @@ def label_words(
     shown = ", ".join(f"{value!r} ({count})" for value, count in counts.most_common(10))
     if words is None:
         words = {value: f" {value}" for value in counts}
-    if len(words) < 2 or (all_occur and len(counts) < 2):
+    if all_occur and len(counts) < 2:
         raise TaskError(f"labels: expected at least two different values, the data has {shown}")
     if lacking := sorted(set(counts) - set(words)):
         raise TaskError(f"--label: no word for {lacking[0]!r}; the data has {shown}; add --label '{lacking[0]}= word'")
     if all_occur and (extra := sorted(set(words) - set(counts))):
         raise TaskError(f"--label: {extra[0]!r} never occurs as a label; the data has {shown}")
+    if len(words) < 2:
+        raise TaskError(f"--label: expected words for at least two values, got one; the data has {shown}")
     return {value: words[value] for value in sorted(words)}
 
 

@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable, Iterable
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -23,11 +24,12 @@ class ZOOptimizer(torch.optim.Optimizer):
 
     Args:
         params: a module (its trainable parameters), or what torch optimizers take: tensors, (name, tensor) pairs
-            or groups. Frozen tensors are left out, tied ones must come once (``model.parameters()`` does that).
+            or groups. Tensors that are frozen now are left out, tied ones must come once (``model.parameters()``
+            does that).
         lr: learning rate; may be scheduled, and set per group.
         eps: size of the perturbation; the same in all groups.
         weight_decay: decoupled, theta <- theta - lr * weight_decay * theta. For a module it skips vectors and
-            scalars (biases, norms); groups of your own are decayed as they say.
+            scalars (biases, norms); tensors and groups of your own are decayed as they say.
         probes: number of probes a step averages over.
         seed: 64-bit seed that all noise is a function of.
         distribution: "gaussian" or "rademacher".
@@ -39,6 +41,7 @@ class ZOOptimizer(torch.optim.Optimizer):
     """
 
     _engine: InPlaceEngine | None = None
+    _stepping = False
 
     def __init__(
         self,
@@ -56,20 +59,15 @@ class ZOOptimizer(torch.optim.Optimizer):
             raise ValueError(f"distribution: expected one of {list(DISTRIBUTIONS)}, got {distribution!r}")
         ops.signed64(seed)
         self.stochastic_rounding = stochastic_rounding
-        vectors = not isinstance(params, nn.Module)
         if isinstance(params, nn.Module):
-            params = list(params.named_parameters())
-        defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "probes": probes, "decay_vectors": vectors}
+            params = [{"params": list(params.named_parameters()), "decay_vectors": False}]
+        defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "probes": probes, "decay_vectors": True}
         super().__init__(params, defaults)
         device = self._tensors()[0].device
-        self._own = {
-            "seed": seed,
-            "distribution": distribution,
-            "stream": torch.zeros(1, dtype=torch.int64, device=device),
-            "updates": torch.zeros(1, dtype=torch.int64, device=device),
-            "skipped": torch.zeros(1, dtype=torch.int64, device=device),
-            "counters": torch.zeros(2, dtype=torch.int64, device=device),
-        }
+        self._own = {"seed": seed, "distribution": distribution}
+        with torch.inference_mode(False):
+            for name, size in (("stream", 1), ("updates", 1), ("skipped", 1), ("counters", 2)):
+                self._own[name] = torch.zeros(size, dtype=torch.int64, device=device)
         self._prepare()
 
     # ---- what a method gives -----------------------------------------------------------------------------------
@@ -105,6 +103,8 @@ class ZOOptimizer(torch.optim.Optimizer):
         """
         if not callable(closure):
             raise TypeError(f"closure: expected a function that returns the loss, got {closure!r}")
+        if self._stepping:
+            raise RuntimeError("step: called from inside its own closure, where the weights are perturbed")
         engine, state = self._prepare(), self._own
         stream, generators = state["stream"].clone(), _Generators(state["stream"].device)
 
@@ -112,22 +112,28 @@ class ZOOptimizer(torch.optim.Optimizer):
             generators.rewind()
             return _scalar(engine.evaluate(closure, c, probe), stream.device)
 
+        done, self._stepping = False, True
         try:
             probes, coeffs, loss = self.estimate(losses)
             lr, decay = self._rates()
             steps = coeffs.float().unsqueeze(1) * -lr
             usable = loss.isfinite() & steps.isfinite().all() & decay.isfinite().all()
             steps, decay = (torch.where(usable, x, 0.0) for x in (steps, decay))  # a NaN costs a step, no weight
+            number = state["updates"] + state["skipped"]  # of the rounding: skipped steps restore, and round as well
             with uninterrupted():
-                engine.update(probes, steps, decay, state["updates"] if self.stochastic_rounding else None)
+                engine.update(probes, steps, decay, number if self.stochastic_rounding else None)
                 state["updates"] += usable
                 state["skipped"] += ~usable
-        except BaseException:
-            with uninterrupted():
-                engine.restore()
-                state["stream"].copy_(stream)
-                generators.rewind()
+                done = True
+        except BaseException:  # all of the step or nothing: a signal held back until it was done changes nothing
+            if not done:
+                with uninterrupted():
+                    engine.restore()
+                    state["stream"].copy_(stream)
+                    generators.rewind()
             raise
+        finally:
+            self._stepping = False
         return loss
 
     def _rates(self) -> tuple[Tensor, Tensor]:
@@ -138,9 +144,12 @@ class ZOOptimizer(torch.optim.Optimizer):
             rates += [(lr, lr * wd if group["decay_vectors"] or p.ndim > 1 else 0.0) for p in group["params"]]
         device = self._own["stream"].device
         if any(isinstance(lr, Tensor) for lr, _ in rates):
-            columns = [torch.stack([torch.as_tensor(x, device=device) for x in c]) for c in zip(*rates, strict=True)]
+            columns = [
+                torch.stack([torch.as_tensor(x, device=device).reshape(()) for x in c])
+                for c in zip(*rates, strict=True)
+            ]
             return columns[0].float(), columns[1].float()
-        both = torch.tensor(rates, device=device)
+        both = torch.tensor(rates, dtype=torch.float32, device=device)
         return both[:, 0], both[:, 1]
 
     # ---- the space of weights ----------------------------------------------------------------------------------
@@ -182,7 +191,7 @@ class ZOOptimizer(torch.optim.Optimizer):
             self._engine = None
         if self._engine is None:
             space = ParamSpace(self._names(), tensors, state["seed"], state["distribution"], state["counters"])
-            space.update_([], torch.empty(0, len(tensors), device=device))
+            space.update_([], torch.empty(0, len(tensors), dtype=torch.float32, device=device))
             self._warn_of_small_eps(space)
             self._engine = InPlaceEngine(space)
         return self._engine
@@ -191,16 +200,16 @@ class ZOOptimizer(torch.optim.Optimizer):
     def _warn_of_small_eps(self, space: ParamSpace) -> None:
         small = []
         for name, p in zip(space.names, space.tensors, strict=True):
-            if p.dtype != torch.float32 and p.numel():
+            if p.numel():
                 rms = float(torch.linalg.vector_norm(p, dtype=torch.float32)) / math.sqrt(p.numel())
                 if 0 < rms < math.inf and self.eps < 2.0 ** math.floor(math.log2(rms)) * torch.finfo(p.dtype).eps:
                     small.append(name)
         if small:
             more = f" and {len(small) - 3} more" if len(small) > 3 else ""
             warnings.warn(
-                f"eps={self.eps} is less than the spacing of 16-bit numbers around the RMS of {', '.join(small[:3])}"
+                f"eps={self.eps} is less than the spacing of its numbers around the RMS of {', '.join(small[:3])}"
                 f"{more}: such probes are mostly rounding. Use a larger eps or float32 weights.",
-                stacklevel=4,
+                stacklevel=5,
             )
 
     # ---- state -------------------------------------------------------------------------------------------------
@@ -254,7 +263,8 @@ class ZOOptimizer(torch.optim.Optimizer):
             )
         super().load_state_dict(state_dict)
         device = self._tensors()[0].device
-        self._own = {k: v.to(device, copy=True) if isinstance(v, Tensor) else v for k, v in self._own.items()}
+        with torch.inference_mode(False):
+            self._own = {k: v.to(device, copy=True) if isinstance(v, Tensor) else v for k, v in self._own.items()}
         self._engine = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -263,12 +273,18 @@ class ZOOptimizer(torch.optim.Optimizer):
 
 
 def _check_options(group: dict[str, Any], eps: float, probes: int) -> None:
-    for name, low_open in (("lr", False), ("eps", True), ("weight_decay", False)):
+    for name in ("lr", "eps", "weight_decay"):
         value = group[name]
-        if not isinstance(value, Tensor) and not (math.isfinite(value) and (value > 0 if low_open else value >= 0)):
-            raise ValueError(f"{name}: expected a finite number {'>' if low_open else '>='} 0, got {value}")
-    if not isinstance(group["probes"], int) or group["probes"] < 1:
-        raise ValueError(f"probes: expected an integer >= 1, got {group['probes']}")
+        if isinstance(value, Tensor) and name == "lr" and value.numel() == 1:
+            value = value.item()
+        if not isinstance(value, float | int | Real):
+            raise TypeError(f"{name}: expected a number, got {value!r}")
+        if not 0 <= float(value) < math.inf:
+            raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
+    if not 1e-30 <= group["eps"] <= 1e30:
+        raise ValueError(f"eps: expected a number that float32 arithmetic can carry, 1e-30 to 1e30, got {group['eps']}")
+    if not isinstance(group["probes"], Integral) or group["probes"] < 1:
+        raise ValueError(f"probes: expected an integer >= 1, got {group['probes']!r}")
     if group["eps"] != eps or group["probes"] != probes:
         raise ValueError(
             f"eps, probes: expected {eps} and {probes} as in the first group, got {group['eps']} and {group['probes']}"
@@ -278,7 +294,7 @@ def _check_options(group: dict[str, Any], eps: float, probes: int) -> None:
 def _scalar(loss: object, device: torch.device) -> Tensor:
     if not isinstance(loss, Tensor | float | int) and not hasattr(loss, "__float__"):
         raise TypeError(f"closure: expected it to return a scalar loss, got {type(loss).__name__}; return the loss")
-    value = loss if isinstance(loss, Tensor) else torch.tensor(float(loss), dtype=torch.float64)  # type: ignore[arg-type]
+    value = loss if isinstance(loss, Tensor) else torch.tensor(float(loss), dtype=torch.float64, device="cpu")  # type: ignore[arg-type]
     if value.numel() != 1 or value.is_complex():
         raise ValueError(f"closure: expected a real scalar loss, got {value.dtype} of shape {tuple(value.shape)}")
     return value.detach().reshape(()).to(device, torch.promote_types(value.dtype, torch.float32))
