@@ -1,0 +1,155 @@
+"""The Triton backend: ``run_pass``, ``run_rows`` and ``philox_`` on CUDA tensors (or CPU tensors in the interpreter)."""
+
+import math
+import os
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from .. import reference
+from . import passes
+
+# Fusion is part of the definition of what the kernels compute (and Triton's default is about to change).
+_OPTIONS: dict[str, Any] = {"num_warps": passes.WARPS, "num_stages": 1, "enable_fp_fusion": True}
+_CACHED = 1024  # tables kept: a shadow engine needs one a module; one is 64 bytes a tensor and 8 a run of tiles
+
+_DTYPES = {torch.float32: triton.language.float32, torch.bfloat16: triton.language.bfloat16,
+           torch.float16: triton.language.float16}  # fmt: skip
+_DISTRIBUTIONS = {"gaussian": 0, "rademacher": 1}
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    _OPTIONS = {}
+
+
+def _int32(x: int) -> int:
+    """The int32 with the low 32 bits of x: kernels take these only, one compiled form for all seeds."""
+    x &= 0xFFFFFFFF
+    return x - (x >> 31 << 32)
+
+
+# ---- the device table ---------------------------------------------------------------------------------------------
+
+_Key = tuple[Any, ...]
+_tables: OrderedDict[_Key, tuple[Tensor, Tensor]] = OrderedDict()
+
+
+def tile_rows(
+    src: Sequence[int], dst: Sequence[int], hessians: Sequence[int], sizes: Sequence[int], offsets: Sequence[int],
+    ids: Sequence[int], columns: Sequence[int], src_bytes: int, dst_bytes: int,
+) -> tuple[list[list[int]], list[tuple[int, int]]]:  # fmt: skip
+    """Rows of the table and (row, first tile) of each program, from addresses and element counts; empty ones left out."""
+    rows, runs = [], []
+    for s, d, h, n, offset, tensor_id, column in zip(src, dst, hessians, sizes, offsets, ids, columns, strict=True):
+        if not n:
+            continue
+        shift = offset % passes.TILE  # addresses are those of the element where the first tile starts
+        s, d, h = s - shift * src_bytes, d - shift * dst_bytes, h - shift * 4 if h else 0
+        aligned = s % 16 == d % 16 == h % 16 == 0
+        rows.append([s, d, h, shift, shift + n, offset - shift, tensor_id, column * 2 + aligned])
+        tiles = -(-(shift + n) // passes.TILE)
+        runs += [(len(rows) - 1, first) for first in range(0, tiles, passes.TILES)]
+    return rows, runs
+
+
+def _table(src: list[Tensor], dst: list[Tensor], hessians: list[Tensor], offsets: list[int], ids: list[int],
+           columns: list[int], device: torch.device) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The table on the device, made when these tensors are first seen: addresses and sizes are all it depends on."""
+    addresses = [[t.data_ptr() for t in tensors] for tensors in (src, dst, hessians)]
+    sizes = [t.numel() for t in src]
+    kind = (device, src[0].dtype, dst[0].dtype)
+    key = (kind, *map(tuple, (*addresses, sizes, offsets, ids, columns)))
+    if (found := _tables.get(key)) is not None:
+        _tables.move_to_end(key)
+        return found
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("zo_core: these tensors are new: run the pass once on them before capturing a CUDA graph")
+    rows, runs = tile_rows(
+        addresses[0], addresses[1], addresses[2] or [0] * len(src), sizes, offsets, ids, columns,
+        src[0].element_size(), dst[0].element_size(),
+    )  # fmt: skip
+    made = (
+        torch.tensor(rows, dtype=torch.int64).view(-1, 8).to(device),
+        torch.tensor(runs, dtype=torch.int32).view(-1, 2).to(device),
+    )
+    _tables[key] = made
+    if len(_tables) > _CACHED:
+        _tables.popitem(last=False)
+    return made
+
+
+# ---- launches -----------------------------------------------------------------------------------------------------
+
+
+def philox_(
+    words: Tensor, *, domain: int, tensor_id: int, stream: int, block: int, seed: int, rounds: int = 7
+) -> None:
+    """Fill int32 ``words`` of shape (n, 4) with the Philox words of blocks ``block`` to ``block + n - 1``."""
+    if n := words.shape[0]:
+        key = map(_int32, (tensor_id, stream, seed, seed >> 32))
+        # 256 blocks a program from a multiple of 256: block numbers never carry inside one
+        first = block - block % 256
+        passes.philox_kernel[(triton.cdiv(block + n - first, 256),)](
+            words, n, first - (first >> 63 << 64), block - first, *key, domain, rounds, 256, **_OPTIONS
+        )
+
+
+def run_pass(
+    src: Sequence[Tensor],
+    dst: Sequence[Tensor],
+    hessians: Sequence[Tensor],
+    tensor_ids: Sequence[int],
+    offsets: Sequence[int],
+    streams: Tensor,
+    coeffs: Tensor,
+    *,
+    seed: int,
+    distribution: str,
+    counters: Tensor,
+    decay: Tensor | None = None,
+    update: Tensor | None = None,
+    restore: Tensor | None = None,
+    curvature: Tensor | None = None,
+    smoothing: Tensor | None = None,
+    hessian_min: float = 0.0,
+    hessian_max: float = math.inf,
+) -> None:
+    """The pass of ``bindings.ops``, one launch a pair of dtypes after a small one that looks at the scalars."""
+    if not src:
+        return
+    count, device = len(src), streams.device
+    coeffs, *rest = (None if x is None else x.contiguous() for x in (coeffs, restore, curvature, decay, smoothing))
+    restore, curvature, decay, smoothing = rest
+    go = torch.empty(1 + count, dtype=torch.int32, device=device)
+    none = counters  # stands where a form of the kernel reads nothing
+    passes.gate_kernel[(1,)](
+        coeffs, none if restore is None else restore, none if curvature is None else curvature,
+        none if decay is None else decay, none if smoothing is None else smoothing, go, counters, count,
+        streams.numel(), any(s.data_ptr() != d.data_ptr() for s, d in zip(src, dst, strict=True)), decay is not None,
+        curvature is not None, 512, **_OPTIONS | ({"num_warps": 4} if _OPTIONS else {}),
+    )  # fmt: skip
+    groups: dict[tuple[torch.dtype, torch.dtype], list[int]] = {}
+    for i, (s, d) in enumerate(zip(src, dst, strict=True)):
+        groups.setdefault((s.dtype, d.dtype), []).append(i)
+    for (src_dtype, dst_dtype), members in groups.items():
+        def pick(values: Sequence[Any]) -> list[Any]:
+            return [values[i] for i in members] if values else []
+
+        table, runs = _table(
+            pick(src), pick(dst), pick(hessians), pick(offsets) or [0] * len(members), pick(tensor_ids), members, device
+        )
+        if not len(runs):
+            continue
+        passes.pass_kernel[(len(runs),)](
+            table, runs, go, streams, coeffs, none if restore is None else restore,
+            none if curvature is None else curvature, none if decay is None else decay,
+            none if smoothing is None else smoothing, none if update is None else update, counters,
+            _int32(seed), _int32(seed >> 32), count, streams.numel(), hessian_min, min(hessian_max, 3.4e38),
+            _DTYPES[src_dtype], _DTYPES[dst_dtype], _DISTRIBUTIONS[distribution],
+            2 if curvature is not None else int(bool(hessians)),
+            update is not None and dst_dtype != torch.float32, decay is not None, streams.numel() == 1,
+            passes.TILE, passes.TILES, **_OPTIONS,
+        )  # fmt: skip

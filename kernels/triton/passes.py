@@ -1,0 +1,263 @@
+"""The pass of ``bindings.ops`` in Triton: one launch for all tensors of a dtype, whatever their number.
+
+A device table has a row of eight int64 for each tensor; a second one names a tensor and a run of tiles for each
+program. Tiles start at multiples of TILE of the *element index*, so a tile's Philox blocks are the same whatever
+offset a tensor starts at, and their block numbers never carry into the upper word.
+"""
+
+import triton
+import triton.language as tl
+
+from .noise import INTERPRET, gaussian, philox, round_to, rounding_bits, rsqrt, signed, signs
+
+# One warp a program: tests that concern a whole tile need no shared memory and no barrier. 32 elements a thread are
+# 64 to 128 bytes in flight, which with 24 to 32 programs a multiprocessor covers the latency of HBM (Little's law:
+# H100 25 bytes/ns/SM x 700 ns = 18 KB; 32 programs x 32 lanes x 64 bytes = 64 KB).
+WARPS = 1
+TILE = 1024
+PART = tl.constexpr(256)
+TILES = 32  # a program: its first loads (table, scalars), about 1 us, are then under 5% of its time
+
+NO_HESSIAN = tl.constexpr(0)  # the forms of the Hessian argument: none, read, or updated
+SCALED = tl.constexpr(1)
+UPDATED = tl.constexpr(2)
+
+_LIMITS = {tl.float32: 3.4028234663852886e38, tl.bfloat16: 3.3895313892515355e38, tl.float16: 65504.0}
+
+
+@triton.constexpr_function
+def _limit(dtype):
+    return _LIMITS[dtype]
+
+
+@triton.jit
+def _finite_or_zero(at, mask):
+    """Whether all are finite, and which are not zero, of a block of scalars."""
+    x = tl.load(at, mask=mask, other=0.0)
+    return tl.abs(x) < float("inf"), x != 0
+
+
+@triton.jit
+def gate_kernel(
+    coeffs, restore, curvature, decay, smoothing, go, counters, n_tensors, n_streams,
+    MOVES: tl.constexpr, HAS_DECAY: tl.constexpr, UPDATES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """go[0]: all scalars are finite. go[1 + i]: the pass has work for tensor i. One program; counts a void pass."""
+    finite = tl.full((BLOCK,), 1, tl.int1)
+    for first in range(0, n_tensors, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        mask = column < n_tensors
+        work = tl.full((BLOCK,), MOVES, tl.int1)
+        for k in range(n_streams):
+            at = k * n_tensors + column
+            ok, some = _finite_or_zero(coeffs + at, mask)
+            finite, work = finite & ok, work | some
+            if UPDATES:
+                ok, some = _finite_or_zero(restore + at, mask)
+                finite, work = finite & ok, work | some
+                ok, some = _finite_or_zero(curvature + at, mask)
+                finite, work = finite & ok, work | some
+        if HAS_DECAY:
+            ok, some = _finite_or_zero(decay + column, mask)
+            finite, work = finite & ok, work | some
+        if UPDATES:
+            ok, some = _finite_or_zero(smoothing + column, mask)
+            finite, work = finite & ok, work | some
+        tl.store(go + 1 + column, work.to(tl.int32), mask=mask)
+    all_finite = tl.min(finite.to(tl.int32), axis=0)
+    tl.store(go, all_finite)
+    if all_finite == 0:
+        tl.atomic_add(counters, tl.full((), 1, tl.int64))
+
+
+@triton.jit
+def _any_large(out):
+    """Whether some |out| is 2 or more, infinite or NaN: all that may have left the range of any dtype.
+
+    An OR of the patterns (half a LOP3 an element, one REDUX a warp) where the comparison itself costs three times that.
+    """
+    bits = out.to(tl.int32, bitcast=True) & 0x40000000
+    if INTERPRET:
+        return tl.max(bits) != 0
+    return tl.reduce_or(bits, None) != 0
+
+
+@triton.jit
+def _load(at, mask, other, MASKED: tl.constexpr):
+    if MASKED:
+        return tl.load(at, mask=mask, other=other)
+    return tl.load(at)
+
+
+@triton.jit
+def _store(at, value, mask, MASKED: tl.constexpr):
+    if MASKED:
+        tl.store(at, value, mask=mask)
+    else:
+        tl.store(at, value)
+
+
+@triton.jit
+def _tile(
+    src, dst, hessian, start, shift, end, first, tensor_id, column, keep, remain, streams, coeffs, restore, curvature,
+    update, counters, k0, k1, n_tensors, n_streams, hessian_min, hessian_max,
+    DISTRIBUTION: tl.constexpr, HESSIAN: tl.constexpr, STOCHASTIC: tl.constexpr, HAS_DECAY: tl.constexpr,
+    ONE: tl.constexpr, MASKED: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """One tile: elements [start, start + TILE) of pointers whose element 0 has index ``first``, valid in [shift, end)."""
+    # Gaussian rows follow each other in memory. Of a Rademacher tile a thread has the four rows of its own blocks.
+    A: tl.constexpr = 4 if DISTRIBUTION else 1
+    B: tl.constexpr = TILE // 32 // A
+    STRIDE_A: tl.constexpr = 32 if DISTRIBUTION else TILE
+    STRIDE_B: tl.constexpr = 128 if DISTRIBUTION else 32
+    WIDTH: tl.constexpr = 4 if src.dtype.element_ty == tl.float32 and dst.dtype.element_ty == tl.float32 else 8
+    a = tl.arange(0, A) * STRIDE_A
+    b = tl.arange(0, B) * STRIDE_B
+    at = a[:, None, None] + b[None, :, None] + tl.arange(0, 32)[None, None, :]
+    mask = (at >= shift - start) & (at < end - start)
+    weight = _load(src + start + at, mask, 0.0, MASKED).to(tl.float32)
+    if HESSIAN != 0:
+        h = _load(hessian + start + at, mask, 1.0, MASKED)
+
+    noise = tl.zeros((A, B, 32), tl.float32)
+    back = noise
+    squares = noise
+    for k in range(1 if ONE else n_streams):
+        c = tl.load(coeffs + k * n_tensors + column)
+        active = c != 0
+        if HESSIAN == 2:
+            r = tl.load(restore + k * n_tensors + column)
+            q = tl.load(curvature + k * n_tensors + column)
+            active = active | (r != 0) | (q != 0)
+        if ONE or active:
+            stream = tl.load(streams + k).to(tl.uint32)
+            if DISTRIBUTION:
+                words = signs(first + start, tensor_id, stream, k0, k1, B)
+                cz = signed(words, c, (A, B, 32))
+                noise = cz if ONE else noise + cz
+                if HESSIAN == 2:
+                    back += signed(words, r, (A, B, 32))
+                    squares += q
+            else:
+                z = gaussian(first + start, tensor_id, stream, k0, k1, A, B, STRIDE_A, STRIDE_B, WIDTH)
+                noise = c * z if ONE else tl.fma(z, c, noise)
+                if HESSIAN == 2:
+                    back = tl.fma(z, r, back)
+                    squares = tl.fma(z * z, q, squares)
+
+    base = weight
+    if HESSIAN != 0:
+        scale = rsqrt(h)
+        if HESSIAN == 2:
+            base = tl.fma(back, scale, weight)
+            h = tl.minimum(tl.maximum(h * (remain + squares), hessian_min), hessian_max)
+            _store(hessian + start + at, h, mask, MASKED)
+            scale = rsqrt(h)
+        noise = noise * scale
+    out = tl.fma(base, keep, noise) if HAS_DECAY else base + noise
+
+    DTYPE: tl.constexpr = dst.dtype.element_ty
+    random = tl.zeros((A, B, 32), tl.uint32)
+    if STOCHASTIC and DTYPE != tl.float32:
+        number = tl.load(update).to(tl.uint32)
+        random = rounding_bits(first + start, tensor_id, number, k0, k1, A, B, STRIDE_A, STRIDE_B)
+    if _any_large(out):  # rare: what follows is the definition, element by element
+        weight = _load(src + start + at, mask, 0.0, MASKED).to(tl.float32)
+        LIMIT: tl.constexpr = _limit(DTYPE)
+        finite = tl.abs(weight) < float("inf")
+        beyond = finite & ~(tl.abs(out) <= LIMIT)
+        if MASKED:
+            beyond = beyond & mask
+        clamped = tl.where(out != out, weight, tl.where(out < 0, -LIMIT, LIMIT))
+        rounded = round_to(tl.where(beyond, clamped, out), random, DTYPE, STOCHASTIC)
+        _store(dst + start + at, tl.where(finite, rounded, round_to(weight, random, DTYPE, False)), mask, MASKED)
+        tl.atomic_add(counters + 1, tl.sum(beyond.to(tl.int32)).to(tl.int64))
+    else:
+        _store(dst + start + at, round_to(out, random, DTYPE, STOCHASTIC), mask, MASKED)
+
+
+@triton.jit
+def _tiles(
+    src, dst, hessian, shift, end, first, tensor_id, column, aligned, begin, stop, streams, coeffs, restore, curvature,
+    decay, smoothing, update, counters, k0, k1, n_tensors, n_streams, hessian_min, hessian_max,
+    SRC_TYPE: tl.constexpr, DST_TYPE: tl.constexpr, DISTRIBUTION: tl.constexpr, HESSIAN: tl.constexpr,
+    STOCHASTIC: tl.constexpr, HAS_DECAY: tl.constexpr, ONE: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Tiles [begin, stop) of one tensor. ``src``, ``dst``, ``hessian`` are addresses."""
+    keep, remain = 1.0, 1.0
+    if HAS_DECAY:
+        keep = 1 - tl.load(decay + column)
+    if HESSIAN == 2:
+        remain = 1 - tl.load(smoothing + column)
+    k0, k1 = k0.to(tl.uint32, bitcast=True), k1.to(tl.uint32, bitcast=True)
+    zero = tl.full((), 0, tl.int64)  # the interpreter's t is a Python int
+    for t in range(begin, stop):
+        start = tl.multiple_of(zero + t * TILE, TILE)
+        if aligned & (start >= shift) & (start + TILE <= end):
+            # An address from a table has no known alignment: the hint, on the pointer, gives 128-bit accesses.
+            _tile(
+                tl.multiple_of(src.to(tl.pointer_type(SRC_TYPE)), 16),
+                tl.multiple_of(dst.to(tl.pointer_type(DST_TYPE)), 16),
+                tl.multiple_of(hessian.to(tl.pointer_type(tl.float32)), 16),
+                start, shift, end, first, tensor_id, column, keep, remain, streams, coeffs, restore, curvature,
+                update, counters, k0, k1, n_tensors, n_streams, hessian_min, hessian_max,
+                DISTRIBUTION, HESSIAN, STOCHASTIC, HAS_DECAY, ONE, False, TILE,
+            )  # fmt: skip
+        else:
+            # Edges and unaligned views, in steps: few registers for what runs seldom.
+            for part in range(TILE // PART):
+                _tile(
+                    src.to(tl.pointer_type(SRC_TYPE)),
+                    dst.to(tl.pointer_type(DST_TYPE)),
+                    hessian.to(tl.pointer_type(tl.float32)),
+                    start + part * PART, shift, end, first, tensor_id, column, keep, remain, streams, coeffs, restore,
+                    curvature, update, counters, k0, k1, n_tensors, n_streams, hessian_min, hessian_max,
+                    DISTRIBUTION, HESSIAN, STOCHASTIC, HAS_DECAY, ONE, True, PART,
+                )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["k0", "k1", "n_tensors", "n_streams", "hessian_min", "hessian_max"])
+def pass_kernel(
+    table, runs, go, streams, coeffs, restore, curvature, decay, smoothing, update, counters, k0, k1, n_tensors,
+    n_streams, hessian_min, hessian_max,
+    SRC_TYPE: tl.constexpr, DST_TYPE: tl.constexpr, DISTRIBUTION: tl.constexpr, HESSIAN: tl.constexpr,
+    STOCHASTIC: tl.constexpr, HAS_DECAY: tl.constexpr, ONE: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """A program works on up to TILES tiles of one tensor: ``runs`` names the row of ``table`` and the first tile."""
+    run = tl.program_id(0).to(tl.int64) * 2
+    row = table + tl.load(runs + run).to(tl.int64) * 8
+    begin = tl.load(runs + run + 1).to(tl.int64)
+    column = tl.load(row + 7)
+    aligned = (column & 1) != 0
+    column = column >> 1
+    if (tl.load(go) != 0) & (tl.load(go + 1 + column) != 0):
+        end = tl.load(row + 4)
+        stop = tl.minimum(begin + TILES, tl.cdiv(end, TILE))
+        _tiles(
+            tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3), end, tl.load(row + 5),
+            tl.load(row + 6).to(tl.uint32), column, aligned, begin, stop, streams, coeffs, restore, curvature,
+            decay, smoothing, update, counters, k0, k1, n_tensors, n_streams, hessian_min, hessian_max,
+            SRC_TYPE, DST_TYPE, DISTRIBUTION, HESSIAN, STOCHASTIC, HAS_DECAY, ONE, TILE,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["n", "first", "skip", "tensor_id", "stream", "k0", "k1"])
+def philox_kernel(
+    words, n, first, skip, tensor_id, stream, k0, k1, DOMAIN: tl.constexpr, ROUNDS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Raw words of n blocks from ``first + skip``, a row of four each."""
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    lanes = tl.arange(0, BLOCK)
+    block = first + start
+    high = (block >> 32).to(tl.uint32) & 0xFFFFFF | (DOMAIN << 24)
+    w0, w1, w2, w3 = philox(
+        block.to(tl.uint32) + lanes.to(tl.uint32), high, tensor_id.to(tl.uint32, bitcast=True),
+        stream.to(tl.uint32, bitcast=True), k0.to(tl.uint32, bitcast=True), k1.to(tl.uint32, bitcast=True), ROUNDS,
+    )  # fmt: skip
+    row = start + lanes - skip
+    at = words + row * 4
+    mask = (row >= 0) & (row < n)
+    tl.store(at, w0.to(tl.int32, bitcast=True), mask=mask)
+    tl.store(at + 1, w1.to(tl.int32, bitcast=True), mask=mask)
+    tl.store(at + 2, w2.to(tl.int32, bitcast=True), mask=mask)
+    tl.store(at + 3, w3.to(tl.int32, bitcast=True), mask=mask)
