@@ -35,7 +35,7 @@ def philox(
         int64 tensor of block's shape plus a last dimension of 4, values in [0, 2^32).
     """
     c0, c1 = block & _MASK, (block >> 32) & 0xFFFFFF | domain << 24
-    c2, c3 = torch.full_like(block, tensor_id), torch.zeros_like(block) + stream
+    c2, c3 = torch.full_like(block, tensor_id), torch.zeros_like(block) + stream & _MASK
     k0, k1 = seed & _MASK, seed >> 32 & _MASK
     for _ in range(rounds):
         p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]  # wrap modulo 2^64: no bit is lost
