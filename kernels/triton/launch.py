@@ -1,7 +1,6 @@
 """The Triton backend: ``run_pass``, ``run_rows`` and ``philox_`` on CUDA tensors (or CPU tensors in the interpreter)."""
 
 import math
-import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
@@ -13,16 +12,19 @@ from torch import Tensor
 from .. import reference
 from . import passes
 
-# Fusion is part of the definition of what the kernels compute (and Triton's default is about to change).
-_OPTIONS: dict[str, Any] = {"num_warps": passes.WARPS, "num_stages": 1, "enable_fp_fusion": True}
 _CACHED = 1024  # tables kept: a shadow engine needs one a module; one is 64 bytes a tensor and 8 a run of tiles
 
 _DTYPES = {torch.float32: triton.language.float32, torch.bfloat16: triton.language.bfloat16,
            torch.float16: triton.language.float16}  # fmt: skip
 _DISTRIBUTIONS = {"gaussian": 0, "rademacher": 1}
 
-if os.environ.get("TRITON_INTERPRET") == "1":
-    _OPTIONS = {}
+
+def options(warps: int = passes.WARPS) -> dict[str, Any]:
+    """Launch options. Fused multiply-add is said because Triton's default is about to change."""
+    if triton.knobs.runtime.interpret:
+        return {}
+    return {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}
+
 
 
 def _int32(x: int) -> int:
@@ -93,7 +95,7 @@ def philox_(
         # 256 blocks a program from a multiple of 256: block numbers never carry inside one
         first = block - block % 256
         passes.philox_kernel[(triton.cdiv(block + n - first, 256),)](
-            words, n, first - (first >> 63 << 64), block - first, *key, domain, rounds, 256, **_OPTIONS
+            words, n, first - (first >> 63 << 64), block - first, *key, domain, rounds, 256, **options(4)
         )
 
 
@@ -129,7 +131,7 @@ def run_pass(
         coeffs, none if restore is None else restore, none if curvature is None else curvature,
         none if decay is None else decay, none if smoothing is None else smoothing, go, counters, count,
         streams.numel(), any(s.data_ptr() != d.data_ptr() for s, d in zip(src, dst, strict=True)), decay is not None,
-        curvature is not None, 512, **_OPTIONS | ({"num_warps": 4} if _OPTIONS else {}),
+        curvature is not None, 512, **options(4),
     )  # fmt: skip
     groups: dict[tuple[torch.dtype, torch.dtype], list[int]] = {}
     for i, (s, d) in enumerate(zip(src, dst, strict=True)):
@@ -148,8 +150,9 @@ def run_pass(
             none if curvature is None else curvature, none if decay is None else decay,
             none if smoothing is None else smoothing, none if update is None else update, counters,
             _int32(seed), _int32(seed >> 32), count, streams.numel(), hessian_min, min(hessian_max, 3.4e38),
-            _DTYPES[src_dtype], _DTYPES[dst_dtype], _DISTRIBUTIONS[distribution],
-            2 if curvature is not None else int(bool(hessians)),
-            update is not None and dst_dtype != torch.float32, decay is not None, streams.numel() == 1,
-            passes.TILE, passes.TILES, **_OPTIONS,
+            **passes.constants(
+                _DTYPES[src_dtype], _DTYPES[dst_dtype], _DISTRIBUTIONS[distribution],
+                2 if curvature is not None else int(bool(hessians)), update is not None, decay is not None, streams.numel(),
+            ),
+            **options(),
         )  # fmt: skip

@@ -14,6 +14,8 @@ GAUSSIAN = tl.constexpr(0)  # domains
 RADEMACHER = tl.constexpr(1)
 ROUNDING = tl.constexpr(2)
 
+RADIUS = tl.constexpr(1.1774100225154747)  # sqrt(2 ln 2): callers scale by it, once a stream and not once a normal
+
 _M0 = tl.constexpr(0xD2511F53)
 _M1 = tl.constexpr(0xCD9E8D57)
 _W0 = tl.constexpr(0x9E3779B9)
@@ -90,9 +92,10 @@ def _sin(x):
 
 @triton.jit
 def _box_muller(even, odd):
+    """A pair of normals over RADIUS."""
     u = tl.fma(even.to(tl.float32), 2.0**-32, 2.0**-33)
-    # |.|: next to u = 1 the approximate logarithm may come out on the other side of 0. It is free in SASS.
-    r = _sqrt(tl.abs(_log2(u) * -1.3862943611198906))
+    # |.| for the sign; next to u = 1 it also holds an approximate logarithm on the wrong side of 0. Free in SASS.
+    r = _sqrt(tl.abs(_log2(u)))
     phi = odd.to(tl.int32, bitcast=True).to(tl.float32) * 1.4629180792671596e-09  # 2 pi / 2^32; |phi| <= pi
     return r * _cos(phi), r * _sin(phi)
 
@@ -107,23 +110,17 @@ def _block_of_normals(first, lanes, tensor_id, stream, k0, k1):
 
 
 @triton.jit
-def gaussian(
-    first, tensor_id, stream, k0, k1, A: tl.constexpr, B: tl.constexpr, STRIDE_A: tl.constexpr, STRIDE_B: tl.constexpr,
-    WIDTH: tl.constexpr,
-):  # fmt: skip
-    """Standard normals of a tile (A, B, 32) whose first element, a multiple of 32, has index ``first``.
+def gaussian(first, tensor_id, stream, k0, k1, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Standard normals over RADIUS of a tile (1, ROWS, 32) whose first element, a multiple of 32, has index ``first``.
 
     WIDTH: elements a thread has of a row, 4 or 8. It decides only which thread makes which normal.
     """
-    a = tl.arange(0, A) * (STRIDE_A // 4)
-    b = tl.arange(0, B) * (STRIDE_B // 4)
-    lanes = a[:, None, None] + b[None, :, None] + tl.arange(0, 32 // WIDTH)[None, None, :] * (WIDTH // 4)
-    lanes = lanes.to(tl.uint32)
+    lanes = tl.reshape(tl.arange(0, ROWS * (32 // WIDTH)) * (WIDTH // 4), (1, ROWS, 32 // WIDTH)).to(tl.uint32)
     z = _block_of_normals(first, lanes, tensor_id, stream, k0, k1)
     if WIDTH == 8:
         other = _block_of_normals(first, lanes + 1, tensor_id, stream, k0, k1)
         z = tl.permute(tl.join(z, other), (0, 1, 2, 5, 3, 4))
-    return tl.reshape(z, (A, B, 32))
+    return tl.reshape(z, (1, ROWS, 32))
 
 
 @triton.jit

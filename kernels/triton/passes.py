@@ -5,10 +5,12 @@ program. Tiles start at multiples of TILE of the *element index*, so a tile's Ph
 offset a tensor starts at, and their block numbers never carry into the upper word.
 """
 
+from typing import Any
+
 import triton
 import triton.language as tl
 
-from .noise import INTERPRET, gaussian, philox, round_to, rounding_bits, rsqrt, signed, signs
+from .noise import INTERPRET, RADIUS, gaussian, philox, round_to, rounding_bits, rsqrt, signed, signs
 
 # One warp a program: tests that concern a whole tile need no shared memory and no barrier. 32 elements a thread are
 # 64 to 128 bytes in flight, which with 24 to 32 programs a multiprocessor covers the latency of HBM (Little's law:
@@ -98,8 +100,25 @@ def _store(at, value, mask, MASKED: tl.constexpr):
 
 
 @triton.jit
+def _stream(
+    k, column, streams, coeffs, restore, curvature, n_tensors, DISTRIBUTION: tl.constexpr, HESSIAN: tl.constexpr
+):
+    """Coefficients of stream k in a tensor, for noise as the device functions make it; its number; whether any is not 0."""
+    at = k * n_tensors + column
+    c = tl.load(coeffs + at)
+    r, q = c, c
+    some = c != 0
+    if HESSIAN == 2:
+        r, q = tl.load(restore + at), tl.load(curvature + at)
+        some = some | (r != 0) | (q != 0)
+    if not DISTRIBUTION:
+        c, r, q = c * RADIUS, r * RADIUS, q * (RADIUS * RADIUS)
+    return c, r, q, tl.load(streams + k).to(tl.uint32), some
+
+
+@triton.jit
 def _tile(
-    src, dst, hessian, start, shift, end, first, tensor_id, column, keep, remain, streams, coeffs, restore, curvature,
+    src, dst, hessian, start, shift, end, first, tensor_id, column, keep, remain, c, r, q, stream, streams, coeffs, restore, curvature,
     update, counters, k0, k1, n_tensors, n_streams, hessian_min, hessian_max,
     DISTRIBUTION: tl.constexpr, HESSIAN: tl.constexpr, STOCHASTIC: tl.constexpr, HAS_DECAY: tl.constexpr,
     ONE: tl.constexpr, MASKED: tl.constexpr, TILE: tl.constexpr,
@@ -123,14 +142,9 @@ def _tile(
     back = noise
     squares = noise
     for k in range(1 if ONE else n_streams):
-        c = tl.load(coeffs + k * n_tensors + column)
-        active = c != 0
-        if HESSIAN == 2:
-            r = tl.load(restore + k * n_tensors + column)
-            q = tl.load(curvature + k * n_tensors + column)
-            active = active | (r != 0) | (q != 0)
-        if ONE or active:
-            stream = tl.load(streams + k).to(tl.uint32)
+        if not ONE:
+            c, r, q, stream, some = _stream(k, column, streams, coeffs, restore, curvature, n_tensors, DISTRIBUTION, HESSIAN)
+        if ONE or some:
             if DISTRIBUTION:
                 words = signs(first + start, tensor_id, stream, k0, k1, B)
                 cz = signed(words, c, (A, B, 32))
@@ -139,7 +153,7 @@ def _tile(
                     back += signed(words, r, (A, B, 32))
                     squares += q
             else:
-                z = gaussian(first + start, tensor_id, stream, k0, k1, A, B, STRIDE_A, STRIDE_B, WIDTH)
+                z = gaussian(first + start, tensor_id, stream, k0, k1, B, WIDTH)
                 noise = c * z if ONE else tl.fma(z, c, noise)
                 if HESSIAN == 2:
                     back = tl.fma(z, r, back)
@@ -190,30 +204,37 @@ def _tiles(
     if HESSIAN == 2:
         remain = 1 - tl.load(smoothing + column)
     k0, k1 = k0.to(tl.uint32, bitcast=True), k1.to(tl.uint32, bitcast=True)
-    zero = tl.full((), 0, tl.int64)  # the interpreter's t is a Python int
-    for t in range(begin, stop):
-        start = tl.multiple_of(zero + t * TILE, TILE)
-        if aligned & (start >= shift) & (start + TILE <= end):
-            # An address from a table has no known alignment: the hint, on the pointer, gives 128-bit accesses.
-            _tile(
-                tl.multiple_of(src.to(tl.pointer_type(SRC_TYPE)), 16),
-                tl.multiple_of(dst.to(tl.pointer_type(DST_TYPE)), 16),
-                tl.multiple_of(hessian.to(tl.pointer_type(tl.float32)), 16),
-                start, shift, end, first, tensor_id, column, keep, remain, streams, coeffs, restore, curvature,
-                update, counters, k0, k1, n_tensors, n_streams, hessian_min, hessian_max,
-                DISTRIBUTION, HESSIAN, STOCHASTIC, HAS_DECAY, ONE, False, TILE,
-            )  # fmt: skip
-        else:
-            # Edges and unaligned views, in steps: few registers for what runs seldom.
-            for part in range(TILE // PART):
-                _tile(
-                    src.to(tl.pointer_type(SRC_TYPE)),
-                    dst.to(tl.pointer_type(DST_TYPE)),
-                    hessian.to(tl.pointer_type(tl.float32)),
-                    start + part * PART, shift, end, first, tensor_id, column, keep, remain, streams, coeffs, restore,
-                    curvature, update, counters, k0, k1, n_tensors, n_streams, hessian_min, hessian_max,
-                    DISTRIBUTION, HESSIAN, STOCHASTIC, HAS_DECAY, ONE, True, PART,
-                )  # fmt: skip
+    c, r, q, stream = 0.0, 0.0, 0.0, tensor_id
+    if ONE:
+        c, r, q, stream, _ = _stream(0, column, streams, coeffs, restore, curvature, n_tensors, DISTRIBUTION, HESSIAN)
+    # Tiles that are whole and aligned, then the others.
+    whole = begin + (begin * TILE < shift).to(tl.int64)
+    whole_stop = tl.maximum(tl.minimum(stop, end // TILE), whole)
+    whole_stop = tl.where(aligned, whole_stop, whole)
+    zero = tl.full((), 0, tl.int64)  # the interpreter's loop variables are Python integers
+    for t in range(whole, whole_stop):
+        # An address from a table has no known alignment: the hint, on the pointer, gives 128-bit accesses.
+        _tile(
+            tl.multiple_of(src.to(tl.pointer_type(SRC_TYPE)), 16),
+            tl.multiple_of(dst.to(tl.pointer_type(DST_TYPE)), 16),
+            tl.multiple_of(hessian.to(tl.pointer_type(tl.float32)), 16),
+            tl.multiple_of(zero + t * TILE, TILE), shift, end, first, tensor_id, column, keep, remain, c, r, q, stream, streams, coeffs,
+            restore, curvature, update, counters, k0, k1, n_tensors, n_streams, hessian_min, hessian_max,
+            DISTRIBUTION, HESSIAN, STOCHASTIC, HAS_DECAY, ONE, False, TILE,
+        )  # fmt: skip
+    # In smaller steps: few registers for what runs seldom.
+    ahead = whole - begin
+    for i in range((ahead + stop - whole_stop) * (TILE // PART)):
+        t = zero + i // (TILE // PART)
+        t = tl.where(t < ahead, begin + t, whole_stop + t - ahead)
+        _tile(
+            src.to(tl.pointer_type(SRC_TYPE)),
+            dst.to(tl.pointer_type(DST_TYPE)),
+            hessian.to(tl.pointer_type(tl.float32)),
+            t * TILE + i % (TILE // PART) * PART, shift, end, first, tensor_id, column, keep, remain, c, r, q, stream, streams, coeffs,
+            restore, curvature, update, counters, k0, k1, n_tensors, n_streams, hessian_min, hessian_max,
+            DISTRIBUTION, HESSIAN, STOCHASTIC, HAS_DECAY, ONE, True, PART,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["k0", "k1", "n_tensors", "n_streams", "hessian_min", "hessian_max"])
@@ -261,3 +282,11 @@ def philox_kernel(
     tl.store(at + 1, w1.to(tl.int32, bitcast=True), mask=mask)
     tl.store(at + 2, w2.to(tl.int32, bitcast=True), mask=mask)
     tl.store(at + 3, w3.to(tl.int32, bitcast=True), mask=mask)
+
+
+def constants(src: Any, dst: Any, distribution: int, hessian: int, stochastic: bool, decay: bool, k: int) -> dict[str, Any]:
+    """The compile-time arguments of ``pass_kernel`` for a call with k streams."""
+    return {
+        "SRC_TYPE": src, "DST_TYPE": dst, "DISTRIBUTION": distribution, "HESSIAN": hessian,
+        "STOCHASTIC": stochastic and dst != tl.float32, "HAS_DECAY": decay, "ONE": k == 1, "TILE": TILE, "TILES": TILES,
+    }  # fmt: skip
