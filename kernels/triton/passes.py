@@ -18,7 +18,7 @@ from .noise import INTERPRET, RADIUS, gaussian, philox, round_to, rounding_bits,
 WARPS = 1
 TILE = 1024
 PART = tl.constexpr(256)
-TILES = 32  # a program: its first loads (table, scalars), about 1 us, are then under 5% of its time
+TILES = 32  # at most 62, the bits of _tiles' mask; a program: its first loads (table, scalars), about 1 us, are then under 5% of its time
 
 NO_HESSIAN = tl.constexpr(0)  # the forms of the Hessian argument: none, read, or updated
 SCALED = tl.constexpr(1)
@@ -73,30 +73,25 @@ def gate_kernel(
 
 
 @triton.jit
-def _any_large(out):
-    """Whether some |out| is 2 or more, infinite or NaN: all that may have left the range of any dtype.
-
-    An OR of the patterns (half a LOP3 an element, one REDUX a warp) where the comparison itself costs three times that.
-    """
-    bits = out.to(tl.int32, bitcast=True) & 0x40000000
-    if INTERPRET:
-        return tl.max(bits) != 0
-    return tl.reduce_or(bits, None) != 0
+def _larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
-def _load(at, mask, other, MASKED: tl.constexpr):
-    if MASKED:
+def _within(x, limit, ROWS: tl.constexpr):
+    """Whether |x| <= limit everywhere; false for NaN. One FMNMX an element, then one REDUX a warp."""
+    if INTERPRET:
+        return tl.min((tl.abs(x) <= limit).to(tl.int32)) != 0
+    # Patterns of floats that are not negative have their order, and NaN comes out on top.
+    largest = tl.reduce(tl.reshape(tl.abs(x), (ROWS, 8, 4)), 2, _larger)
+    return tl.max(largest.to(tl.int32, bitcast=True)) <= limit.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def _load(at, mask, other, CAREFUL: tl.constexpr):
+    if CAREFUL:
         return tl.load(at, mask=mask, other=other)
     return tl.load(at)
-
-
-@triton.jit
-def _store(at, value, mask, MASKED: tl.constexpr):
-    if MASKED:
-        tl.store(at, value, mask=mask)
-    else:
-        tl.store(at, value)
 
 
 @triton.jit
@@ -121,9 +116,13 @@ def _tile(
     src, dst, hessian, start, shift, end, first, tensor_id, column, keep, remain, c, r, q, stream, streams, coeffs, restore, curvature,
     update, counters, k0, k1, n_tensors, n_streams, hessian_min, hessian_max,
     DISTRIBUTION: tl.constexpr, HESSIAN: tl.constexpr, STOCHASTIC: tl.constexpr, HAS_DECAY: tl.constexpr,
-    ONE: tl.constexpr, MASKED: tl.constexpr, TILE: tl.constexpr,
+    ONE: tl.constexpr, CAREFUL: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """One tile: elements [start, start + TILE) of pointers whose element 0 has index ``first``, valid in [shift, end)."""
+    """One tile: elements [start, start + TILE) of pointers whose element 0 has index ``first``, valid in [shift, end).
+
+    Not CAREFUL: the tile is whole and aligned; false, and nothing written, where a result is not a number in range.
+    CAREFUL: elements may be missing, unaligned, not finite or out of range.
+    """
     # Gaussian rows follow each other in memory. Of a Rademacher tile a thread has the four rows of its own blocks.
     A: tl.constexpr = 4 if DISTRIBUTION else 1
     B: tl.constexpr = TILE // 32 // A
@@ -134,9 +133,9 @@ def _tile(
     b = tl.arange(0, B) * STRIDE_B
     at = a[:, None, None] + b[None, :, None] + tl.arange(0, 32)[None, None, :]
     mask = (at >= shift - start) & (at < end - start)
-    weight = _load(src + start + at, mask, 0.0, MASKED).to(tl.float32)
+    weight = _load(src + start + at, mask, 0.0, CAREFUL).to(tl.float32)
     if HESSIAN != 0:
-        h = _load(hessian + start + at, mask, 1.0, MASKED)
+        h = _load(hessian + start + at, mask, 1.0, CAREFUL)
 
     noise = tl.zeros((A, B, 32), tl.float32)
     back = noise
@@ -165,7 +164,6 @@ def _tile(
         if HESSIAN == 2:
             base = tl.fma(back, scale, weight)
             h = tl.minimum(tl.maximum(h * (remain + squares), hessian_min), hessian_max)
-            _store(hessian + start + at, h, mask, MASKED)
             scale = rsqrt(h)
         noise = noise * scale
     out = tl.fma(base, keep, noise) if HAS_DECAY else base + noise
@@ -175,19 +173,25 @@ def _tile(
     if STOCHASTIC and DTYPE != tl.float32:
         number = tl.load(update).to(tl.uint32)
         random = rounding_bits(first + start, tensor_id, number, k0, k1, A, B, STRIDE_A, STRIDE_B)
-    if _any_large(out):  # rare: what follows is the definition, element by element
-        weight = _load(src + start + at, mask, 0.0, MASKED).to(tl.float32)
-        LIMIT: tl.constexpr = _limit(DTYPE)
+    LIMIT: tl.constexpr = _limit(DTYPE)
+    if CAREFUL:  # the definition, element by element
         finite = tl.abs(weight) < float("inf")
-        beyond = finite & ~(tl.abs(out) <= LIMIT)
-        if MASKED:
-            beyond = beyond & mask
+        beyond = mask & finite & ~(tl.abs(out) <= LIMIT)
         clamped = tl.where(out != out, weight, tl.where(out < 0, -LIMIT, LIMIT))
         rounded = round_to(tl.where(beyond, clamped, out), random, DTYPE, STOCHASTIC)
-        _store(dst + start + at, tl.where(finite, rounded, round_to(weight, random, DTYPE, False)), mask, MASKED)
-        tl.atomic_add(counters + 1, tl.sum(beyond.to(tl.int32)).to(tl.int64))
-    else:
-        _store(dst + start + at, round_to(out, random, DTYPE, STOCHASTIC), mask, MASKED)
+        rounded = tl.where(finite, rounded, round_to(weight, random, DTYPE, False))
+        tl.store(dst + start + at, rounded, mask=mask)
+        if HESSIAN == 2:
+            tl.store(hessian + start + at, h, mask=mask)
+        tl.atomic_add(counters + 1, tl.sum(beyond.to(tl.int32)).to(tl.int64), sem="relaxed")
+    ordinary = True
+    if not CAREFUL:
+        ordinary = _within(out, tl.full((), LIMIT, tl.float32), TILE // 32)
+        if ordinary:
+            tl.store(dst + start + at, round_to(out, random, DTYPE, STOCHASTIC))
+            if HESSIAN == 2:
+                tl.store(hessian + start + at, h)
+    return ordinary
 
 
 @triton.jit
@@ -207,34 +211,37 @@ def _tiles(
     c, r, q, stream = 0.0, 0.0, 0.0, tensor_id
     if ONE:
         c, r, q, stream, _ = _stream(0, column, streams, coeffs, restore, curvature, n_tensors, DISTRIBUTION, HESSIAN)
-    # Tiles that are whole and aligned, then the others.
+    # Tiles that are whole and aligned; a bit of ``rest`` marks each other one, and each where a number is out of range.
     whole = begin + (begin * TILE < shift).to(tl.int64)
+    whole = tl.where(aligned, whole, stop)
     whole_stop = tl.maximum(tl.minimum(stop, end // TILE), whole)
-    whole_stop = tl.where(aligned, whole_stop, whole)
-    zero = tl.full((), 0, tl.int64)  # the interpreter's loop variables are Python integers
+    one = tl.full((), 1, tl.int64)  # the interpreter's loop variables are Python integers
+    rest = ((one << (whole - begin)) - 1) | ((one << (stop - begin)) - (one << (whole_stop - begin)))
     for t in range(whole, whole_stop):
         # An address from a table has no known alignment: the hint, on the pointer, gives 128-bit accesses.
-        _tile(
+        ordinary = _tile(
             tl.multiple_of(src.to(tl.pointer_type(SRC_TYPE)), 16),
             tl.multiple_of(dst.to(tl.pointer_type(DST_TYPE)), 16),
             tl.multiple_of(hessian.to(tl.pointer_type(tl.float32)), 16),
-            tl.multiple_of(zero + t * TILE, TILE), shift, end, first, tensor_id, column, keep, remain, c, r, q, stream, streams, coeffs,
-            restore, curvature, update, counters, k0, k1, n_tensors, n_streams, hessian_min, hessian_max,
+            tl.multiple_of(one * t * TILE, TILE), shift, end, first, tensor_id, column, keep, remain, c, r, q, stream, streams,
+            coeffs, restore, curvature, update, counters, k0, k1, n_tensors, n_streams, hessian_min, hessian_max,
             DISTRIBUTION, HESSIAN, STOCHASTIC, HAS_DECAY, ONE, False, TILE,
         )  # fmt: skip
+        if not ordinary:
+            rest |= one << (t - begin)
     # In smaller steps: few registers for what runs seldom.
-    ahead = whole - begin
-    for i in range((ahead + stop - whole_stop) * (TILE // PART)):
-        t = zero + i // (TILE // PART)
-        t = tl.where(t < ahead, begin + t, whole_stop + t - ahead)
-        _tile(
-            src.to(tl.pointer_type(SRC_TYPE)),
-            dst.to(tl.pointer_type(DST_TYPE)),
-            hessian.to(tl.pointer_type(tl.float32)),
-            t * TILE + i % (TILE // PART) * PART, shift, end, first, tensor_id, column, keep, remain, c, r, q, stream, streams, coeffs,
-            restore, curvature, update, counters, k0, k1, n_tensors, n_streams, hessian_min, hessian_max,
-            DISTRIBUTION, HESSIAN, STOCHASTIC, HAS_DECAY, ONE, True, PART,
-        )  # fmt: skip
+    if rest != 0:
+        for t in range(begin, stop):
+            if (rest >> (t - begin)) & 1 != 0:
+                for part in range(TILE // PART):
+                    _tile(
+                        src.to(tl.pointer_type(SRC_TYPE)),
+                        dst.to(tl.pointer_type(DST_TYPE)),
+                        hessian.to(tl.pointer_type(tl.float32)),
+                        one * t * TILE + part * PART, shift, end, first, tensor_id, column, keep, remain, c, r, q, stream, streams,
+                        coeffs, restore, curvature, update, counters, k0, k1, n_tensors, n_streams, hessian_min, hessian_max,
+                        DISTRIBUTION, HESSIAN, STOCHASTIC, HAS_DECAY, ONE, True, PART,
+                    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["k0", "k1", "n_tensors", "n_streams", "hessian_min", "hessian_max"])
