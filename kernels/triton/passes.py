@@ -17,7 +17,7 @@ from .noise import INTERPRET, RADIUS, gaussian, philox, round_to, rounding_bits,
 # H100 25 bytes/ns/SM x 700 ns = 18 KB; 32 programs x 32 lanes x 64 bytes = 64 KB).
 WARPS = 1
 TILE = 1024
-PART = tl.constexpr(256)
+PART = tl.constexpr(128)
 TILES = 32  # at most 62, the bits of _tiles' mask; a program: its first loads (table, scalars), about 1 us, are then under 5% of its time
 
 NO_HESSIAN = tl.constexpr(0)  # the forms of the Hessian argument: none, read, or updated
