@@ -152,7 +152,10 @@ def _is_full_store(opcode: str) -> bool:
 
 
 def path_of(blocks: list[Block], loops: dict[int, set[int]], header: int, trips: float, longest: bool) -> Counter[str]:
-    """Opcodes once round a loop: inner loops ``trips`` times; the path with full stores that is shortest, or the longest."""
+    """Opcodes once round a loop: the longest way, or the shortest that has full stores and, for trips > 1, inner loops.
+
+    Inner loops count ``trips`` times.
+    """
     body = loops[header]
     inner = {h: b for h, b in loops.items() if h != header and b < body}
     outermost = {h: b for h, b in inner.items() if not any(b < other for other in inner.values())}
@@ -168,19 +171,18 @@ def path_of(blocks: list[Block], loops: dict[int, set[int]], header: int, trips:
         once = path_of(blocks, loops, h, 1, True)
         cost[h] = Counter({op: n * trips for op, n in once.items()})
         nexts[h].discard(h)
-    best: dict[int, dict[bool, Counter[str]]] = {}
+    best: dict[int, dict[tuple[bool, bool], Counter[str]]] = {}
 
-    def walk(node: int) -> dict[bool, Counter[str]]:
-        """The best way from a node to the header, by whether it has a full store."""
+    def walk(node: int) -> dict[tuple[bool, bool], Counter[str]]:
+        """The best way from a node to the header, by whether it has a full store and an inner loop."""
         if node in best:
             return best[node]
-        found: dict[bool, Counter[str]] = {}
-        best[node] = found
+        found = best[node] = {}
         own, stores = cost[node], any(map(_is_full_store, cost[node]))
         for n in nexts[node]:
-            ways = {False: Counter[str]()} if n == header else walk(n)
-            for has, rest in ways.items():
-                way, key = own + rest, has or stores
+            ways = {(False, False): Counter[str]()} if n == header else walk(n)
+            for (stored, looped), rest in ways.items():
+                way, key = own + rest, (stored or stores, looped or node in outermost)
                 if key not in found or (way.total() > found[key].total()) == longest:
                     found[key] = way
         return found
@@ -188,9 +190,9 @@ def path_of(blocks: list[Block], loops: dict[int, set[int]], header: int, trips:
     ways = walk(header)
     if longest:
         return max(ways.values(), key=Counter.total)
-    if True not in ways:
-        raise ValueError("no path with 128-bit stores")
-    return ways[True]
+    if wanted := [way for (stored, looped), way in ways.items() if stored and looped >= (trips > 1)]:
+        return min(wanted, key=Counter.total)
+    raise ValueError("no path with 128-bit stores")
 
 
 def tile_path(compiled: Compiled, k: int) -> Counter[str]:
