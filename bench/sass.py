@@ -18,7 +18,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 from zo_core.kernels.triton.compiled import Compiled, Form, architectures, compile_pass
-from zo_core.kernels.triton.passes import TILE, WARPS
+from zo_core.kernels.triton.passes import TILE, WARPS, use_sums
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 PIPES = ("fma", "imad", "alu", "xu", "lsu", "tensor", "uniform", "control")
@@ -151,8 +151,8 @@ def _is_full_store(opcode: str) -> bool:
     return opcode.startswith("STG") and ".128" in opcode
 
 
-def path_of(blocks: list[Block], loops: dict[int, set[int]], header: int, trips: float, longest: bool) -> Counter[str]:
-    """Opcodes once round a loop: the longest way, or the shortest that has full stores and, for trips > 1, inner loops.
+def path_of(blocks: list[Block], loops: dict[int, set[int]], header: int, trips: int, many: bool, longest: bool) -> Counter[str]:
+    """Opcodes once round a loop: the longest way, or the shortest that has full stores and, if ``many``, inner loops.
 
     Inner loops count ``trips`` times.
     """
@@ -168,7 +168,7 @@ def path_of(blocks: list[Block], loops: dict[int, set[int]], header: int, trips:
         if x not in owner:
             cost[x] = Counter(blocks[x].opcodes)
     for h in outermost:
-        once = path_of(blocks, loops, h, 1, True)
+        once = path_of(blocks, loops, h, 1, False, True)
         cost[h] = Counter({op: n * trips for op, n in once.items()})
         nexts[h].discard(h)
     best: dict[int, dict[tuple[bool, bool], Counter[str]]] = {}
@@ -190,20 +190,22 @@ def path_of(blocks: list[Block], loops: dict[int, set[int]], header: int, trips:
     ways = walk(header)
     if longest:
         return max(ways.values(), key=Counter.total)
-    if wanted := [way for (stored, looped), way in ways.items() if stored and looped >= (trips > 1)]:
+    if wanted := [way for (stored, looped), way in ways.items() if stored and looped >= many]:
         return min(wanted, key=Counter.total)
     raise ValueError("no path with 128-bit stores")
 
 
-def tile_path(compiled: Compiled, k: int) -> Counter[str]:
+def tile_path(compiled: Compiled, form: Form) -> Counter[str]:
     """Opcodes of a whole tile, k streams."""
     blocks = blocks_of(compiled.text)
     loops = loops_of(blocks)
     with_store = [h for h, body in loops.items() if any(_is_full_store(op) for x in body for op in blocks[x].opcodes)]
     if not with_store:
         raise ValueError("no loop with 128-bit stores")
+    # a loop inside takes a stream, or eight (sums.py)
+    trips = -(-form.k // 8) if use_sums(form.distribution == "rademacher", form.hessian, form.k) else form.k
     header = min(with_store, key=lambda h: len(loops[h]))
-    return path_of(blocks, loops, header, k, False)
+    return path_of(blocks, loops, header, trips, form.k > 1, False)
 
 
 def pipe_of(opcode: str) -> str:
@@ -272,7 +274,7 @@ def judge(variant: Variant, capability: int) -> Result:
     problems = []
     weights = TILE / (32 * WARPS)
     try:
-        path = tile_path(compiled, form.k)
+        path = tile_path(compiled, form)
     except ValueError as error:
         path = Counter()
         problems.append(str(error))

@@ -57,8 +57,9 @@ def compile_pass(form: Form, capability: int) -> Compiled:
         form.stochastic, form.decay, form.k,
     )  # fmt: skip
     pointers = {"table": "*i64", "runs": "*i32", "go": "*i32", "streams": "*i64", "update": "*i64", "counters": "*i64"}
-    pointers |= dict.fromkeys(("coeffs", "restore", "curvature", "decay", "smoothing"), "*fp32")
-    scalars = dict.fromkeys(("k0", "k1", "n_tensors", "n_streams"), "i32") | dict.fromkeys(
+    pointers |= {"digits": "*i8", "totals": "*i32"}
+    pointers |= dict.fromkeys(("coeffs", "restore", "curvature", "decay", "smoothing", "scales"), "*fp32")
+    scalars = dict.fromkeys(("k0", "k1", "n_tensors", "n_streams", "n_steps"), "i32") | dict.fromkeys(
         ("hessian_min", "hessian_max"), "fp32"
     )
     signature = {n: (pointers | scalars).get(n, "constexpr") for n in passes.pass_kernel.arg_names}

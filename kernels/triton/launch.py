@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from .. import reference
-from . import passes
+from . import passes, sums
 
 _CACHED = 1024  # tables kept: a shadow engine needs one a module; one is 64 bytes a tensor and 8 a run of tiles
 
@@ -133,6 +133,15 @@ def run_pass(
         streams.numel(), any(s.data_ptr() != d.data_ptr() for s, d in zip(src, dst, strict=True)), decay is not None,
         curvature is not None, 512, **options(4),
     )  # fmt: skip
+    k = streams.numel()
+    n_steps, digits, totals, scales = -(-k // 8), none, none, none  # of the sums of signs (sums.py)
+    if passes.use_sums(_DISTRIBUTIONS[distribution], int(bool(hessians)), k):
+        digits = torch.empty(count * n_steps * 512, dtype=torch.int8, device=device)
+        totals = torch.empty(count * 16, dtype=torch.int32, device=device)
+        scales = torch.empty(count, dtype=torch.float32, device=device)
+        sums.digits_kernel[(count,)](
+            coeffs, digits, totals, scales, count, k, n_steps, triton.next_power_of_2(k), **options(1)
+        )
     groups: dict[tuple[torch.dtype, torch.dtype], list[int]] = {}
     for i, (s, d) in enumerate(zip(src, dst, strict=True)):
         groups.setdefault((s.dtype, d.dtype), []).append(i)
@@ -146,7 +155,7 @@ def run_pass(
         if not len(runs):
             continue
         passes.pass_kernel[(len(runs),)](
-            table, runs, go, streams, coeffs, none if restore is None else restore,
+            table, runs, go, streams, digits, totals, scales, n_steps, coeffs, none if restore is None else restore,
             none if curvature is None else curvature, none if decay is None else decay,
             none if smoothing is None else smoothing, none if update is None else update, counters,
             _int32(seed), _int32(seed >> 32), count, streams.numel(), hessian_min, min(hessian_max, 3.4e38),

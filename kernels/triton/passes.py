@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from .noise import INTERPRET, RADIUS, gaussian, philox, round_to, rounding_bits, rsqrt, signed, signs
+from .sums import weighted_signs
 
 # One warp a program: tests that concern a whole tile need no shared memory and no barrier. 32 elements a thread are
 # 64 to 128 bytes in flight, which with 24 to 32 programs a multiprocessor covers the latency of HBM (Little's law:
@@ -18,6 +19,7 @@ from .noise import INTERPRET, RADIUS, gaussian, philox, round_to, rounding_bits,
 WARPS = 1
 TILE = 1024
 PART = tl.constexpr(128)
+MIN_SUMS = 5
 TILES = 32  # at most 62, the bits of _tiles' mask; a program: its first loads (table, scalars), about 1 us, are then under 5% of its time
 
 NO_HESSIAN = tl.constexpr(0)  # the forms of the Hessian argument: none, read, or updated
@@ -122,10 +124,10 @@ def _stream(
 
 @triton.jit
 def _tile(
-    src, dst, hessian, start, shift, end, first, tensor_id, column, keep, remain, c, r, q, stream, streams, coeffs, restore, curvature,
+    src, dst, hessian, start, shift, end, first, tensor_id, column, keep, remain, c, r, q, stream, streams, digits, totals, scales, n_steps, coeffs, restore, curvature,
     update, counters, k0, k1, n_tensors, n_streams, hessian_min, hessian_max,
     DISTRIBUTION: tl.constexpr, HESSIAN: tl.constexpr, STOCHASTIC: tl.constexpr, HAS_DECAY: tl.constexpr,
-    ONE: tl.constexpr, CAREFUL: tl.constexpr, TILE: tl.constexpr,
+    ONE: tl.constexpr, SUMS: tl.constexpr, CAREFUL: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """One tile: elements [start, start + TILE) of pointers whose element 0 has index ``first``, valid in [shift, end).
 
@@ -149,7 +151,10 @@ def _tile(
     noise = _zeros_like(weight)
     back = noise
     squares = noise
-    for k in range(1 if ONE else n_streams):
+    n_loop = 1 if ONE else n_streams
+    if SUMS and not CAREFUL:
+        n_loop = 0
+    for k in range(n_loop):
         if not ONE:
             c, r, q, stream, some = _stream(k, column, streams, coeffs, restore, curvature, n_tensors, DISTRIBUTION, HESSIAN)
         if ONE or some:
@@ -166,6 +171,9 @@ def _tile(
                 if HESSIAN == 2:
                     back = tl.fma(z, r, back)
                     squares = tl.fma(z * z, q, squares)
+
+    if SUMS and not CAREFUL:
+        noise = weighted_signs(first + start, tensor_id, column, streams, digits, totals, scales, n_streams, n_steps, k0, k1, B)
 
     base = weight
     if HESSIAN != 0:
@@ -205,10 +213,10 @@ def _tile(
 
 @triton.jit
 def _tiles(
-    src, dst, hessian, shift, end, first, tensor_id, column, aligned, begin, stop, streams, coeffs, restore, curvature,
+    src, dst, hessian, shift, end, first, tensor_id, column, aligned, begin, stop, streams, digits, totals, scales, n_steps, coeffs, restore, curvature,
     decay, smoothing, update, counters, k0, k1, n_tensors, n_streams, hessian_min, hessian_max,
     SRC_TYPE: tl.constexpr, DST_TYPE: tl.constexpr, DISTRIBUTION: tl.constexpr, HESSIAN: tl.constexpr,
-    STOCHASTIC: tl.constexpr, HAS_DECAY: tl.constexpr, ONE: tl.constexpr, TILE: tl.constexpr,
+    STOCHASTIC: tl.constexpr, HAS_DECAY: tl.constexpr, ONE: tl.constexpr, SUMS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Tiles [begin, stop) of one tensor. ``src``, ``dst``, ``hessian`` are addresses."""
     keep, remain = 1.0, 1.0
@@ -232,9 +240,9 @@ def _tiles(
             tl.multiple_of(src.to(tl.pointer_type(SRC_TYPE)), 16),
             tl.multiple_of(dst.to(tl.pointer_type(DST_TYPE)), 16),
             tl.multiple_of(hessian.to(tl.pointer_type(tl.float32)), 16),
-            tl.multiple_of(one * t * TILE, TILE), shift, end, first, tensor_id, column, keep, remain, c, r, q, stream, streams,
+            tl.multiple_of(one * t * TILE, TILE), shift, end, first, tensor_id, column, keep, remain, c, r, q, stream, streams, digits, totals, scales, n_steps,
             coeffs, restore, curvature, update, counters, k0, k1, n_tensors, n_streams, hessian_min, hessian_max,
-            DISTRIBUTION, HESSIAN, STOCHASTIC, HAS_DECAY, ONE, False, TILE,
+            DISTRIBUTION, HESSIAN, STOCHASTIC, HAS_DECAY, ONE, SUMS, False, TILE,
         )  # fmt: skip
         if not ordinary:
             rest |= one << (t - begin)
@@ -247,18 +255,18 @@ def _tiles(
                         src.to(tl.pointer_type(SRC_TYPE)),
                         dst.to(tl.pointer_type(DST_TYPE)),
                         hessian.to(tl.pointer_type(tl.float32)),
-                        one * t * TILE + part * PART, shift, end, first, tensor_id, column, keep, remain, c, r, q, stream, streams,
+                        one * t * TILE + part * PART, shift, end, first, tensor_id, column, keep, remain, c, r, q, stream, streams, digits, totals, scales, n_steps,
                         coeffs, restore, curvature, update, counters, k0, k1, n_tensors, n_streams, hessian_min, hessian_max,
-                        DISTRIBUTION, HESSIAN, STOCHASTIC, HAS_DECAY, ONE, True, PART,
+                        DISTRIBUTION, HESSIAN, STOCHASTIC, HAS_DECAY, ONE, SUMS, True, PART,
                     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["k0", "k1", "n_tensors", "n_streams", "hessian_min", "hessian_max"])
+@triton.jit(do_not_specialize=["k0", "k1", "n_tensors", "n_streams", "n_steps", "hessian_min", "hessian_max"])
 def pass_kernel(
-    table, runs, go, streams, coeffs, restore, curvature, decay, smoothing, update, counters, k0, k1, n_tensors,
+    table, runs, go, streams, digits, totals, scales, n_steps, coeffs, restore, curvature, decay, smoothing, update, counters, k0, k1, n_tensors,
     n_streams, hessian_min, hessian_max,
     SRC_TYPE: tl.constexpr, DST_TYPE: tl.constexpr, DISTRIBUTION: tl.constexpr, HESSIAN: tl.constexpr,
-    STOCHASTIC: tl.constexpr, HAS_DECAY: tl.constexpr, ONE: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
+    STOCHASTIC: tl.constexpr, HAS_DECAY: tl.constexpr, ONE: tl.constexpr, SUMS: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """A program works on up to TILES tiles of one tensor: ``runs`` names the row of ``table`` and the first tile."""
     run = tl.program_id(0).to(tl.int64) * 2
@@ -272,9 +280,9 @@ def pass_kernel(
         stop = tl.minimum(begin + TILES, tl.cdiv(end, TILE))
         _tiles(
             tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3), end, tl.load(row + 5),
-            tl.load(row + 6).to(tl.uint32), column, aligned, begin, stop, streams, coeffs, restore, curvature,
+            tl.load(row + 6).to(tl.uint32), column, aligned, begin, stop, streams, digits, totals, scales, n_steps, coeffs, restore, curvature,
             decay, smoothing, update, counters, k0, k1, n_tensors, n_streams, hessian_min, hessian_max,
-            SRC_TYPE, DST_TYPE, DISTRIBUTION, HESSIAN, STOCHASTIC, HAS_DECAY, ONE, TILE,
+            SRC_TYPE, DST_TYPE, DISTRIBUTION, HESSIAN, STOCHASTIC, HAS_DECAY, ONE, SUMS, TILE,
         )  # fmt: skip
 
 
@@ -300,9 +308,14 @@ def philox_kernel(
     tl.store(at + 3, w3.to(tl.int32, bitcast=True), mask=mask)
 
 
+def use_sums(distribution: int, hessian: int, k: int) -> bool:
+    """Whether sums of signs go to the tensor cores: from 5 streams on they are cheaper there."""
+    return distribution == 1 and not hessian and k >= MIN_SUMS
+
+
 def constants(src: Any, dst: Any, distribution: int, hessian: int, stochastic: bool, decay: bool, k: int) -> dict[str, Any]:
     """The compile-time arguments of ``pass_kernel`` for a call with k streams."""
     return {
         "SRC_TYPE": src, "DST_TYPE": dst, "DISTRIBUTION": distribution, "HESSIAN": hessian,
-        "STOCHASTIC": stochastic and dst != tl.float32, "HAS_DECAY": decay, "ONE": k == 1, "TILE": TILE, "TILES": TILES,
+        "STOCHASTIC": stochastic and dst != tl.float32, "HAS_DECAY": decay, "ONE": k == 1, "SUMS": use_sums(distribution, hessian, k), "TILE": TILE, "TILES": TILES,
     }  # fmt: skip
