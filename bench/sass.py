@@ -204,8 +204,9 @@ def tile_path(compiled: Compiled, form: Form) -> Counter[str]:
         raise ValueError("no loop with 128-bit stores")
     # a loop inside takes a stream, or eight (sums.py)
     trips = -(-form.k // 8) if use_sums(form.distribution == "rademacher", form.hessian, form.k) else form.k
+    trips -= trips != form.k  # of which the first is apart
     header = min(with_store, key=lambda h: len(loops[h]))
-    return path_of(blocks, loops, header, trips, form.k > 1, False)
+    return path_of(blocks, loops, header, trips, trips > 0 and form.k > 1, False)
 
 
 def pipe_of(opcode: str) -> str:
@@ -286,8 +287,9 @@ def judge(variant: Variant, capability: int) -> Result:
     # scalars (coefficients, stream numbers) are loads of one element a thread; the weights move in 128 bits
     moved = sum(n for op, n in path.items() if op.startswith(("LDG", "STG")) and ".128" in op) * 16 / weights
     expected = BYTES[form.src] + BYTES[form.dst or form.src] + (0, 4, 8)[form.hessian]
-    if abs(moved - expected) > 1e-6:
-        problems.append(f"128-bit accesses move {moved:g} bytes a weight, not {expected}")
+    narrow = [op for op in widths if ".128" not in op and (".U16" in op or ".U8" in op)]
+    if moved < expected or narrow:
+        problems.append(f"128-bit accesses move {moved:g} bytes a weight of {expected}; {' '.join(narrow)}")
     if compiled.stack or compiled.local:
         problems.append(f"{compiled.stack + compiled.local} bytes of local memory")
     if variant.budget and capability in (80, 90) and total > variant.budget:

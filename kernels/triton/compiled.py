@@ -63,10 +63,13 @@ def compile_pass(form: Form, capability: int) -> Compiled:
         ("hessian_min", "hessian_max"), "fp32"
     )
     signature = {n: (pointers | scalars).get(n, "constexpr") for n in passes.pass_kernel.arg_names}
+    aligned = [("tt.divisibility", 16)]  # what the launcher allocates itself, and what a launch finds of it
+    own = ("table", "runs", "go", "digits", "totals", "scales")
+    attributes = {(passes.pass_kernel.arg_names.index(n),): [list(a) for a in aligned] for n in own}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         compiled = triton.compile(
-            ASTSource(passes.pass_kernel, signature, constants, {}),
+            ASTSource(passes.pass_kernel, signature, constants, attributes),
             target=GPUTarget("cuda", capability, 32),
             options=launch.options(),
         )

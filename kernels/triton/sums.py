@@ -54,16 +54,15 @@ def digits_kernel(coeffs, digits, totals, scales, n_tensors, n_streams, n_steps,
 
 @triton.jit
 def _bits(words, I: tl.constexpr, ROWS: tl.constexpr):
-    """Bit I of each byte, in its place: int8 (ROWS, 32) from words (ROWS, 8)."""
-    wide = tl.broadcast_to(words[:, :, None], (ROWS, 8, 4))
+    """Bit I of each byte, in its place: int8 (ROWS, 32) from each word four times, (ROWS, 32)."""
     if INTERPRET:
-        bytes_ = (wide >> (8 * tl.arange(0, 4))[None, None, :].to(tl.uint32)) & (1 << I)
-        return tl.reshape(bytes_.to(tl.int32).to(tl.int8), (ROWS, 32))
+        byte = (8 * (tl.arange(0, 32) & 3))[None, :].to(tl.uint32)
+        return ((words >> byte) & (1 << I)).to(tl.int32).to(tl.int8)
+    # One AND makes four bytes. The word is there four times by join: of a broadcast Triton would take the AND out.
     MASK: tl.constexpr = 0x01010101 << I
-    bytes_ = tl.inline_asm_elementwise(
-        f"and.b32 $0, $1, {MASK};", "=r,r,r,r,r", [wide.to(tl.int32, bitcast=True)], tl.int8, is_pure=True, pack=4
+    return tl.inline_asm_elementwise(
+        f"and.b32 $0, $1, {MASK};", "=r,r,r,r,r", [words.to(tl.int32, bitcast=True)], tl.int8, is_pure=True, pack=4
     )
-    return tl.reshape(bytes_, (ROWS, 32))
 
 
 @triton.jit
@@ -73,6 +72,37 @@ def _value(sums, scale, ROWS: tl.constexpr):
     d0, d1 = tl.split(low)
     d2, d3 = tl.split(high)
     return tl.fma((d3 * 128 + d2).to(tl.float32), scale * 16384.0, (d1 * 128 + d0).to(tl.float32) * scale)
+
+
+@triton.jit
+def _four_streams(first, tensor_id, k, streams, n_streams, lanes, k0, k1):
+    """Words (BLOCKS, 4, 2, 2) of streams k to k + 3: four at a time is what gives each lane the stream it needs."""
+    k += tl.arange(0, 4)
+    stream = tl.load(streams + k, mask=k < n_streams, other=0).to(tl.uint32)[None, :]
+    w0, w1, w2, w3 = words_of(first >> 7, RADEMACHER, lanes, tensor_id, stream, k0, k1)
+    return tl.join(tl.join(w0, w2), tl.join(w1, w3))
+
+
+@triton.jit
+def _step(
+    step, first, tensor_id, streams, n_streams, lanes, right, k0, k1, a0, a1, a2, a3, a4, a5, a6, a7, ROWS: tl.constexpr
+):
+    """Adds eight streams to the sums of the eight bit places."""
+    low = _four_streams(first, tensor_id, step * 8, streams, n_streams, lanes, k0, k1)
+    high = _four_streams(first, tensor_id, step * 8 + 4, streams, n_streams, lanes, k0, k1)
+    words = tl.permute(tl.join(low, high), (2, 3, 0, 4, 1))  # (word, word, block, low or high, stream)
+    twice = tl.join(tl.reshape(words, (ROWS, 8)), tl.reshape(words, (ROWS, 8)))
+    words = tl.reshape(tl.join(twice, twice), (ROWS, 32))
+    b = tl.trans(tl.load(right + step * 512))
+    a0 = tl.dot(_bits(words, 0, ROWS), b, a0, out_dtype=tl.int32)
+    a1 = tl.dot(_bits(words, 1, ROWS), b, a1, out_dtype=tl.int32)
+    a2 = tl.dot(_bits(words, 2, ROWS), b, a2, out_dtype=tl.int32)
+    a3 = tl.dot(_bits(words, 3, ROWS), b, a3, out_dtype=tl.int32)
+    a4 = tl.dot(_bits(words, 4, ROWS), b, a4, out_dtype=tl.int32)
+    a5 = tl.dot(_bits(words, 5, ROWS), b, a5, out_dtype=tl.int32)
+    a6 = tl.dot(_bits(words, 6, ROWS), b, a6, out_dtype=tl.int32)
+    a7 = tl.dot(_bits(words, 7, ROWS), b, a7, out_dtype=tl.int32)
+    return a0, a1, a2, a3, a4, a5, a6, a7
 
 
 @triton.jit
@@ -86,23 +116,15 @@ def weighted_signs(
     a0, a1, a2, a3 = -total, -2 * total, -4 * total, -8 * total
     a4, a5, a6, a7 = -16 * total, -32 * total, -64 * total, 128 * total  # a byte with bit 7 is -128
     lanes = tl.arange(0, BLOCKS).to(tl.uint32)[:, None]
-    # torch allocates in multiples of 512 bytes: 16 at least is known
-    right = tl.multiple_of(digits, 16) + column * n_steps * 512 + tl.arange(0, 16)[:, None] * 32 + tl.arange(0, 32)[None, :]
-    for step in range(n_steps):
-        k = step * 8 + tl.arange(0, 8)
-        stream = tl.load(streams + k, mask=k < n_streams, other=0).to(tl.uint32)[None, :]
-        w0, w1, w2, w3 = words_of(first >> 7, RADEMACHER, lanes, tensor_id, stream, k0, k1)
-        words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # (BLOCKS, 8, 2, 2)
-        words = tl.reshape(tl.permute(words, (2, 3, 0, 1)), (ROWS, 8))
-        b = tl.trans(tl.load(right + step * 512))
-        a0 = tl.dot(_bits(words, 0, ROWS), b, a0, out_dtype=tl.int32)
-        a1 = tl.dot(_bits(words, 1, ROWS), b, a1, out_dtype=tl.int32)
-        a2 = tl.dot(_bits(words, 2, ROWS), b, a2, out_dtype=tl.int32)
-        a3 = tl.dot(_bits(words, 3, ROWS), b, a3, out_dtype=tl.int32)
-        a4 = tl.dot(_bits(words, 4, ROWS), b, a4, out_dtype=tl.int32)
-        a5 = tl.dot(_bits(words, 5, ROWS), b, a5, out_dtype=tl.int32)
-        a6 = tl.dot(_bits(words, 6, ROWS), b, a6, out_dtype=tl.int32)
-        a7 = tl.dot(_bits(words, 7, ROWS), b, a7, out_dtype=tl.int32)
+    right = digits + column * n_steps * 512 + tl.arange(0, 16)[:, None] * 32 + tl.arange(0, 32)[None, :]
+    # The first step apart: a loop that may run no time costs a copy of all 128 sums.
+    a0, a1, a2, a3, a4, a5, a6, a7 = _step(
+        0, first, tensor_id, streams, n_streams, lanes, right, k0, k1, a0, a1, a2, a3, a4, a5, a6, a7, ROWS
+    )
+    for step in range(1, n_steps):
+        a0, a1, a2, a3, a4, a5, a6, a7 = _step(
+            step, first, tensor_id, streams, n_streams, lanes, right, k0, k1, a0, a1, a2, a3, a4, a5, a6, a7, ROWS
+        )
     scale = tl.load(scales + column)
     y0, y1 = _value(a0, scale, ROWS), _value(a1, scale * 0.5, ROWS)
     y2, y3 = _value(a2, scale * 0.25, ROWS), _value(a3, scale * 0.125, ROWS)
