@@ -171,3 +171,15 @@ def run_pass(
     )
     if status := _require().zo_run(job, tensors, count, counters.data_ptr()):
         raise RuntimeError(f"zo_run refused its arguments (status {status}): please report this as a bug")
+
+
+def run_rows(
+    src: Tensor, rows: Tensor, dst: Tensor, tensor_id: int, offset: int, streams: Tensor, coeffs: Tensor, *, seed: int,
+    distribution: str, counters: Tensor,
+) -> None:  # fmt: skip
+    """``run_pass`` with a tensor a row: rows of ``src`` that ``rows`` names, into the rows of ``dst``."""
+    names, width = rows.tolist(), src.shape[1]
+    run_pass(
+        [src[row] for row in names], list(dst), [], [tensor_id] * len(names), [offset + row * width for row in names],
+        streams, coeffs.expand(-1, len(names)), seed=seed, distribution=distribution, counters=counters,
+    )  # fmt: skip

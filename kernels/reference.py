@@ -166,3 +166,20 @@ def run_pass(
                 rounded = torch.where(weight.isfinite(), stochastic_round(out, bits, target.dtype), rounded)
             flat_target[part] = rounded
             counters[1] += beyond.sum()
+
+
+def run_rows(
+    src: Tensor, rows: Tensor, dst: Tensor, tensor_id: int, offset: int, streams: Tensor, coeffs: Tensor, *, seed: int,
+    distribution: str, counters: Tensor,
+) -> None:  # fmt: skip
+    """``perturb`` of the rows of ``src`` that ``rows`` names, into the rows of ``dst``."""
+    width = src.shape[1]
+    if not width:
+        return
+    for dst_row, row in zip(dst, rows.tolist(), strict=True):
+        run_pass(
+            [src[row]], [dst_row], [], [tensor_id], [offset + row * width], streams, coeffs, seed=seed,
+            distribution=distribution, counters=counters,
+        )  # fmt: skip
+        if not _finite(coeffs):
+            return  # counted once

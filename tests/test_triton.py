@@ -121,3 +121,30 @@ def test_a_tensor_of_more_than_2_31_elements_has_int64_rows_and_runs():
     rows, runs = launch.tile_rows([2**40], [2**40], [0], [n], [2**35 + 1], [0], [0], 2, 2)
     assert rows[0][4] == n + 1 and runs[-1][1] * passes.TILE < n + 1 <= (runs[-1][1] + passes.TILES) * passes.TILE
     assert len(runs) == -(-(n + 1) // (passes.TILE * passes.TILES))
+
+
+@pytest.mark.parametrize("width", [3, 130, 1024, 1500])
+@pytest.mark.parametrize(("distribution", "k"), [("gaussian", 1), ("gaussian", 2), ("rademacher", 1), ("rademacher", 9)])
+def test_gathered_rows_are_those_of_the_whole_matrix(width, distribution, k):
+    src = torch.randn(12, width, generator=torch.Generator().manual_seed(1)).to(DEVICE, torch.bfloat16)
+    rows = torch.tensor([7, 0, 11, 7], device=DEVICE)
+    streams, coeffs = torch.arange(k, device=DEVICE), torch.linspace(0.01, -0.02, k, device=DEVICE)[:, None]
+    key = {"seed": SEED, "distribution": distribution, "counters": torch.zeros(2, dtype=torch.int64, device=DEVICE)}
+    whole, got = torch.empty_like(src), torch.full((4, width), torch.nan, dtype=torch.bfloat16, device=DEVICE)
+    reference.run_pass([src], [whole], [], [5], [2**33 + 3], streams, coeffs, **key)
+    backend.run_rows(src, rows, got, 5, 2**33 + 3, streams, coeffs, **key)
+    assert not got.isnan().any() and ((got - whole[rows]).float().abs() <= 2.0**-7 * whole[rows].float().abs()).all()
+    assert (got != whole[rows]).float().mean() <= 0.02
+    expected = torch.empty_like(got)
+    reference.run_rows(src, rows, expected, 5, 2**33 + 3, streams, coeffs, **key)
+    assert torch.equal(expected, whole[rows])
+
+
+def test_gathered_rows_with_a_coefficient_that_is_not_finite_are_a_counted_no_op():
+    src, dst = torch.ones(3, 5, device=DEVICE), torch.zeros(2, 5, device=DEVICE)
+    rows, streams = torch.tensor([2, 1], device=DEVICE), torch.tensor([1], device=DEVICE)
+    for module in (backend, reference):
+        counters = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+        coeffs = torch.full((1, 1), torch.nan, device=DEVICE)
+        module.run_rows(src, rows, dst, 0, 0, streams, coeffs, seed=1, distribution="gaussian", counters=counters)
+        assert counters.tolist() == [1, 0] and not dst.any()

@@ -99,6 +99,20 @@ def philox_(
         )
 
 
+def _digits(coeffs: Tensor, none: Tensor, summed: bool) -> tuple[Tensor, Tensor, Tensor, int]:
+    """What the sums of signs read in place of (K, T) coefficients (sums.py)."""
+    k, count = coeffs.shape
+    steps = -(-k // 8)
+    if not summed:
+        return none, none, none, steps
+    digits = torch.empty(count * steps * 512, dtype=torch.int8, device=coeffs.device)
+    totals = torch.empty(count * 16, dtype=torch.int32, device=coeffs.device)
+    scales = torch.empty(count, dtype=torch.float32, device=coeffs.device)
+    block = triton.next_power_of_2(k)
+    sums.digits_kernel[(count,)](coeffs, digits, totals, scales, count, k, steps, block, **options(1))
+    return digits, totals, scales, steps
+
+
 def run_pass(
     src: Sequence[Tensor],
     dst: Sequence[Tensor],
@@ -133,15 +147,8 @@ def run_pass(
         streams.numel(), any(s.data_ptr() != d.data_ptr() for s, d in zip(src, dst, strict=True)), decay is not None,
         curvature is not None, 512, **options(4),
     )  # fmt: skip
-    k = streams.numel()
-    n_steps, digits, totals, scales = -(-k // 8), none, none, none  # of the sums of signs (sums.py)
-    if passes.use_sums(_DISTRIBUTIONS[distribution], int(bool(hessians)), k):
-        digits = torch.empty(count * n_steps * 512, dtype=torch.int8, device=device)
-        totals = torch.empty(count * 16, dtype=torch.int32, device=device)
-        scales = torch.empty(count, dtype=torch.float32, device=device)
-        sums.digits_kernel[(count,)](
-            coeffs, digits, totals, scales, count, k, n_steps, triton.next_power_of_2(k), **options(1)
-        )
+    summed = passes.use_sums(_DISTRIBUTIONS[distribution], int(bool(hessians)), streams.numel())
+    digits, totals, scales, n_steps = _digits(coeffs, none, summed)
     groups: dict[tuple[torch.dtype, torch.dtype], list[int]] = {}
     for i, (s, d) in enumerate(zip(src, dst, strict=True)):
         groups.setdefault((s.dtype, d.dtype), []).append(i)
@@ -165,3 +172,26 @@ def run_pass(
             ),
             **options(),
         )  # fmt: skip
+
+
+def run_rows(
+    src: Tensor, rows: Tensor, dst: Tensor, tensor_id: int, offset: int, streams: Tensor, coeffs: Tensor, *, seed: int,
+    distribution: str, counters: Tensor,
+) -> None:  # fmt: skip
+    """``perturb_rows`` of ``bindings.ops``: rows of ``src`` that ``rows`` names, into the rows of ``dst``."""
+    if not dst.numel():
+        return
+    coeffs = coeffs.contiguous()
+    go, k, none = torch.empty(2, dtype=torch.int32, device=src.device), streams.numel(), counters
+    passes.gate_kernel[(1,)](
+        coeffs, none, none, none, none, go, counters, 1, k, True, False, False, 512, **options(4)
+    )
+    summed = passes.use_sums(_DISTRIBUTIONS[distribution], 0, k)
+    digits, totals, scales, steps = _digits(coeffs, none, summed)
+    width = src.shape[1]
+    tiles = -(-width // passes.TILE) + 1  # a row may start anywhere in its first tile
+    passes.rows_kernel[(rows.numel() * tiles,)](
+        src, rows, dst, go, streams, digits, totals, scales, coeffs, counters, tiles, width, _int32(tensor_id),
+        offset, _int32(seed), _int32(seed >> 32), k, steps, _DISTRIBUTIONS[distribution], k == 1, summed, passes.TILE,
+        **options(),
+    )  # fmt: skip

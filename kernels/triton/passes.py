@@ -286,6 +286,31 @@ def pass_kernel(
         )  # fmt: skip
 
 
+@triton.jit(do_not_specialize=["n_tiles", "width", "tensor_id", "offset", "k0", "k1", "n_streams", "n_steps"])
+def rows_kernel(
+    src, rows, dst, go, streams, digits, totals, scales, coeffs, counters, n_tiles, width, tensor_id, offset, k0, k1,
+    n_streams, n_steps, DISTRIBUTION: tl.constexpr, ONE: tl.constexpr, SUMS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """A program makes one tile of one gathered row: a row is a tensor that starts at its own offset in the matrix."""
+    j = (tl.program_id(0) // n_tiles).to(tl.int64)
+    t = (tl.program_id(0) % n_tiles).to(tl.int64)
+    row = tl.load(rows + j).to(tl.int64)
+    at = offset.to(tl.int64) + row * width
+    shift = at % TILE
+    SRC_TYPE: tl.constexpr = src.dtype.element_ty
+    DST_TYPE: tl.constexpr = dst.dtype.element_ty
+    from_at = src.to(tl.int64) + (row * width - shift) * (SRC_TYPE.primitive_bitwidth // 8)
+    to_at = dst.to(tl.int64) + (j * width - shift) * (DST_TYPE.primitive_bitwidth // 8)
+    zero = tl.full((), 0, tl.int64)
+    if (tl.load(go) != 0) & (t * TILE < shift + width):
+        _tiles(
+            from_at, to_at, zero, shift, shift + width, at - shift, tensor_id.to(tl.uint32, bitcast=True), zero,
+            ((from_at | to_at) & 15) == 0, t, t + 1, streams, digits, totals, scales, n_steps, coeffs, coeffs, coeffs,
+            coeffs, coeffs, counters, counters, k0, k1, 1, n_streams, 0.0, 0.0,
+            SRC_TYPE, DST_TYPE, DISTRIBUTION, 0, False, False, ONE, SUMS, TILE,
+        )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["n", "first", "skip", "tensor_id", "stream", "k0", "k1"])
 def philox_kernel(
     words, n, first, skip, tensor_id, stream, k0, k1, DOMAIN: tl.constexpr, ROUNDS: tl.constexpr, BLOCK: tl.constexpr
