@@ -16,10 +16,18 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 LIBRARY = "libzo_core.so"
-FLAGS = (
-    "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-math-errno -ffp-contract=fast -Wall -Wextra -Wno-psabi "
-    "-Wno-maybe-uninitialized"  # GCC's own AVX-512 header warns
-).split()
+FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-ffp-contract=fast",
+    "-Wall",
+    "-Wextra",
+    "-Wno-psabi",
+    "-Wno-maybe-uninitialized",
+]
 VARIANTS = {"portable": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     VARIANTS["avx2"] = ["-mavx2", "-mfma"]

@@ -72,10 +72,9 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         return None, f"{LIBRARY.name} has ABI version {found}, this package needs {ABI_VERSION}: rebuild it"
     library.zo_run.argtypes = (ctypes.POINTER(_PassStruct), ctypes.POINTER(_TensorStruct), _i64, _ptr)
     library.zo_philox.argtypes = (_u64, _u32, _u32, _u32, _u64, _i64, _i32, _ptr)
-    if isa := os.environ.get("ZO_CORE_ISA"):
-        if isa not in ISAS or library.zo_isa_set(ISAS.index(isa)):
-            choices = ", ".join(name for i, name in enumerate(ISAS) if library.zo_isa_available(i))
-            raise ValueError(f"ZO_CORE_ISA={isa}: expected one this machine runs ({choices})")
+    if (isa := os.environ.get("ZO_CORE_ISA")) and (isa not in ISAS or library.zo_isa_set(ISAS.index(isa))):
+        choices = ", ".join(name for i, name in enumerate(ISAS) if library.zo_isa_available(i))
+        raise ValueError(f"ZO_CORE_ISA={isa}: expected one this machine runs ({choices})")
     return library, ""
 
 
@@ -110,9 +109,7 @@ def set_isa(name: str) -> None:
     _require().zo_isa_set(ISAS.index(name))
 
 
-def philox_(
-    words: Tensor, *, domain: int, tensor_id: int, stream: int, block: int, seed: int, rounds: int = 7
-) -> None:
+def philox_(words: Tensor, *, domain: int, tensor_id: int, stream: int, block: int, seed: int, rounds: int = 7) -> None:
     """Fill int32 ``words`` of shape (n, 4) with the Philox words of blocks ``block`` to ``block + n - 1``."""
     _require().zo_philox(seed, domain, tensor_id, stream, block, words.shape[0], rounds, words.data_ptr())
 

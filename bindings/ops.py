@@ -25,7 +25,7 @@ Errors (TypeError for dtypes, ValueError for all else) come before anything is w
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -66,9 +66,7 @@ def signed64(seed: int) -> int:
 # ---- checks ----------------------------------------------------------------------------------------------------
 
 
-def _check_tensors(
-    name: str, tensors: Sequence[Tensor], device: torch.device, dtypes: tuple[torch.dtype, ...]
-) -> None:
+def _check_tensors(name: str, tensors: Sequence[Tensor], device: torch.device, dtypes: tuple[torch.dtype, ...]) -> None:
     for i, t in enumerate(tensors):
         if t.dtype not in dtypes:
             raise TypeError(f"{name}[{i}]: expected {' or '.join(map(str, dtypes))}, got {t.dtype}")
@@ -275,13 +273,14 @@ def _fake_philox_(words: Tensor, *, seed: int, **options: int) -> None:
     _check_philox(words, **options)
 
 
-_LIBRARY = torch.library.Library("zo_core", "DEF")
-for _schema, _kernel, _fake in zip(
-    _SCHEMAS,
-    (_update_, _perturb, _perturb_rows, _philox_),
-    (_fake_update_, _fake_perturb, _fake_perturb_rows, _fake_philox_),
-    strict=True,
-):
-    _name = _LIBRARY.define(_schema)
-    _LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
+_LIBRARY = torch.library.Library("zo_core", "DEF")  # type: ignore[no-untyped-call]
+_KERNELS: tuple[tuple[Callable[..., None], Callable[..., None]], ...] = (
+    (_update_, _fake_update_),
+    (_perturb, _fake_perturb),
+    (_perturb_rows, _fake_perturb_rows),
+    (_philox_, _fake_philox_),
+)
+for _schema, (_kernel, _fake) in zip(_SCHEMAS, _KERNELS, strict=True):
+    _name = _LIBRARY.define(_schema)  # type: ignore[no-untyped-call]
+    _LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"zo_core::{_name}", _fake, lib=_LIBRARY)

@@ -18,9 +18,7 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 
-def philox(
-    block: Tensor, *, domain: int, tensor_id: int, stream: int | Tensor, seed: int, rounds: int = 7
-) -> Tensor:
+def philox(block: Tensor, *, domain: int, tensor_id: int, stream: int | Tensor, seed: int, rounds: int = 7) -> Tensor:
     """Philox4x32 words (Salmon et al., SC'11) of the given blocks.
 
     Args:
@@ -44,9 +42,7 @@ def philox(
     return torch.stack((c0, c1, c2, c3), -1)
 
 
-def philox_(
-    words: Tensor, *, domain: int, tensor_id: int, stream: int, block: int, seed: int, rounds: int = 7
-) -> None:
+def philox_(words: Tensor, *, domain: int, tensor_id: int, stream: int, block: int, seed: int, rounds: int = 7) -> None:
     """Fill int32 ``words`` of shape (n, 4) with the Philox words of blocks ``block`` to ``block + n - 1``."""
     blocks = torch.arange(words.shape[0], device=words.device) + block
     x = philox(blocks, domain=domain, tensor_id=tensor_id, stream=stream, seed=seed, rounds=rounds)
@@ -106,6 +102,7 @@ def _finite(*scalars: Tensor | None) -> bool:
     return all(bool(s.isfinite().all()) for s in scalars if s is not None)
 
 
+@torch.no_grad()
 def run_pass(
     src: Sequence[Tensor],
     dst: Sequence[Tensor],

@@ -24,7 +24,7 @@ class ParamSpace:
     def update_(
         self, probes: Sequence[Probe], coeffs: Tensor, decay: Tensor | None = None, update: Tensor | None = None
     ) -> None:
-        """theta <- round((1 - decay) theta + sum_k coeffs[k] z_k), one fused pass over all tensors, in place.
+        """Theta <- round((1 - decay) theta + sum_k coeffs[k] z_k), one fused pass over all tensors, in place.
 
         Args:
             probes: K streams.

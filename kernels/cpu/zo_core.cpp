@@ -59,7 +59,7 @@ bool touches(const zo_pass &p, const zo_tensor &t, int64_t i, int64_t n) {
 extern "C" int zo_run(const zo_pass *pass, const zo_tensor *tensors, int64_t n_tensors, int64_t counters[2]) {
   if (!pass || !counters || n_tensors < 0 || (n_tensors && !tensors)) return ZO_BAD_ARGUMENT;
   const zo_pass &p = *pass;
-  if (p.n_streams < 0 || (p.n_streams && (!p.streams || !p.coeffs)) || p.threads < 1 ||
+  if (p.n_streams < 0 || (p.n_streams && n_tensors && (!p.streams || !p.coeffs)) || p.threads < 1 ||
       (p.distribution != ZO_GAUSSIAN && p.distribution != ZO_RADEMACHER) ||
       (p.rounding != ZO_NEAREST && p.rounding != ZO_STOCHASTIC) || (p.curvature && (!p.restore || !p.smoothing)) ||
       (p.restore && !p.curvature))
@@ -68,7 +68,7 @@ extern "C" int zo_run(const zo_pass *pass, const zo_tensor *tensors, int64_t n_t
     const zo_tensor &t = tensors[i];
     if (t.numel < 0 || t.offset < 0 || !valid_dtype(t.src_dtype) || !valid_dtype(t.dst_dtype) ||
         (t.numel && (!t.src || !t.dst)) || (p.curvature && t.numel && !t.hessian) ||
-        (t.src == t.dst && t.src_dtype != t.dst_dtype))
+        (t.numel && t.src == t.dst && t.src_dtype != t.dst_dtype))
       return ZO_BAD_ARGUMENT;
   }
   const int64_t matrix = p.n_streams * n_tensors;

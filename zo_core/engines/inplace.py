@@ -31,10 +31,10 @@ class InPlaceEngine:
     """Evaluates at theta + c z by adding to theta; the way back is fused into whatever comes next.
 
     MeZO's step is three passes: to +eps z, on to -eps z, and restore and update together. Going back rounds, in
-    the weights' dtype: float32 returns to within an ulp, 16-bit weights drift (docs/design.md).
+    the weights' dtype: float32 returns to within an ulp, 16-bit weights drift (docs/architecture.md).
     """
 
-    def __init__(self, space: ParamSpace):
+    def __init__(self, space: ParamSpace) -> None:
         self.space = space
         self.at: tuple[Probe, float] | None = None  # theta + c z is in the weights
 
@@ -57,7 +57,7 @@ class InPlaceEngine:
             self.at = to
 
     def update(self, probes: Sequence[Probe], coeffs: Tensor, decay: Tensor, update: Tensor | None) -> None:
-        """theta <- (1 - decay) theta + sum_k coeffs[k] z_k, restored and updated in one pass.
+        """Theta <- (1 - decay) theta + sum_k coeffs[k] z_k, restored and updated in one pass.
 
         Args:
             probes: K streams.

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -51,7 +51,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         seed: int = 0,
         distribution: str = "gaussian",
         stochastic_rounding: bool = True,
-    ):
+    ) -> None:
         if distribution not in DISTRIBUTIONS:
             raise ValueError(f"distribution: expected one of {list(DISTRIBUTIONS)}, got {distribution!r}")
         ops.signed64(seed)
@@ -62,7 +62,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "probes": probes, "decay_vectors": vectors}
         super().__init__(params, defaults)
         device = self._tensors()[0].device
-        self.state[_STATE] = {
+        self._own = {
             "seed": seed,
             "distribution": distribution,
             "stream": torch.zeros(1, dtype=torch.int64, device=device),
@@ -80,7 +80,7 @@ class ZOOptimizer(torch.optim.Optimizer):
 
     def draw(self, n: int) -> list[Probe]:
         """The next n probes of this optimizer's life."""
-        stream = self.state[_STATE]["stream"]
+        stream = self._own["stream"]
         streams = stream + torch.arange(n, device=stream.device)
         stream += n
         return list(streams.split(1))
@@ -105,7 +105,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         """
         if not callable(closure):
             raise TypeError(f"closure: expected a function that returns the loss, got {closure!r}")
-        engine, state = self._prepare(), self.state[_STATE]
+        engine, state = self._prepare(), self._own
         stream, generators = state["stream"].clone(), _Generators(state["stream"].device)
 
         def losses(c: float, probe: Probe | None = None) -> Tensor:
@@ -136,7 +136,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             lr, wd = group["lr"], group["weight_decay"]
             rates += [(lr, lr * wd if group["decay_vectors"] or p.ndim > 1 else 0.0) for p in group["params"]]
-        device = self.state[_STATE]["stream"].device
+        device = self._own["stream"].device
         if any(isinstance(lr, Tensor) for lr, _ in rates):
             columns = [torch.stack([torch.as_tensor(x, device=device) for x in c]) for c in zip(*rates, strict=True)]
             return columns[0].float(), columns[1].float()
@@ -156,7 +156,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         group = self.param_groups[-1]
         try:
             _check_options(group, self.param_groups[0]["eps"], self.param_groups[0]["probes"])
-            if len(self.param_groups) > 1 and _STATE in self.state:
+            if len(self.param_groups) > 1 and _STATE in dict(self.state):
                 self._engine = None
                 self._prepare()
         except BaseException:
@@ -175,7 +175,7 @@ class ZOOptimizer(torch.optim.Optimizer):
 
     def _prepare(self) -> InPlaceEngine:
         """The engine over the tensors as they are now; they are checked without being touched."""
-        state, tensors = self.state[_STATE], self._tensors()
+        state, tensors = self._own, self._tensors()
         device = tensors[0].device
         if state["stream"].device != device:  # the model has moved
             state.update({k: v.to(device) for k, v in state.items() if isinstance(v, Tensor)})
@@ -206,48 +206,55 @@ class ZOOptimizer(torch.optim.Optimizer):
     # ---- state -------------------------------------------------------------------------------------------------
 
     @property
+    def _own(self) -> dict[str, Any]:
+        """What belongs to no single tensor: seed, distribution, stream and counters."""
+        return self.state[_STATE]  # type: ignore[index, no-any-return]
+
+    @_own.setter
+    def _own(self, value: dict[str, Any]) -> None:
+        self.state[_STATE] = value  # type: ignore[index]
+
+    @property
     def eps(self) -> float:
         """Size of the perturbation."""
-        return self.param_groups[0]["eps"]
+        return float(self.param_groups[0]["eps"])
 
     @property
     def probes(self) -> int:
         """Probes a step."""
-        return self.param_groups[0]["probes"]
+        return int(self.param_groups[0]["probes"])
 
     @property
     def seed(self) -> int:
         """Seed of all noise."""
-        return self.state[_STATE]["seed"]
+        return int(self._own["seed"])
 
     @property
     def updates(self) -> int:
         """Steps that moved the weights (waits for the device)."""
-        return int(self.state[_STATE]["updates"])
+        return int(self._own["updates"])
 
     @property
     def skipped(self) -> int:
         """Steps that a non-finite loss or coefficient made a no-op (waits for the device)."""
-        return int(self.state[_STATE]["skipped"])
+        return int(self._own["skipped"])
 
     @property
     def saturated(self) -> int:
         """Weights that were beyond their dtype's range and were set to its largest value (waits for the device)."""
-        return int(self.state[_STATE]["counters"][1])
+        return int(self._own["counters"][1])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's; the run continues bit for bit. ValueError if it is not a state of such an optimizer."""
         saved = state_dict.get("state", {}).get(_STATE)
-        if saved is None or set(saved) != set(self.state[_STATE]):
+        if saved is None or set(saved) != set(self._own):
             raise ValueError(
-                f"state_dict: expected state[{_STATE!r}] with {sorted(self.state[_STATE])} as zo_core optimizers "
+                f"state_dict: expected state[{_STATE!r}] with {sorted(self._own)} as zo_core optimizers "
                 f"save, got {sorted(saved) if isinstance(saved, dict) else saved!r}"
             )
         super().load_state_dict(state_dict)
         device = self._tensors()[0].device
-        self.state[_STATE] = {
-            k: v.to(device, copy=True) if isinstance(v, Tensor) else v for k, v in self.state[_STATE].items()
-        }
+        self._own = {k: v.to(device, copy=True) if isinstance(v, Tensor) else v for k, v in self._own.items()}
         self._engine = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -263,7 +270,9 @@ def _check_options(group: dict[str, Any], eps: float, probes: int) -> None:
     if not isinstance(group["probes"], int) or group["probes"] < 1:
         raise ValueError(f"probes: expected an integer >= 1, got {group['probes']}")
     if group["eps"] != eps or group["probes"] != probes:
-        raise ValueError(f"eps, probes: expected {eps} and {probes} as in the first group, got {group['eps']} and {group['probes']}")
+        raise ValueError(
+            f"eps, probes: expected {eps} and {probes} as in the first group, got {group['eps']} and {group['probes']}"
+        )
 
 
 def _scalar(loss: object, device: torch.device) -> Tensor:
@@ -278,7 +287,7 @@ def _scalar(loss: object, device: torch.device) -> Tensor:
 class _Generators:
     """torch's generators as they are before the first evaluation of a step: dropout is the same in all of them."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device) -> None:
         self.device = device
         self.cpu = torch.get_rng_state()
         self.own = torch.cuda.get_rng_state(device) if device.type == "cuda" else None

@@ -16,7 +16,7 @@ class MeZO(ZOOptimizer):
     """
 
     def estimate(self, losses: Losses) -> tuple[list[Probe], Tensor, Tensor]:
-        """n projected gradients by central differences (definition 1 of the paper)."""
+        """N projected gradients by central differences (definition 1 of the paper)."""
         probes = self.draw(self.probes)
         sides = torch.stack([losses(c, probe) for probe in probes for c in (self.eps, -self.eps)]).view(-1, 2)
         gradients = (sides[:, 0] - sides[:, 1]) / (2 * self.eps)

@@ -1,0 +1,87 @@
+"""What the benchmarks share: the machine's description, interleaved timing, the table and the JSON."""
+
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+import zo_core
+
+console = Console(width=None if sys.stdout.isatty() else 120)
+
+
+def processor() -> str:
+    """The processor's name, and its caches if Linux says."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
+        if names:
+            return names[0]
+    return platform.processor() or platform.machine()
+
+
+def machine() -> dict[str, Any]:
+    """Where and with what the figures were made."""
+    return {
+        "processor": processor(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "zo_core": zo_core.__version__,
+        "backend": zo_core.backend_info(),
+        "command": " ".join(["python -m", f"bench.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
+    }
+
+
+def interleaved(tasks: Mapping[str, Callable[[], object]], rounds: int, title: str) -> dict[str, list[float]]:
+    """Seconds of each task in each round; all tasks once a round, after a round that is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in tasks}
+    for r in track(range(rounds + 1), description=title, console=console, transient=True):
+        for name, task in tasks.items():
+            start = time.perf_counter()
+            task()
+            if r:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def quantiles(values: list[float]) -> dict[str, float]:
+    """The 20th, 50th and 80th percentile."""
+    low, middle, high = (
+        torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8]).double()).tolist()
+    )
+    return {"p20": low, "median": middle, "p80": high}
+
+
+def ratio(baseline: list[float], ours: list[float]) -> dict[str, float]:
+    """Percentiles of baseline over ours, round by round."""
+    return quantiles([b / o for b, o in zip(baseline, ours, strict=True)])
+
+
+def report(title: str, columns: list[str], rows: list[list[str]], result: dict[str, Any], path: Path | None) -> None:
+    """Print the table; write the result, with the machine, as JSON."""
+    table = Table(title=title)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    about = machine()
+    console.print(
+        f"{about['processor']}, {torch.get_num_threads()} threads, torch {torch.__version__}, backend {about['backend']}"
+    )
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"machine": about, **result}, indent=1) + "\n")
+        console.print(f"written to {path}")

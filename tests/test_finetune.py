@@ -1,0 +1,345 @@
+"""The run: what it writes, and that stopping it in any way changes nothing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tiny_lm
+import torch
+from pydantic import ValidationError
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from zo_core.integrations import finetune as runs
+from zo_core.integrations import tasks
+from zo_core.integrations.config import FinetuneConfig, RunError, resumed_config
+from zo_core.integrations.finetune import RunInterrupted, finetune
+from zo_core.integrations.session import prepare
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Steps of a tiny model take milliseconds; two threads that wait for each other on a busy machine do not."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    """Options of a small run: a tiny Llama, 300 rows that one word decides."""
+    folder = tmp_path_factory.mktemp("inputs")
+    data = folder / "data.jsonl"
+    data.write_text("".join(json.dumps({"text": t, "label": v}) + "\n" for t, v in tiny_lm.rows(300)))
+    options = {"model": str(tiny_lm.save(folder / "llama")), "data": str(data), "autocast": False}
+    return {**options, "lr": 1e-3, "eval_every": 10, "validation_size": 50, "test_size": 60, "steps": 25}
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return AutoModelForCausalLM.from_pretrained(folder / "model").state_dict()
+
+
+def same(one: Path, other: Path) -> bool:
+    a, b = weights(one), weights(other)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def losses(folder: Path) -> list[tuple[int, float]]:
+    return [(line["step"], line["loss"]) for line in runs.read_metrics(folder) if line["kind"] == "step"]
+
+
+# ---- a whole run
+
+
+@pytest.fixture(scope="module")
+def finished(inputs: dict[str, object], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    options = {**inputs, "lr": 2e-3, "probes": 4, "schedule": "linear", "steps": 300, "eval_every": 50}
+    finetune(FinetuneConfig(**options, output=folder))
+    return folder
+
+
+def test_a_run_learns_and_its_model_is_plain(finished: Path, inputs: dict[str, object]) -> None:
+    """The accuracy in summary.json is what plain transformers computes, prompt by prompt, from model/."""
+    summary = json.loads((finished / "summary.json").read_text())
+    model = AutoModelForCausalLM.from_pretrained(finished / "model").eval()
+    tokenizer = AutoTokenizer.from_pretrained(finished / "model")
+    examples = tasks.read_examples(Path(str(inputs["data"])))
+    test = tasks.split_examples(examples, validation=50, test=60, seed=0).test
+    words = [tokenizer(word).input_ids[0] for word in (" negative", " positive")]
+    right = 0
+    for example in test:
+        prompt = torch.tensor([tokenizer(f"Review: {example.text}\nSentiment:").input_ids])
+        scores = model(prompt).logits[0, -1, words]
+        right += ["negative", "positive"][scores.argmax()] == example.label
+    after, before = summary["test"]["after"], summary["test"]["before"]
+    assert after["accuracy"] == pytest.approx(right / 60)
+    assert after["accuracy"] > 0.85 > before["interval"][1]
+    assert summary["test"]["change"]["difference"] == pytest.approx(after["accuracy"] - before["accuracy"])
+    assert summary["test"]["change"]["interval"][0] > 0
+    assert summary["train_loss"]["last"] < 0.5 * summary["train_loss"]["first"]
+
+
+def test_what_a_run_writes(finished: Path) -> None:
+    assert {path.name for path in finished.iterdir()} == set(runs.OUR_FILES)
+    assert (finished / "plot.png").read_bytes().startswith(b"\x89PNG")
+    summary, lines = json.loads((finished / "summary.json").read_text()), runs.read_metrics(finished)
+    steps = [line for line in lines if line["kind"] == "step"]
+    validations = [line for line in lines if line.get("split") == "validation"]
+    assert [line["step"] for line in steps] == list(range(1, 301))
+    assert [line["step"] for line in validations] == list(range(0, 301, 50))
+    assert steps[-1]["forwards"] == summary["forwards"] == 300 * 4 * 2
+    assert steps[0]["lr"] == 2e-3
+    assert steps[-1]["lr"] == pytest.approx(2e-3 / 300)
+    best = max(validations, key=lambda line: (line["accuracy"], -line["loss"]))
+    assert summary["selected_step"] == best["step"]
+    assert summary["config"]["labels"] == {"negative": " negative", "positive": " positive"}
+    assert summary["data"]["test"] == 60
+    assert -0.5 < summary["share_outside_forwards"] < 1  # of steps of milliseconds, so only roughly
+    assert summary["peak_rss_bytes"] > 2**20
+    assert summary["seconds"]["step"] > 0
+    assert len(list((finished / "checkpoint").iterdir())) == 1 + len({300, best["step"]})
+
+
+def test_a_finished_run_is_not_run_again(finished: Path) -> None:
+    before = (finished / "summary.json").stat().st_mtime_ns
+    summary = finetune(resumed_config(finished, {}), resume=True)
+    assert summary["steps"] == 300
+    assert (finished / "summary.json").stat().st_mtime_ns == before
+
+
+def test_the_best_weights_are_kept(inputs: dict[str, object], tmp_path: Path) -> None:
+    """With a learning rate that destroys the model, the best weights are early ones, and those are saved."""
+    wild = {**inputs, "lr": 0.1, "steps": 12, "eval_every": 4}
+    kept = finetune(FinetuneConfig(**wild, output=tmp_path / "best"))
+    last = finetune(FinetuneConfig(**wild, keep_best=False, output=tmp_path / "last"))
+    assert kept["selected_step"] < 12 == last["selected_step"]
+    assert not same(tmp_path / "best", tmp_path / "last")
+    if kept["selected_step"] == 0:
+        start = AutoModelForCausalLM.from_pretrained(str(inputs["model"])).state_dict()
+        assert all(torch.equal(value, start[name]) for name, value in weights(tmp_path / "best").items())
+    assert kept["test"]["after"]["loss"] < last["test"]["after"]["loss"]
+
+
+# ---- stopping and going on
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_resumed_run_is_the_same_run(inputs: dict[str, object], tmp_path: Path, kind: str) -> None:
+    """Bit for bit, also with dropout (GPT-2 has it, and it uses torch's generator)."""
+    options = {**inputs, "model": str(tiny_lm.save(tmp_path / kind, kind)), "dropout": kind == "gpt2"}
+    options |= {"keep_best": False, "weight_decay": 0.1, "probes": 2, "lr": 1e-3}
+    finetune(FinetuneConfig(**options, output=tmp_path / "whole"))
+    finetune(FinetuneConfig(**{**options, "steps": 7}, output=tmp_path / "parts"))
+    for steps in (16, 25):
+        finetune(resumed_config(tmp_path / "parts", {"steps": steps}), resume=True)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert same(tmp_path / "parts", tmp_path / "whole")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(inputs: dict[str, object], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "uninterrupted"
+    finetune(FinetuneConfig(**{**inputs, "steps": 400}, output=folder))
+    return folder
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_stopped_process_goes_on_as_if_nothing_had_happened(
+    inputs: dict[str, object], uninterrupted: Path, tmp_path: Path, signum: signal.Signals
+) -> None:
+    """Stopped from outside in the middle of the steps: exit code, message, and in the end the same weights."""
+    folder = tmp_path / "a run"
+    config = json.dumps({**inputs, "steps": 400, "save_every": 0.002})
+    command = [sys.executable, "-m", "zo_core.cli", "finetune", "--output", str(folder)]
+    for name, value in json.loads(config).items():
+        flag = name.replace("_", "-")
+        command += [f"--no-{flag}" if value is False else f"--{flag}={value}"]
+    root = str(Path(runs.__file__).parents[2])
+    path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    child = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    metrics = folder / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (metrics.exists() and metrics.read_bytes().count(b'"step", "step": ') > 50):
+        assert child.poll() is None and time.monotonic() < deadline, child.communicate()[0]
+        time.sleep(0.01)
+    child.send_signal(signum)
+    said, _ = child.communicate(timeout=60)
+    done = len(losses(folder)) if signum != signal.SIGKILL else 0
+    assert done < 400, "the run was over before the signal came"
+    assert not (folder / "summary.json").exists()
+    if signum == signal.SIGKILL:
+        assert child.returncode == -signum
+        with open(metrics, "a") as file:
+            file.write('{"kind": "st')  # what a kill in the middle of a line leaves
+    else:
+        assert child.returncode == 128 + signum, said
+        assert torch.load(folder / "checkpoint" / "state.pt")["state"]["step"] == done
+        assert f"zo-core finetune --output '{folder}' --resume" in said
+    finetune(resumed_config(folder, {}), resume=True)
+    assert losses(folder) == losses(uninterrupted)
+    assert same(folder, uninterrupted)
+
+
+@pytest.mark.parametrize("when", ["before", "validation", "step", "after"])
+def test_a_stop_in_any_phase_can_be_resumed(
+    inputs: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """The signal's flag is raised in each phase of a run in turn."""
+    folder = tmp_path / "run"
+    calls = {"evaluate": 0, "step": 0}
+    evaluate, step = runs.Run.evaluate, runs.Run.step
+
+    def stopping_evaluate(run: runs.Run, part: str, note: str) -> tasks.Evaluation:
+        calls["evaluate"] += 1
+        if calls["evaluate"] == {"before": 1, "validation": 3, "after": 5}.get(when):
+            run.signum = signal.SIGINT
+        return evaluate(run, part, note)
+
+    def stopping_step(run: runs.Run) -> float:
+        calls["step"] += 1
+        if when == "step" and calls["step"] == 10:
+            run.signum = signal.SIGINT
+        return step(run)
+
+    options = {**inputs, "steps": 20, "lr": 0.1}
+    whole = finetune(FinetuneConfig(**{**options, "steps": 25}, output=tmp_path / "whole"))
+    assert whole["selected_step"] < 20, (
+        "a stop while the best weights are in the model must not lose the last ones"
+    )
+    monkeypatch.setattr(runs.Run, "evaluate", stopping_evaluate)
+    monkeypatch.setattr(runs.Run, "step", stopping_step)
+    with pytest.raises(RunInterrupted):
+        finetune(FinetuneConfig(**options, output=folder))
+    monkeypatch.undo()
+    finetune(resumed_config(folder, {"steps": 25}), resume=True)
+    assert same(folder, tmp_path / "whole")
+    assert losses(folder) == losses(tmp_path / "whole")
+    kinds = [[(x["kind"], x["step"]) for x in runs.read_metrics(f)] for f in (folder, tmp_path / "whole")]
+    assert kinds[0] == kinds[1]
+
+
+def test_a_time_budget_counts_over_resumes(inputs: dict[str, object], tmp_path: Path) -> None:
+    options = {**inputs, "steps": None, "time_budget": "0.3s", "eval_every": 1000}
+    first = finetune(FinetuneConfig(**options, output=tmp_path / "run"))
+    assert 0.3 <= first["seconds"]["training"] < 1.5
+    second = finetune(resumed_config(tmp_path / "run", {"time_budget": "0.6s"}), resume=True)
+    assert second["steps"] > first["steps"]
+    assert 0.6 <= second["seconds"]["training"] < 1.8
+
+
+# ---- runs that cannot be
+
+
+def test_a_run_without_a_finite_loss_stops(inputs: dict[str, object], tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(str(inputs["model"]))
+    model.model.layers[0].mlp.up_proj.weight.data.fill_(float("nan"))
+    model.save_pretrained(tmp_path / "nan")
+    AutoTokenizer.from_pretrained(str(inputs["model"])).save_pretrained(tmp_path / "nan")
+    options = {**inputs, "model": str(tmp_path / "nan")}
+    with pytest.raises(RunError, match=r"20 steps in a row were skipped.*smaller --lr"):
+        finetune(FinetuneConfig(**options, output=tmp_path / "run"))
+    with pytest.raises(RunError, match="3 steps in a row were skipped"):
+        finetune(FinetuneConfig(**{**options, "steps": 3}, output=tmp_path / "short"))
+
+
+def test_a_taken_folder_is_left_alone(inputs: dict[str, object], tmp_path: Path) -> None:
+    folder, options = tmp_path / "run", {**inputs, "steps": 2}
+    finetune(FinetuneConfig(**options, output=folder))
+    with pytest.raises(
+        RunError, match="already holds a run; --resume goes on with it, --overwrite replaces it"
+    ):
+        finetune(FinetuneConfig(**options, output=folder))
+    (folder / "notes.txt").write_text("mine")
+    finetune(FinetuneConfig(**{**options, "steps": 3}, output=folder), overwrite=True)
+    assert len(losses(folder)) == 3
+    assert (folder / "notes.txt").exists()
+    foreign = tmp_path / "foreign"
+    (foreign / "model").mkdir(parents=True)
+    (foreign / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(RunError, match="files that are not a run's"):
+        finetune(FinetuneConfig(**options, output=foreign), overwrite=True)
+    assert (foreign / "model").exists()
+    with pytest.raises(RunError, match="cannot be written"):
+        finetune(FinetuneConfig(**options, output=folder / "notes.txt" / "run"))
+
+
+def test_a_resumed_run_keeps_its_options(inputs: dict[str, object], tmp_path: Path) -> None:
+    finetune(FinetuneConfig(**{**inputs, "steps": 2}, output=tmp_path / "run"))
+    with pytest.raises(RunError, match=r"--seed was 0 in .*, got 1"):
+        resumed_config(tmp_path / "run", {"seed": 1})
+    assert resumed_config(tmp_path / "run", {"seed": 0, "time_budget": "2m"}).time_budget == 120
+    with pytest.raises(RunError, match="there is no config.json"):
+        resumed_config(tmp_path / "other", {})
+    (tmp_path / "run" / "checkpoint" / "state.pt").write_bytes(b"broken")
+    with pytest.raises(RunError, match=r"checkpoint in .* cannot be read"):
+        finetune(resumed_config(tmp_path / "run", {"steps": 3}), resume=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"model": "/no/such/folder"}, "expected a folder with a model, found nothing there"),
+        ({"model": __file__}, "found a file there"),
+        ({"model": str(Path(__file__).parent)}, "does not load"),
+        ({"device": "cuda:99"}, "--device 'cuda:99' cannot be used"),
+        ({"device": "abacus"}, "--device 'abacus' cannot be used"),
+    ],
+)
+def test_models_and_devices_that_do_not_work(
+    inputs: dict[str, object], options: dict[str, str], expected: str
+) -> None:
+    with pytest.raises(RunError) as caught:
+        prepare(FinetuneConfig(**{**inputs, **options}))
+    assert expected in str(caught.value)
+
+
+# ---- configuration
+
+
+def test_durations_and_defaults() -> None:
+    given = {"90s": 90, "8m": 480, "2h": 7200, "1h30m": 5400, "1.5m": 90, "45": 45, 30: 30}
+    assert {text: FinetuneConfig(time_budget=text).time_budget for text in given} == given
+    assert FinetuneConfig().time_budget == 480
+    assert FinetuneConfig(steps=5).time_budget is None
+    assert FinetuneConfig(labels=["1= bad", "5== good"]).labels == {"1": " bad", "5": "= good"}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"lr": 0},
+        {"lr": float("nan")},
+        {"eps": -1},
+        {"steps": 0},
+        {"time_budget": "soon"},
+        {"time_budget": ""},
+        {"labels": ["x"]},
+        {"method": "adam"},
+        {"unknown": 1},
+        {"warmup": 1},
+        {"seed": -1},
+        {"batch_size": 0},
+    ],
+)
+def test_wrong_options_are_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises(ValidationError):
+        FinetuneConfig(**wrong)
+
+
+def test_learning_rate_over_a_run() -> None:
+    config = FinetuneConfig(lr=2.0, steps=100, time_budget="100s", warmup=0.1)
+    assert config.progress(30, 20) == 0.3
+    assert config.progress(30, 40) == 0.4
+    at = (0, 0.05, 0.1, 0.55, 1)
+    shapes = {"constant": [0, 1, 2, 2, 2], "linear": [0, 1, 2, 1, 0], "cosine": [0, 1, 2, 1, 0]}
+    for schedule, expected in shapes.items():
+        found = config.model_copy(update={"schedule": schedule})
+        assert [found.lr_at(p) for p in at] == pytest.approx(expected)

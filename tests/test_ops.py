@@ -1,0 +1,158 @@
+"""torch.ops.zo_core: schemas and fakes (opcheck), clear errors before anything is written, dispatch."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from zo_core.bindings import ops  # noqa: F401  registers the ops
+
+zo = torch.ops.zo_core
+
+
+def arguments(count: int = 2, k: int = 2, n: int = 40, **changes: object) -> tuple[list, dict]:
+    """A valid call of update_; the weights are the first argument."""
+    weights = [torch.linspace(-1, 1, n + i) for i in range(count)]
+    named = {
+        "weights": weights,
+        "hessians": [],
+        "tensor_ids": list(range(count)),
+        "offsets": [],
+        "streams": torch.arange(k),
+        "coeffs": torch.full((k, count), 1e-2),
+    }
+    options = {"seed": 1, "distribution": "gaussian", "counters": torch.zeros(2, dtype=torch.int64)}
+    for name, value in changes.items():
+        (named if name in named else options)[name] = value
+    return list(named.values()), options
+
+
+@pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
+def test_opcheck(distribution):
+    args, options = arguments(distribution=distribution)
+    torch.library.opcheck(zo.update_.default, args, options)
+    full = options | {"decay": torch.full((2,), 0.1), "update": torch.tensor(3)}
+    torch.library.opcheck(zo.update_.default, args, full)
+    hessians = [torch.ones_like(t) for t in args[0]]
+    extra = {name: torch.full((2, 2), 0.1) for name in ("restore", "curvature")} | {"smoothing": torch.zeros(2)}
+    torch.library.opcheck(zo.update_.default, [args[0], hessians, *args[2:]], full | extra)
+    dst = [torch.empty_like(t, dtype=torch.bfloat16) for t in args[0]]
+    torch.library.opcheck(zo.perturb.default, [args[0], dst, *args[1:]], full)
+    key = {"seed": 1, "domain": 0, "tensor_id": 0, "stream": 0, "block": 0}
+    torch.library.opcheck(zo.philox_.default, [torch.empty(3, 4, dtype=torch.int32)], key)
+
+
+def buffer(n: int) -> Tensor:
+    return torch.zeros(n)
+
+
+SHARED = buffer(100)
+WRONG = {
+    "dtype": (
+        {"weights": [torch.zeros(40), torch.zeros(41, dtype=torch.float64)]},
+        TypeError,
+        r"weights\[1\].*float64",
+    ),
+    "integer weights": ({"weights": [torch.zeros(40), torch.zeros(41).int()]}, TypeError, r"weights\[1\].*int32"),
+    "device": ({"weights": [torch.zeros(40), torch.zeros(41, device="meta")]}, ValueError, r"weights\[1\].*cpu.*meta"),
+    "layout": (
+        {"weights": [torch.zeros(40), torch.zeros(4, 5).t()]},
+        ValueError,
+        r"weights\[1\].*contiguous.*\(5, 4\)",
+    ),
+    "the same tensor twice": ({"weights": [SHARED, SHARED]}, ValueError, r"weights\[0\] and weights\[1\] overlap"),
+    "overlapping views": ({"weights": [SHARED[:60], SHARED[59:]]}, ValueError, r"overlap"),
+    "too few ids": ({"tensor_ids": [0]}, ValueError, r"tensor_ids: expected 2 .* got 1"),
+    "negative id": ({"tensor_ids": [0, -1]}, ValueError, r"tensor_ids.*got -1"),
+    "id too large": ({"tensor_ids": [0, 1 << 32]}, ValueError, r"tensor_ids"),
+    "too few offsets": ({"offsets": [0]}, ValueError, r"offsets: expected 2"),
+    "negative offset": ({"offsets": [0, -4]}, ValueError, r"offsets.*got -4"),
+    "streams of floats": ({"streams": torch.zeros(2)}, TypeError, r"streams: expected torch.int64"),
+    "streams of two dimensions": ({"streams": torch.zeros(1, 2).long()}, ValueError, r"streams: expected shape \(2,\)"),
+    "coeffs transposed": ({"coeffs": torch.zeros(2, 3)}, ValueError, r"coeffs: expected shape \(2, 2\), got \(2, 3\)"),
+    "coeffs in double": ({"coeffs": torch.zeros(2, 2).double()}, TypeError, r"coeffs: expected torch.float32"),
+    "decay": ({"decay": torch.zeros(3)}, ValueError, r"decay: expected shape \(2,\), got \(3,\)"),
+    "update": ({"update": torch.zeros(2).long()}, ValueError, r"update"),
+    "counters": ({"counters": torch.zeros(3).long()}, ValueError, r"counters"),
+    "distribution": ({"distribution": "uniform"}, ValueError, r"distribution.*gaussian.*uniform"),
+    "too few hessians": ({"hessians": [torch.ones(40)]}, ValueError, r"hessians: expected 2 tensors.*got 1"),
+    "hessian shape": ({"hessians": [torch.ones(40), torch.ones(40)]}, ValueError, r"hessians\[1\].*\(41,\).*\(40,\)"),
+    "hessian dtype": ({"hessians": [torch.ones(40), torch.ones(41).half()]}, TypeError, r"hessians\[1\].*float16"),
+    "part of the hessian form": ({"restore": torch.zeros(2, 2)}, ValueError, r"restore, curvature, smoothing"),
+    "hessian range": ({"hessian_min": 0.0}, ValueError, r"hessian_min"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_arguments_are_refused_before_anything_is_written(case):
+    changes, error, message = WRONG[case]
+    args, options = arguments(**changes)
+    before = [t.clone() for t in args[0] if t.device.type == "cpu"]
+    with pytest.raises(error, match=message):
+        zo.update_(*args, **options)
+    assert all(torch.equal(a, b) for a, b in zip([t for t in args[0] if t.device.type == "cpu"], before, strict=True))
+
+
+def test_wrong_destinations_are_refused():
+    args, options = arguments()
+    src, rest = args[0], args[1:]
+    good = [torch.empty_like(t) for t in src]
+    whole = torch.zeros(81)
+    for dst, error, message in (
+        (good[:1], ValueError, r"dst: expected 2 tensors as src has, got 1"),
+        ([good[0], torch.empty(40)], ValueError, r"dst\[1\].*\(41,\).*\(40,\)"),
+        ([good[0], torch.empty(41).int()], TypeError, r"dst\[1\]"),
+        ([good[0], src[1]], ValueError, r"overlap.*update_"),
+        ([whole[:40], whole[39:80]], ValueError, r"dst\[0\] and dst\[1\] overlap"),
+    ):
+        with pytest.raises(error, match=message):
+            zo.perturb(src, dst, *rest, **options)
+    zo.perturb([whole[:40], whole[:40]], [*good[:1], torch.empty(40)], *rest, **options)  # sources may be shared
+
+
+def test_fakes_check_as_well():
+    with FakeTensorMode():
+        args, options = arguments()
+        zo.update_(*args, **options)
+        args, options = arguments(coeffs=torch.zeros(2, 3))
+        with pytest.raises(ValueError, match="coeffs"):
+            zo.update_(*args, **options)
+
+
+def test_autograd_sees_that_weights_changed():
+    args, options = arguments()
+    versions = [t._version for t in args[0]]
+    zo.update_(*args, **options)
+    assert all(t._version > v for t, v in zip(args[0], versions, strict=True))
+
+
+def test_empty_lists_are_a_no_op():
+    args, options = arguments(count=0)
+    zo.update_(*args, **options)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "expected"),
+    [
+        ("ZO_CORE_BACKEND", "reference", "False None"),
+        ("ZO_CORE_ISA", "portable", "True portable"),
+        ("ZO_CORE_ISA", "mmx", "ValueError: ZO_CORE_ISA=mmx: expected one"),
+    ],
+)
+def test_environment_variables(variable, value, expected):
+    code = "import zo_core; i = zo_core.backend_info(); print(i['native'], i['isa'])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, variable: value}, capture_output=True, text=True, check=False
+    )
+    if "native library" in done.stderr or (value != "reference" and not zo_core_native()):
+        pytest.skip("the native library is not built")
+    assert expected in done.stdout + done.stderr
+
+
+def zo_core_native() -> bool:
+    from zo_core.bindings import native
+
+    return native.available()

@@ -1,0 +1,222 @@
+"""Reading, splitting, prompting and scoring, each against a plain computation of the same thing."""
+
+import math
+from pathlib import Path
+
+import pytest
+import tiny_lm
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from zo_core.integrations import tasks
+from zo_core.integrations.tasks import Example, Prompter, Scorer, TaskError
+
+TEMPLATE = "Review: {text}\nSentiment:"
+LABELS = {"negative": " negative", "positive": " positive"}
+EXAMPLES = [Example(*row) for row in tiny_lm.rows(120)]
+
+
+def write(path: Path, content: str, encoding: str = "utf-8") -> Path:
+    path.write_bytes(content.encode(encoding))
+    return path
+
+
+# ---- reading
+
+
+def test_csv_with_quotes_newlines_and_a_byte_order_mark(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", '\ufeffid,body,stars\r\n1,"a, ""b""\nc",5\r\n2, d ,1\r\n')
+    assert tasks.read_examples(path, "body", "stars") == [Example('a, "b"\nc', "5"), Example("d", "1")]
+
+
+def test_tsv_and_jsonl(tmp_path: Path) -> None:
+    tsv = write(tmp_path / "a.tsv", "text\tlabel\na, b\tx\n")
+    assert tasks.read_examples(tsv) == [Example("a, b", "x")]
+    lines = '{"text": "a", "label": 1}\n\n{"text": "b", "label": true}\n{"text": "c", "label": "x"}'
+    assert [e.label for e in tasks.read_examples(write(tmp_path / "a.jsonl", lines))] == ["1", "true", "x"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.txt", "text,label\na,b\n", "ending in .csv, .tsv, .jsonl"),
+        ("a.csv", "text,lable\na,b\n", "no column 'label', found 'text', 'lable'; name them with"),
+        ("a.csv", "text,label\na,b\nc\n", "line 3: column 'label' is empty"),
+        ("a.csv", "text,label\n  ,b\n", "line 2: column 'text' is empty"),
+        ("a.csv", "text,label\n", "no examples"),
+        ("a.csv", "", "no examples"),
+        ("a.csv", 'text,label\n"a"b,c\n', "malformed"),
+        ("a.jsonl", '{"text": "a", "label": "b"}\n{"text": ', "malformed after 1 examples"),
+        ("a.jsonl", '["a", "b"]\n', "line 1: expected a JSON object"),
+        ("a.jsonl", '{"text": "a", "label": null}\n', "line 1: column 'label' is empty"),
+    ],
+)
+def test_unusable_files_say_what_is_wrong(tmp_path: Path, name: str, content: str, expected: str) -> None:
+    with pytest.raises(TaskError) as caught:
+        tasks.read_examples(write(tmp_path / name, content))
+    assert expected in str(caught.value)
+
+
+def test_other_encodings_and_missing_files(tmp_path: Path) -> None:
+    with pytest.raises(TaskError, match="is not UTF-8"):
+        tasks.read_examples(write(tmp_path / "a.csv", "text,label\ncafé,b\n", "latin-1"))
+    with pytest.raises(TaskError, match="cannot be read: No such file"):
+        tasks.read_examples(tmp_path / "b.csv")
+
+
+# ---- splitting
+
+
+def test_split_is_fixed_disjoint_and_complete() -> None:
+    split = tasks.split_examples(EXAMPLES, validation=0.1, test=30, seed=3)
+    assert [len(part) for part in split] == [78, 12, 30]
+    assert sorted(e.text for part in split for e in part) == sorted(e.text for e in EXAMPLES)
+    assert split == tasks.split_examples(EXAMPLES, validation=0.1, test=30, seed=3)
+    assert split.test != tasks.split_examples(EXAMPLES, validation=0.1, test=30, seed=4).test
+    assert split.test == tasks.split_examples(EXAMPLES, validation=40, test=30, seed=3).test
+
+
+def test_repeated_texts_are_in_one_part_only() -> None:
+    copies = [Example(e.text.upper().replace(" ", "  "), "other") for e in EXAMPLES]
+    split = tasks.split_examples(EXAMPLES + copies, validation=20, test=30, seed=0)
+    assert split == tasks.split_examples(EXAMPLES, validation=20, test=30, seed=0)
+
+
+def test_splits_that_cannot_be_made() -> None:
+    with pytest.raises(TaskError, match="got 100 test, 20 validation and 0 training examples of 120"):
+        tasks.split_examples(EXAMPLES, validation=20, test=100, seed=0)
+    one = [*EXAMPLES, Example("odd", "odd")]
+    with pytest.raises(TaskError, match="no training example has the label 'odd'"):
+        for seed in range(10):
+            tasks.split_examples(one, validation=40, test=70, seed=seed)
+
+
+@pytest.mark.parametrize(("n", "batch_size"), [(10, 3), (7, 16)])
+def test_batches_visit_every_example_once_an_epoch(n: int, batch_size: int) -> None:
+    drawn = [i for step in range(2 * n) for i in tasks.batch_indices(n, batch_size, step=step, seed=5)]
+    epochs = [drawn[i * n : (i + 1) * n] for i in range(2 * batch_size)]
+    assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
+    assert epochs[0] != epochs[1]
+    assert drawn[:batch_size] != tasks.batch_indices(n, batch_size, step=0, seed=6)
+
+
+# ---- labels and prompts
+
+
+def test_label_words() -> None:
+    assert tasks.label_words(EXAMPLES) == LABELS
+    assert tasks.label_words(EXAMPLES, {"positive": " a", "negative": " b"}) == {
+        "negative": " b",
+        "positive": " a",
+    }
+    with pytest.raises(
+        TaskError, match=r"no word for 'negative'; the data has 'positive' \(60\), 'negative' \(60\)"
+    ):
+        tasks.label_words(EXAMPLES, {"positive": " a", "neg": " b"})
+    with pytest.raises(TaskError, match="'neutral' never occurs"):
+        tasks.label_words(EXAMPLES, {**LABELS, "neutral": " c"})
+    assert len(tasks.label_words(EXAMPLES[:1], LABELS, all_occur=False)) == 2
+    with pytest.raises(TaskError, match="at least two different values, the data has 'positive'"):
+        tasks.label_words(EXAMPLES[:1])
+
+
+def test_label_tokens_are_what_follows_the_prompt() -> None:
+    tokenizer = tiny_lm.tokenizer()
+    prompter = Prompter(tokenizer, TEMPLATE, LABELS)
+    assert tokenizer.convert_ids_to_tokens(prompter.label_tokens) == ["Ġnegative", "Ġpositive"]
+    with pytest.raises(TaskError, match="'x one' and 'x two' start with the same token"):
+        Prompter(tokenizer, TEMPLATE, {"1": "x one", "2": "x two"})
+    with pytest.raises(TaskError, match="does not start a new token after"):
+        Prompter(tokenizer, TEMPLATE + " ", {"1": "negative", "2": "positive"})
+    with pytest.raises(TaskError, match="does not start a new token after"):
+        Prompter(tokenizer, TEMPLATE, {"1": "", "2": " positive"})
+    with pytest.raises(TaskError, match="expected {text} where the text goes"):
+        Prompter(tokenizer, "Review: {}", LABELS)
+
+
+def test_long_prompts_keep_their_end() -> None:
+    tokenizer = tiny_lm.tokenizer()
+    prompter = Prompter(tokenizer, TEMPLATE, LABELS, max_length=12)
+    long, short = prompter.encode([Example("awful {text} " * 30, "negative"), Example("good", "positive")])
+    assert prompter.truncated == 1
+    assert len(long.tokens) == 12
+    assert tokenizer.decode(long.tokens).endswith("\nSentiment:")
+    assert tokenizer.decode(short.tokens) == "Review: good\nSentiment:"
+    assert (long.label, short.label) == (0, 1)
+
+    def with_bos(texts: list[str], **options: object) -> object:
+        found = tokenizer(texts, **options)
+        found["input_ids"] = [[tokenizer.bos_token_id, *ids] for ids in found["input_ids"]]
+        return found
+
+    prompter.tokenizer = type("WithBOS", (), {"__call__": staticmethod(with_bos), "bos_token_id": 0})()
+    (kept,) = prompter.encode([Example("awful {text} " * 30, "negative")])
+    assert kept.tokens == [0, *long.tokens[-11:]]
+
+
+# ---- scoring
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2"])
+def scorer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Scorer:
+    folder = tiny_lm.save(tmp_path_factory.mktemp("model"), request.param)
+    prompter = Prompter(AutoTokenizer.from_pretrained(folder), TEMPLATE, LABELS)
+    found = Scorer(AutoModelForCausalLM.from_pretrained(folder).eval(), prompter.label_tokens)
+    found.encoded = prompter.encode(
+        [Example(e.text * (1 + i % 4), e.label) for i, e in enumerate(EXAMPLES[:21])]
+    )
+    return found
+
+
+@torch.no_grad()
+def test_padding_changes_nothing(scorer: Scorer) -> None:
+    """Each row of a padded batch scores as the prompt alone does, read from the model's plain output."""
+    together = scorer(tasks.collate(scorer.encoded))
+    for row, example in zip(together, scorer.encoded, strict=True):
+        alone = scorer.model(input_ids=torch.tensor([example.tokens])).logits[0, -1, scorer.label_tokens]
+        torch.testing.assert_close(row, alone, rtol=1e-4, atol=1e-5)
+    assert together.dtype == torch.float32
+
+
+@torch.no_grad()
+def test_loss_is_the_cross_entropy_over_the_label_words(scorer: Scorer) -> None:
+    batch = tasks.collate(scorer.encoded)
+    p = scorer(batch).double().softmax(-1)[range(len(batch.labels)), batch.labels]
+    assert scorer.loss(batch).item() == pytest.approx(-p.log().mean().item(), rel=1e-5)
+
+
+@torch.no_grad()
+def test_evaluate_agrees_with_one_batch_and_restores_the_mode(scorer: Scorer) -> None:
+    batch, seen = tasks.collate(scorer.encoded), []
+    scorer.model.train()
+    found = tasks.evaluate(scorer, scorer.encoded, batch_size=4, progress=seen.append)
+    assert scorer.model.training
+    scorer.model.eval()
+    assert seen == [4, 4, 4, 4, 4, 1]
+    assert found.correct.tolist() == (scorer(batch).argmax(-1) == batch.labels).tolist()
+    assert found.loss == pytest.approx(scorer.loss(batch).item(), rel=1e-4)
+    assert found.report()["accuracy"] == pytest.approx(found.correct.float().mean().item())
+
+
+@torch.no_grad()
+def test_autocast_is_bfloat16_over_float32_weights(scorer: Scorer) -> None:
+    batch, plain = tasks.collate(scorer.encoded), scorer(tasks.collate(scorer.encoded))
+    scorer.autocast = True
+    cast = scorer(batch)
+    scorer.autocast = False
+    assert cast.dtype == torch.float32
+    assert 0 < (cast - plain).abs().max() < 0.05 * plain.abs().max()
+
+
+def test_intervals() -> None:
+    assert tasks.wilson_interval(81, 263) == pytest.approx(
+        (0.2553, 0.3662), abs=5e-5
+    )  # Newcombe 1998, table I
+    assert tasks.wilson_interval(0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
+    before = torch.tensor([True] * 60 + [False] * 40)
+    after = before.clone()
+    after[[0, 1]], after[60:72] = False, True
+    found = tasks.paired_difference(before, after)
+    sd = math.sqrt((14 - 100 * 0.1**2) / 100**2)  # of the mean of the paired differences
+    assert (found["difference"], found["gained"], found["lost"]) == (0.1, 12, 2)
+    assert found["interval"] == pytest.approx([0.1 - 1.96 * sd, 0.1 + 1.96 * sd], abs=1e-5)

@@ -1,0 +1,246 @@
+"""The command line: `zo-core finetune`, `zo-core evaluate`, `zo-core doctor`.
+
+The options of the first two are the fields of `FinetuneConfig`: names, types, defaults and help are there.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import types
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_origin
+
+try:
+    import typer
+    from pydantic import ValidationError
+    from rich.console import Console
+    from rich.table import Table
+except ImportError as error:
+    raise SystemExit(f"zo-core needs {error.name}: pip install 'zo_core[train]'") from error
+
+from zo_core.integrations.config import FinetuneConfig, RunError, resumed_config, stored_config
+
+app = typer.Typer(
+    help="Fine-tune language models with forward passes only.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_show_locals=False,
+)
+out, err = Console(), Console(stderr=True)
+
+FINETUNE_HELP = """Fine-tune a causal language model on labelled text.
+
+Without options: SmolLM2-135M on movie-review sentences, for about eight minutes.
+
+[bold]Examples[/]
+
+  zo-core finetune --time-budget 20m --output runs/reviews
+
+  zo-core finetune --model ./my-model --data mine.csv --label-column stars \\
+      --template 'Review: {text}\\nRating:' --label '1= bad' --label '5= good'
+
+  zo-core finetune --output runs/reviews --resume --time-budget 40m
+"""
+
+EVALUATE_HELP = """Accuracy and loss of a model, or of a finished run, on labelled text.
+
+TARGET is a run's folder (then its model, data and options are the default),
+a model's folder, a name or a hub id.
+
+[bold]Examples[/]
+
+  zo-core evaluate runs/reviews
+
+  zo-core evaluate smollm2 --data mine.csv --part all --json
+"""
+
+
+# ---- options from the configuration ----------------------------------------------------------------------
+
+
+def _parameters(groups: Sequence[str]) -> Iterator[inspect.Parameter]:
+    """One typer option for each field of `FinetuneConfig` in these groups."""
+    for name, field in FinetuneConfig.model_fields.items():
+        extra: Any = field.json_schema_extra
+        if extra["group"] not in groups:
+            continue
+        kind, shown = field.annotation, field.default
+        if get_origin(kind) is types.UnionType:
+            kind = next(arg for arg in get_args(kind) if arg is not type(None))
+        flags = [f"--{name.replace('_', '-')}"]
+        if name == "output":
+            flags.append("-o")
+        if name == "labels":
+            kind, flags = list[str], ["--label"]
+        if name == "time_budget":
+            kind = str
+        if kind is bool:
+            flags = [f"{flags[0]}/--no-{flags[0][2:]}"]
+        option = typer.Option(
+            *flags, help=field.description, rich_help_panel=extra["group"], show_default=shown is not None
+        )
+        yield inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=shown, annotation=Annotated[kind, option])
+
+
+def _with_options(*groups: str, without: str = "") -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Replace a command's `**options` by the options of these groups; it gets only those that were given."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = inspect.signature(command, eval_str=True).parameters.values()
+        added = [parameter for parameter in _parameters(groups) if parameter.name != without]
+
+        def run(ctx: typer.Context, **values: Any) -> None:
+            for name in [parameter.name for parameter in added]:
+                source = ctx.get_parameter_source(name)
+                if source is None or source.name != "COMMANDLINE":
+                    del values[name]
+            if "template" in values:  # a shell passes \n as two characters
+                values["template"] = values["template"].replace("\\n", "\n")
+            with _readable_errors():
+                command(ctx, **values)
+
+        first = [p for p in own if p.default is p.empty and p.kind != p.VAR_KEYWORD]
+        last = [p.replace(kind=p.KEYWORD_ONLY) for p in own if p.default is not p.empty]
+        signature = inspect.Signature([*first, *added, *last])
+        run.__name__ = command.__name__
+        run.__signature__ = signature  # type: ignore[attr-defined]
+        return run
+
+    return decorate
+
+
+@contextmanager
+def _readable_errors() -> Iterator[None]:
+    """Turn a user's mistake into one line and exit code 2, and a stopped run into 128 + the signal."""
+    from zo_core.integrations.assets import AssetError
+    from zo_core.integrations.finetune import RunInterrupted
+    from zo_core.integrations.tasks import TaskError
+
+    try:
+        yield
+    except ValidationError as error:
+        for problem in error.errors():
+            name = "label" if problem["loc"] == ("labels",) else "-".join(map(str, problem["loc"]))
+            message = problem["msg"].removeprefix("Value error, ")
+            _complain(f"--{name.replace('_', '-')}: {message}, got {problem['input']!r}")
+        raise typer.Exit(2) from None
+    except (RunError, AssetError, TaskError) as error:
+        _complain(str(error))
+        raise typer.Exit(2) from None
+    except RunInterrupted as stopped:
+        err.print(f"saved; go on with\n  {stopped}", highlight=False, soft_wrap=True, markup=False)
+        raise typer.Exit(128 + stopped.signum) from None
+    except KeyboardInterrupt:
+        err.print("aborted", style="yellow")
+        raise typer.Exit(130) from None
+
+
+def _complain(message: str) -> None:
+    err.print("[bold red]error[/] ", end="")
+    err.print(message, highlight=False, markup=False, soft_wrap=True)
+
+
+# ---- commands --------------------------------------------------------------------------------------------
+
+
+@app.callback()
+def main_options() -> None:
+    """Fine-tune language models with forward passes only."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+@app.command(help=FINETUNE_HELP)
+@_with_options("Model", "Data", "Method", "Run")
+def finetune(
+    ctx: typer.Context,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in --output.", rich_help_panel="Run")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the run in --output.", rich_help_panel="Run")
+    ] = False,
+    **options: Any,
+) -> None:
+    """Run the command; its help is `FINETUNE_HELP`."""
+    from zo_core.integrations import finetune as runs
+
+    if resume and overwrite:
+        raise RunError("--resume and --overwrite exclude each other: choose one")
+    if resume:
+        config = resumed_config(Path(options.pop("output", FinetuneConfig().output)), options)
+    else:
+        config = FinetuneConfig(**options)
+    runs.finetune(config, resume=resume, overwrite=overwrite, console=out)
+
+
+@app.command(help=EVALUATE_HELP)
+@_with_options("Model", "Data", without="model")
+def evaluate(
+    ctx: typer.Context,
+    target: Annotated[str, typer.Argument(help="Run folder, model folder, name or hub id.")],
+    part: Annotated[str, typer.Option(help="train, validation, test, or all of the data as it is.")] = "test",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    **options: Any,
+) -> None:
+    """Run the command; its help is `EVALUATE_HELP`."""
+    from zo_core.integrations.session import evaluate as measure
+
+    if part not in (known := ("train", "validation", "test", "all")):
+        raise RunError(f"--part: expected one of {', '.join(known)}, got {part!r}")
+    if run := _run_folder(Path(target).expanduser()):
+        config = stored_config(run, {**options, "model": str(run / "model")})
+    else:
+        config = FinetuneConfig(**{**options, "model": target})
+    with err.status("starting") as status:
+        found = measure(config, part, lambda text: status.update(text))
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    low, high = found["interval"]
+    table = Table(title=f"{target} on {found['data']}", show_header=False)
+    table.add_row("part", f"{part}, {found['n']} examples")
+    table.add_row("accuracy", f"[bold]{found['accuracy']:.4f}[/]  (95%: {low:.4f} to {high:.4f})")
+    table.add_row("loss", f"{found['loss']:.4f}")
+    table.add_row("seconds", f"{found['seconds']:.1f}")
+    out.print(table)
+
+
+def _run_folder(target: Path) -> Path | None:
+    """The run whose folder, or whose `model` folder, `target` is."""
+    for run in (target, target.parent):
+        if target in (run, run / "model") and (run / "model").is_dir():
+            with suppress(RunError):
+                stored_config(run)
+                return run
+    return None
+
+
+@app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Show what zo_core found on this machine, and what to do about what is missing.
+
+    Exit code 0 when everything needed is there, even if something makes it slow; 1 when not.
+    """
+    from zo_core.integrations.report import diagnose
+
+    findings = diagnose()
+    usable = all(finding["state"] != "missing" for finding in findings)
+    if as_json:
+        typer.echo(json.dumps({"usable": usable, "findings": findings}, indent=2))
+    else:
+        table = Table("", "what", "found", "what to do", title="zo-core doctor")
+        marks = {"ok": "[green]ok[/]", "slow": "[yellow]slow[/]", "missing": "[red]missing[/]"}
+        for finding in findings:
+            table.add_row(marks[finding["state"]], finding["what"], finding["found"], finding["advice"])
+        out.print(table)
+    raise typer.Exit(0 if usable else 1)
+
+
+if __name__ == "__main__":
+    app()

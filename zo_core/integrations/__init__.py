@@ -1,0 +1,1 @@
+"""What connects the core to the outside: models, data and the fine-tuning run behind the command line."""

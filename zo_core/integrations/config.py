@@ -1,0 +1,175 @@
+"""What defines a fine-tuning run: each field is a checked value, a command line option and its help."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from zo_core.integrations.assets import names
+
+METHODS = {"mezo": "MeZO"}  # name on the command line -> optimizer class in zo_core
+
+
+class RunError(RuntimeError):
+    """A run that cannot start or go on; the message says what to do."""
+
+
+def parse_duration(value: Any) -> Any:
+    """Seconds from "90s", "8m", "2h", "1h30m" or a number of seconds; other types pass unchanged.
+
+    Raises:
+        ValueError: a string that is none of these.
+
+    """
+    if not isinstance(value, str):
+        return value
+    number = r"(\d+(?:\.\d+)?)"
+    match = re.fullmatch(rf"(?:{number}h)?(?:{number}m)?(?:{number}s?)?", value.strip().lower())
+    if not match or not value.strip():
+        raise ValueError(f"expected a time such as 90s, 8m, 2h or 1h30m, got {value!r}")
+    return sum(float(part) * unit for part, unit in zip(match.groups(), (3600, 60, 1), strict=True) if part)
+
+
+def _parse_labels(value: Any) -> Any:
+    """A dict from a list of "value=word"."""
+    if not isinstance(value, list | tuple):
+        return value
+    if wrong := [item for item in value if "=" not in item]:
+        raise ValueError(f"expected VALUE=WORD, such as 'neg= terrible', got {wrong[0]!r}")
+    return dict(item.split("=", 1) for item in value) or None
+
+
+def _option(default: Any, group: str, about: str, **limits: Any) -> Any:
+    """A field that is also a command line option, under a heading."""
+    return Field(default, description=about, json_schema_extra={"group": group}, **limits)
+
+
+class FinetuneConfig(BaseModel):
+    """Everything that defines a run. Each field is an option of `zo-core finetune`.
+
+    Raises:
+        pydantic.ValidationError: a value out of range or an unknown field.
+
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str = _option("smollm2", "Model", f"Name ({', '.join(names('model'))}), local folder or hub id.")
+    dtype: Literal["float32", "bfloat16", "float16"] = _option("float32", "Model", "Type of the weights.")
+    autocast: bool | None = _option(
+        None, "Model", "Run forwards in bfloat16 over float32 weights. Without: where that is faster here."
+    )
+    device: str = _option("auto", "Model", "cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")
+    eval_batch_size: int = _option(32, "Model", "Examples a forward in evaluations.", ge=1)
+
+    data: str = _option(
+        "reviews", "Data", f"Name ({', '.join(names('dataset'))}), or a .csv, .tsv or .jsonl file."
+    )
+    text_column: str = _option("text", "Data", "Column with the text.")
+    label_column: str = _option("label", "Data", "Column with the label.")
+    template: str = _option(
+        "Review: {text}\nSentiment:", "Data", "Prompt around the text; ends where the label word begins."
+    )
+    labels: Annotated[dict[str, str] | None, BeforeValidator(_parse_labels)] = _option(
+        None,
+        "Data",
+        "Word for a label value, as VALUE=WORD; once for each. Without: the value after a space.",
+    )
+    max_length: int = _option(256, "Data", "Longest prompt in tokens; a longer one keeps its end.", ge=8)
+    validation_size: float = _option(0.05, "Data", "Validation part: a count, or a fraction below 1.", gt=0)
+    test_size: float = _option(0.12, "Data", "Test part: a count, or a fraction below 1.", gt=0)
+    split_seed: int = _option(0, "Data", "Seed of the division into parts.", ge=0, lt=2**63)
+
+    method: Literal["mezo"] = _option("mezo", "Method", "Zeroth-order method.")
+    lr: float = _option(1e-6, "Method", "Learning rate.", gt=0)
+    schedule: Literal["constant", "linear", "cosine"] = _option(
+        "constant", "Method", "How the learning rate falls."
+    )
+    warmup: float = _option(
+        0.0, "Method", "Fraction of the run over which the learning rate rises.", ge=0, lt=1
+    )
+    eps: float = _option(1e-3, "Method", "Size of a perturbation.", gt=0)
+    weight_decay: float = _option(0.0, "Method", "Weight decay.", ge=0)
+    probes: int = _option(1, "Method", "Random directions a step.", ge=1)
+    distribution: Literal["gaussian", "rademacher"] = _option(
+        "gaussian", "Method", "What directions are drawn from."
+    )
+    batch_size: int = _option(16, "Method", "Examples a forward.", ge=1)
+    dropout: bool = _option(False, "Method", "Train with the model's dropout.")
+    seed: int = _option(0, "Method", "Seed of directions and data order.", ge=0, lt=2**63)
+
+    steps: int | None = _option(None, "Run", "Stop after so many steps.", ge=1)
+    time_budget: Annotated[float | None, BeforeValidator(parse_duration)] = _option(
+        None, "Run", "Stop after so much training time: 90s, 8m, 2h. 8m if no --steps either.", gt=0
+    )
+    eval_every: int = _option(100, "Run", "Steps between validations.", ge=1)
+    save_every: float = _option(5.0, "Run", "Minutes between checkpoints.", ge=0)
+    keep_best: bool = _option(
+        True, "Run", "Save and test the weights with the best validation accuracy, not the last."
+    )
+    output: Path = _option(Path("runs/finetune"), "Run", "Folder of the run.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _budget(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and values.get("steps") is None and values.get("time_budget") is None:
+            return {**values, "time_budget": "8m"}
+        return values
+
+    def progress(self, step: int, seconds: float) -> float:
+        """Fraction of the run that is over: the larger of steps and time."""
+        return max(step / (self.steps or math.inf), seconds / (self.time_budget or math.inf))
+
+    def lr_at(self, progress: float) -> float:
+        """Learning rate at a fraction of the run: linear warmup, then the schedule."""
+        if progress < self.warmup:
+            return self.lr * progress / self.warmup
+        rest = min(1.0, (progress - self.warmup) / (1 - self.warmup))
+        falls = {"constant": 1.0, "linear": 1 - rest, "cosine": (1 + math.cos(math.pi * rest)) / 2}
+        return self.lr * falls[self.schedule]
+
+
+CAN_CHANGE = {"steps", "time_budget", "save_every", "output"}  # what a resumed run may set anew
+
+
+def stored_config(folder: Path, given: Mapping[str, Any] | None = None) -> FinetuneConfig:
+    """Configuration of the run in `folder`, with `given` fields set anew.
+
+    Raises:
+        RunError: no run there, or its config.json is not readable.
+        pydantic.ValidationError: a given value is invalid.
+
+    """
+    path = folder / "config.json"
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        FinetuneConfig(**stored)
+    except (OSError, ValueError, TypeError) as error:  # pydantic's and json's errors are ValueErrors
+        why = (
+            "there is no config.json" if isinstance(error, OSError) else "its config.json is not one of a run"
+        )
+        raise RunError(f"--output {str(folder)!r} holds no run to resume: {why}") from error
+    return FinetuneConfig(**{**stored, **(given or {}), "output": folder})
+
+
+def resumed_config(folder: Path, given: Mapping[str, Any]) -> FinetuneConfig:
+    """As `stored_config`, for going on: only budgets may change, other given fields must be as before.
+
+    Raises:
+        RunError: also when a field that defines the weights differs.
+
+    """
+    before, now = stored_config(folder), stored_config(folder, given)
+    for name in given:
+        if name not in CAN_CHANGE and getattr(before, name) != getattr(now, name):
+            raise RunError(
+                f"--{name.replace('_', '-')} was {getattr(before, name)!r} in {str(folder)!r}, got "
+                f"{getattr(now, name)!r}; a resumed run keeps it: leave it out, or choose another --output"
+            )
+    return now

@@ -1,0 +1,503 @@
+"""Fine-tune a causal language model on labelled text with forward passes only.
+
+`finetune(FinetuneConfig(...))` is the whole of the `zo-core finetune` command. A run lives in one folder:
+
+    config.json     what was asked for
+    metrics.jsonl   one line a step, one line an evaluation
+    checkpoint/     state.pt (optimizer, counters) and the weights it names; what --resume starts from
+    model/          the tuned model and its tokenizer, for plain transformers
+    summary.json    what came out        plot.png   loss and accuracy over the run
+
+Everything a step needs is a function of the seed and the step's number, so a resumed run makes the same
+weights, bit for bit, as one that was never stopped.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import os
+import shlex
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+import zo_core
+from zo_core.integrations import report, tasks
+from zo_core.integrations.config import METHODS, FinetuneConfig, RunError, stored_config
+from zo_core.integrations.session import Session, first_line, prepare
+from zo_core.integrations.tasks import Evaluation
+
+SKIPS_IN_A_ROW = 20  # steps with a non-finite loss after which a run gives up
+OUR_FILES = ("config.json", "metrics.jsonl", "summary.json", "plot.png", "checkpoint", "model")
+
+
+class RunInterrupted(Exception):
+    """A run that was asked to stop by a signal and has saved its state; the message is how to resume."""
+
+    def __init__(self, signum: int, command: str) -> None:
+        """Keep the signal's number beside the command that resumes."""
+        super().__init__(command)
+        self.signum = signum
+
+
+# ---- the run's folder ------------------------------------------------------------------------------------
+
+
+@dataclass
+class State:
+    """Where a run stands; all of it is in a checkpoint."""
+
+    step: int = 0
+    seconds: float = 0.0  # of training; evaluations and checkpoints do not count
+    evaluation_seconds: float = 0.0
+    forwards: int = 0  # of training
+    validated: int = -1  # the last step that was validated
+    best_step: int | None = None
+    best: tuple[float, float] = (-1.0, 0.0)  # validation accuracy, minus loss
+    before: dict[str, Any] | None = None  # test part at step 0
+    before_correct: list[bool] = field(default_factory=list)
+    sampled_step_seconds: float = 0.0  # steps whose forwards were also timed on the plain model
+    sampled_forward_seconds: float = 0.0
+    metrics_bytes: int = 0
+
+
+def _claim(folder: Path, overwrite: bool) -> None:
+    """Make `folder` ready for a new run: it must be empty, or a run's and `overwrite` set.
+
+    Raises:
+        RunError: the folder is taken or cannot be written.
+
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        taken = any(folder.iterdir())
+    except OSError as error:
+        raise RunError(
+            f"--output {str(folder)!r} cannot be written: {error.strerror}; choose another"
+        ) from error
+    if not taken:
+        return
+    try:
+        stored_config(folder)
+    except RunError as error:
+        raise RunError(
+            f"--output {str(folder)!r} has files that are not a run's; choose another folder"
+        ) from error
+    if not overwrite:
+        raise RunError(
+            f"--output {str(folder)!r} already holds a run; --resume goes on with it, --overwrite replaces it"
+        )
+    for name in OUR_FILES:
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _atomic(path: Path) -> Iterator[IO[bytes]]:
+    """A file that appears under its name, whole and on disk, or not at all."""
+    part = path.with_name(path.name + ".part")
+    with open(part, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    with _atomic(path) as file:
+        file.write((json.dumps(value, indent=2) + "\n").encode())
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+class Run:
+    """One run: its session, optimizer, state and folder. `finetune` drives it."""
+
+    def __init__(self, session: Session, console: Console) -> None:
+        """Build the optimizer; touch nothing on disk."""
+        config = session.config
+        self.session, self.config, self.console = session, config, console
+        self.state, self.signum = State(), 0
+        self.folder, self.checkpoint = config.output, config.output / "checkpoint"
+        self.optimizer = getattr(zo_core, METHODS[config.method])(
+            session.model,
+            lr=config.lr,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            probes=config.probes,
+            seed=config.seed,
+            distribution=config.distribution,
+        )
+        if (
+            config.dropout
+        ):  # dropout is the one user of torch's global generator; a checkpoint keeps its state
+            torch.set_rng_state(torch.Generator().manual_seed(config.seed).get_state())
+
+    # -- saving
+
+    def save(self, *, best: bool = False) -> None:
+        """Write a checkpoint: weights under their own name, then the state that names them; then tidy."""
+        self.checkpoint.mkdir(exist_ok=True)
+        self.metrics.flush()
+        os.fsync(self.metrics.fileno())
+        self.state.metrics_bytes = self.metrics.tell()
+        if best:
+            self.state.best_step = self.state.step
+        with _atomic(self._weights(self.state.step)) as file:
+            torch.save(self.session.model.state_dict(), file)
+        kept = {
+            "state": asdict(self.state),
+            "optimizer": self.optimizer.state_dict(),
+            "rng": torch.get_rng_state(),
+        }
+        with _atomic(self.checkpoint / "state.pt") as file:
+            torch.save(kept, file)
+        named = {self._weights(step) for step in (self.state.step, self.state.best_step) if step is not None}
+        for path in self.checkpoint.glob("weights-*"):
+            if path not in named:
+                path.unlink()
+        self.saved_at = time.monotonic()
+
+    def _weights(self, step: int) -> Path:
+        return self.checkpoint / f"weights-{step}.pt"
+
+    def load_weights(self, step: int) -> None:
+        """Put the checkpointed weights of `step` into the model."""
+        weights = torch.load(self._weights(step), map_location=self.session.scorer.device, weights_only=True)
+        self.session.model.load_state_dict(weights)
+
+    def open(self, resume: bool) -> None:
+        """Start the folder's files, or go back to its checkpoint and drop the metrics written after it.
+
+        Raises:
+            RunError: the checkpoint is not readable.
+
+        """
+        _write_json(self.folder / "config.json", self.config.model_dump(mode="json", exclude={"output"}))
+        if resume and (self.checkpoint / "state.pt").exists():
+            try:
+                kept = torch.load(self.checkpoint / "state.pt", weights_only=True)
+                self.state = State(**kept["state"])
+                self.load_weights(self.state.step)
+                self.optimizer.load_state_dict(kept["optimizer"])
+            except Exception as error:
+                raise RunError(
+                    f"checkpoint in {str(self.checkpoint)!r} cannot be read: {first_line(error)}; "
+                    "--overwrite starts the run again"
+                ) from error
+            if self.config.dropout:
+                torch.set_rng_state(kept["rng"])
+        self.metrics = open(self.folder / "metrics.jsonl", "ab")  # noqa: SIM115 - open for the whole run
+        self.metrics.truncate(min(self.state.metrics_bytes, self.metrics.tell()))
+        self.metrics.seek(0, os.SEEK_END)
+        self.saved_at = time.monotonic()
+
+    def log(self, kind: str, **values: Any) -> None:
+        """Add a line to metrics.jsonl; a value that is not finite becomes null."""
+        counts = {
+            "step": self.state.step,
+            "forwards": self.state.forwards,
+            "seconds": round(self.state.seconds, 3),
+        }
+        plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        self.metrics.write((json.dumps({"kind": kind, **counts, **plain}) + "\n").encode())
+        self.metrics.flush()
+
+    # -- stopping
+
+    @contextmanager
+    def stoppable(self) -> Iterator[None]:
+        """Within, the first Ctrl-C (or SIGTERM) asks the run to stop and a second one aborts it at once."""
+
+        def ask(signum: int, frame: Any) -> None:
+            if self.signum:
+                raise KeyboardInterrupt
+            self.signum = signum
+            self.console.print("\nstopping after this step; again to abort without saving", style="yellow")
+
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        signals = (signal.SIGINT, signal.SIGTERM)
+        previous = [signal.signal(signum, ask) for signum in signals]
+        try:
+            yield
+        finally:
+            for signum, handler in zip(signals, previous, strict=True):
+                signal.signal(signum, handler)
+
+    def check(self, n: int = 0) -> None:
+        """Leave the run's loops if it was asked to stop."""
+        if self.signum:
+            raise RunInterrupted(self.signum, resume_command(self.folder))
+
+    # -- working
+
+    def evaluate(self, part: str, note: str) -> Evaluation:
+        """Evaluate one part of the data, log it and show a line."""
+        start = time.perf_counter()
+        found = tasks.evaluate(
+            self.session.scorer,
+            self.session.parts[part],
+            batch_size=self.config.eval_batch_size,
+            progress=self.check,
+        )
+        took = time.perf_counter() - start
+        self.state.evaluation_seconds += took
+        values = found.report()
+        self.log("evaluation", split=part, evaluation_seconds=round(took, 3), **values)
+        low, high = values["interval"]
+        self.console.print(
+            f"[bold]{note}[/]: {part} accuracy [bold]{found.accuracy:.4f}[/] "
+            f"[dim](95% {low:.4f} to {high:.4f}, n {found.n}, loss {found.loss:.4f}, {took:.1f} s)[/]",
+            highlight=False,
+            soft_wrap=True,
+        )
+        return found
+
+    def validate(self) -> None:
+        """Evaluate the validation part at this step, and keep the weights if they are the best so far."""
+        found = self.evaluate("validation", f"step {self.state.step}")
+        score = (found.accuracy, -found.loss)
+        self.state.validated = self.state.step
+        if self.config.keep_best and score > self.state.best:
+            self.state.best = score
+            self.save(best=True)
+
+    def step(self) -> float:
+        """One optimizer step; returns its loss. Now and then times the plain model's forward beside it."""
+        config, state, scorer = self.config, self.state, self.session.scorer
+        start, train = time.perf_counter(), self.session.parts["train"]
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.lr_at(config.progress(state.step, state.seconds))
+        lr = self.optimizer.param_groups[0]["lr"]
+        indices = tasks.batch_indices(len(train), config.batch_size, step=state.step, seed=config.seed)
+        batch = tasks.collate([train[i] for i in indices], scorer.device)
+        forwards = 0
+
+        @torch.no_grad()
+        def closure() -> torch.Tensor:
+            nonlocal forwards
+            forwards += 1
+            return scorer.loss(batch)
+
+        self.session.model.train(config.dropout)
+        loss = float(self.optimizer.step(closure))
+        took = time.perf_counter() - start
+        state.step += 1
+        state.seconds += took
+        state.forwards += forwards
+        self.log("step", loss=loss, lr=lr, skipped=self.optimizer.skipped)
+        if state.step % 25 == 5:  # a second look at the same batch costs 2% at most and not of the budget
+            with torch.random.fork_rng(enabled=config.dropout):
+                start, counted = time.perf_counter(), forwards
+                float(closure())
+            state.sampled_step_seconds += took
+            state.sampled_forward_seconds += counted * (time.perf_counter() - start)
+        return loss
+
+    def train(self) -> None:
+        """Step and validate until a budget is used up.
+
+        Raises:
+            RunError: no finite loss for many steps.
+            RunInterrupted: a signal asked to stop.
+
+        """
+        config, state, optimizer = self.config, self.state, self.optimizer
+        losses, bad = [], 0
+        with _progress(self.console) as bar:
+            task = bar.add_task("", total=1.0, step="-", loss="-", accuracy="-", rate="-", left="-")
+            while True:
+                done = config.progress(state.step, state.seconds) >= 1
+                if state.validated != state.step and (done or state.step % config.eval_every == 0):
+                    self.validate()
+                if done:
+                    return
+                skipped = optimizer.skipped
+                losses.append(self.step())
+                bad = bad + 1 if optimizer.skipped > skipped else 0
+                if bad == min(SKIPS_IN_A_ROW, config.steps or SKIPS_IN_A_ROW):
+                    raise RunError(
+                        f"{bad} steps in a row were skipped, their loss was not finite: use a smaller --lr "
+                        f"or --eps, or --dtype float32 (now {config.dtype}); the last checkpoint is kept"
+                    )
+                bar.update(
+                    task,
+                    completed=config.progress(state.step, state.seconds),
+                    step=f"{state.step}/{config.steps}" if config.steps else str(state.step),
+                    loss=f"{report.smooth(losses[-200:])[-1]:.4f}",
+                    accuracy=f"{state.best[0]:.4f}" if config.keep_best else "-",
+                    rate=f"{state.step / state.seconds:.2f}",
+                    left=report.clock(self._seconds_left()),
+                )
+                self.check()
+                if time.monotonic() - self.saved_at >= 60 * config.save_every:
+                    self.save()
+
+    def _seconds_left(self) -> float:
+        steps, budget = self.config.steps or math.inf, self.config.time_budget or math.inf
+        return min(
+            (steps - self.state.step) * self.state.seconds / self.state.step, budget - self.state.seconds
+        )
+
+    def finish(self) -> dict[str, Any]:
+        """Test the chosen weights, save them for plain transformers, write summary and plot."""
+        config, state, model = self.config, self.state, self.session.model
+        chosen = state.step if state.best_step is None else state.best_step
+        if chosen != state.step:
+            self.load_weights(chosen)
+        after = self.evaluate("test", f"after (weights of step {chosen})")
+        shutil.rmtree(self.folder / "model", ignore_errors=True)
+        scratch = self.folder / "model.part"
+        shutil.rmtree(scratch, ignore_errors=True)
+        model.save_pretrained(scratch)
+        self.session.tokenizer.save_pretrained(scratch)
+        scratch.rename(self.folder / "model")
+        lines = read_metrics(self.folder)
+        steps = [line for line in lines if line["kind"] == "step"]
+        evaluations = [line for line in lines if line["kind"] == "evaluation"]
+        before = torch.tensor(state.before_correct)
+        summary = {
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "model": {
+                "name": config.model,
+                "class": type(model).__name__,
+                "parameters": sum(p.numel() for p in model.parameters()),
+                "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+                "dtype": config.dtype,
+                "autocast": config.autocast,
+            },
+            "data": self.session.facts,
+            "method": config.method,
+            "config": config.model_dump(mode="json", exclude={"output"}),
+            "steps": state.step,
+            "skipped_steps": self.optimizer.skipped,
+            "forwards": state.forwards,
+            "selected_step": chosen,
+            "selected_by": "validation accuracy" if config.keep_best else "last step",
+            "test": {
+                "before": state.before,
+                "after": after.report(),
+                "change": tasks.paired_difference(before, after.correct),
+            },
+            "validation": [line for line in evaluations if line["split"] == "validation"],
+            "train_loss": {
+                "first": _mean([line["loss"] for line in steps[:20]]),
+                "last": _mean([line["loss"] for line in steps[-20:]]),
+                "steps_averaged": min(20, len(steps)),
+            },
+            "seconds": {
+                "training": state.seconds,
+                "evaluation": state.evaluation_seconds,
+                "step": state.seconds / max(1, state.step),
+            },
+            "share_outside_forwards": 1 - state.sampled_forward_seconds / state.sampled_step_seconds
+            if state.sampled_step_seconds
+            else None,
+            "peak_rss_bytes": report.peak_rss(),
+            "versions": report.versions(),
+            "machine": report.machine(),
+            "backend": zo_core.backend_info(),
+        }
+        _write_json(self.folder / "summary.json", summary)
+        title = f"{config.model} on {config.data}, {config.method}, lr {config.lr:g}, eps {config.eps:g}"
+        report.plot(self.folder / "plot.png", steps, evaluations, title)
+        return summary
+
+
+def resume_command(folder: Path) -> str:
+    """The command that goes on with the run in `folder`."""
+    return f"zo-core finetune --output {shlex.quote(str(folder))} --resume"
+
+
+def finished(config: FinetuneConfig) -> dict[str, Any] | None:
+    """The summary of the run in `config.output`, if its budget is used up and it has one."""
+    try:
+        kept = torch.load(config.output / "checkpoint" / "state.pt", weights_only=True)["state"]
+        summary: dict[str, Any] = json.loads((config.output / "summary.json").read_text(encoding="utf-8"))
+    except Exception:  # whatever is wrong with them is said where they are needed
+        return None
+    over = config.progress(kept["step"], kept["seconds"]) >= 1
+    return summary if over and summary["steps"] == kept["step"] else None
+
+
+def _progress(console: Console) -> Progress:
+    text = (
+        "{task.percentage:3.0f}%  step {task.fields[step]}  loss {task.fields[loss]}  "
+        "best validation {task.fields[accuracy]}  {task.fields[rate]} steps/s  {task.fields[left]} left"
+    )
+    columns = BarColumn(bar_width=24), TextColumn(text)
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+def _mean(values: list[float | None]) -> float | None:
+    finite = [value for value in values if value is not None]
+    return sum(finite) / len(finite) if finite else None
+
+
+# ---- entry points ----------------------------------------------------------------------------------------
+
+
+def finetune(
+    config: FinetuneConfig, *, resume: bool = False, overwrite: bool = False, console: Console | None = None
+) -> dict[str, Any]:
+    """Run (or go on with) a fine-tuning run and return its summary, as in summary.json.
+
+    Args:
+        config: the run.
+        resume: go on from the checkpoint in `config.output`; take `config` from `resumed_config`.
+        overwrite: replace a run that is in `config.output`.
+        console: where progress is shown; nowhere when None.
+
+    Raises:
+        AssetError, TaskError: see `prepare`.
+        RunError: the run cannot start or go on.
+        RunInterrupted: stopped by a signal, saved, can be resumed.
+
+    """
+    console = console or Console(quiet=True)
+    if not resume:
+        _claim(config.output, overwrite)
+    elif (summary := finished(config)) is not None:
+        console.print("this run is finished; give it more --steps or --time-budget to go on", style="yellow")
+        return summary
+    with console.status("starting") as status:
+        session = prepare(config, lambda text: status.update(text))
+    run = Run(session, console)
+    try:
+        run.open(resume)
+        with run.metrics, run.stoppable():
+            try:
+                if run.state.before is None:
+                    before = run.evaluate("test", "before")
+                    run.state.before, run.state.before_correct = before.report(), before.correct.tolist()
+                run.train()
+            except RunInterrupted:
+                run.save()
+                raise
+            run.save()
+            summary = run.finish()
+    except OSError as error:
+        raise RunError(f"--output {str(config.output)!r} cannot be written: {error}") from error
+    console.print(report.summary_table(summary))
+    console.print(f"written to {config.output}", highlight=False)
+    return summary

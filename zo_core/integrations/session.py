@@ -1,0 +1,170 @@
+"""A model, a tokenizer and encoded data, loaded and checked: what a run and an evaluation start from."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from zo_core.integrations import tasks
+from zo_core.integrations.assets import fetch, names
+from zo_core.integrations.config import FinetuneConfig, RunError
+from zo_core.integrations.tasks import Encoded, Prompter, Scorer
+
+
+class Session(NamedTuple):
+    """A model, ready to be scored on the parts of a dataset."""
+
+    config: FinetuneConfig
+    model: Any
+    tokenizer: Any
+    scorer: Scorer
+    parts: dict[str, list[Encoded]]
+    facts: dict[str, Any]
+
+
+def prepare(
+    config: FinetuneConfig, status: Callable[[str], None] = lambda text: None, *, whole: bool = False
+) -> Session:
+    """Load and check the data, then the tokenizer, then the model, so that mistakes show early.
+
+    Args:
+        config: its Model and Data fields are used. The session's copy has `labels` and `autocast` filled in.
+        status: called with a short sentence at the start of each slow stage.
+        whole: make one part `all` of the data instead of `train`, `validation` and `test`.
+
+    Raises:
+        AssetError: a named model or dataset could not be fetched.
+        TaskError: unusable data, template or label words.
+        RunError: unusable model or device.
+
+    """
+    status("reading data")
+    if config.data in names("dataset"):
+        examples = tasks.read_examples(fetch(config.data, status) / "data.jsonl")
+    else:
+        examples = tasks.read_examples(
+            Path(config.data).expanduser(), config.text_column, config.label_column
+        )
+    words = tasks.label_words(examples, config.labels, all_occur=not whole)
+    if whole:
+        parts = {"all": examples}
+    else:
+        parts = tasks.split_examples(
+            examples, validation=config.validation_size, test=config.test_size, seed=config.split_seed
+        )._asdict()
+    source, device = _model_source(config.model, status), _device(config.device)
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ImportError as error:
+        raise RunError("transformers is missing: pip install 'zo_core[train]'") from error
+    status(f"loading {config.model}")
+    with _loading(config.model):
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    prompter = Prompter(tokenizer, config.template, words, config.max_length)
+    with _loading(config.model):
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, config.dtype))
+    model = model.to(device).eval()  # type: ignore[arg-type]
+    longest = getattr(model.config, "max_position_embeddings", None)
+    prompter.max_length = min(config.max_length, longest or config.max_length)
+    encoded = {name: prompter.encode(part) for name, part in parts.items()}
+    scorer = Scorer(model, prompter.label_tokens, bool(config.autocast) and config.dtype == "float32")
+    if config.autocast is None and config.dtype == "float32":
+        status("timing a forward with and without autocast")
+        some = next(part for part in encoded.values() if part)[: config.batch_size]
+        scorer.autocast = _autocast_is_faster(scorer, tasks.collate(some, device))
+    facts = {
+        "name": config.data,
+        **{name: len(part) for name, part in parts.items()},
+        "repeated": len(examples) - sum(map(len, parts.values())),
+        "truncated": prompter.truncated,
+        "majority": {name: _majority(part) for name, part in encoded.items()},
+    }
+    config = config.model_copy(update={"labels": words, "autocast": scorer.autocast})
+    return Session(config, model, tokenizer, scorer, encoded, facts)
+
+
+def _majority(part: list[Encoded]) -> float:
+    """Accuracy of always answering the part's commonest label."""
+    return max(Counter(example.label for example in part).values()) / len(part)
+
+
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
+    """Turn what `from_pretrained` raises for a bad folder, name or network into one readable sentence."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise RunError(
+            f"--model {name!r} does not load: {first_line(error)}; expected a name "
+            f"({', '.join(names('model'))}), a folder with a causal language model and its tokenizer, or a "
+            "hub id (needs network)"
+        ) from error
+
+
+@torch.no_grad()
+def _autocast_is_faster(scorer: Scorer, batch: tasks.Batch) -> bool:
+    """Time the forward both ways (best of three each): bfloat16 is slower where a CPU has to emulate it."""
+    seconds: dict[bool, float] = {}
+    for _ in range(3):
+        for scorer.autocast in (False, True):
+            start = time.perf_counter()
+            scorer(batch).sum().item()
+            took = time.perf_counter() - start
+            seconds[scorer.autocast] = min(took, seconds.get(scorer.autocast, took))
+    return seconds[True] < 0.9 * seconds[False]
+
+
+def _model_source(name: str, status: Callable[[str], None]) -> str:
+    """Where `from_pretrained` finds the model: a fetched asset, a folder, or `name` itself as a hub id."""
+    if name in names("model"):
+        return str(fetch(name, status))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return str(path)
+    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
+        found = "a file" if path.exists() else "nothing"
+        raise RunError(f"--model {name!r}: expected a folder with a model, found {found} there")
+    return name
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise RunError(f"--device {name!r} cannot be used: {first_line(error)}") from error
+    return device
+
+
+def first_line(error: BaseException) -> str:
+    """First line of an error's message, without a full stop."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(".:; ")
+
+
+def evaluate(
+    config: FinetuneConfig, part: str = "test", status: Callable[[str], None] = lambda text: None
+) -> dict[str, Any]:
+    """Accuracy and loss of a model on one part of the data: n, accuracy, interval, loss, seconds.
+
+    Args:
+        config: its Model and Data fields are used.
+        part: train, validation, test, or all (the data as it is, not divided).
+        status: called with a short sentence at the start of each slow stage.
+
+    Raises:
+        AssetError, TaskError, RunError: see `prepare`.
+
+    """
+    session = prepare(config, status, whole=part == "all")
+    status(f"evaluating {len(session.parts[part])} examples")
+    start = time.perf_counter()
+    found = tasks.evaluate(session.scorer, session.parts[part], batch_size=config.eval_batch_size)
+    seconds = round(time.perf_counter() - start, 3)
+    return {"model": config.model, "data": config.data, "part": part, **found.report(), "seconds": seconds}
