@@ -3,6 +3,7 @@
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -31,6 +32,11 @@ def _int32(x: int) -> int:
     """The int32 with the low 32 bits of x: kernels take these only, one compiled form for all seeds."""
     x &= 0xFFFFFFFF
     return x - (x >> 31 << 32)
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Launches go to the current device: make it that of the tensors."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 # ---- the device table ---------------------------------------------------------------------------------------------
@@ -94,9 +100,10 @@ def philox_(
         key = map(_int32, (tensor_id, stream, seed, seed >> 32))
         # 256 blocks a program from a multiple of 256: block numbers never carry inside one
         first = block - block % 256
-        passes.philox_kernel[(triton.cdiv(block + n - first, 256),)](
-            words, n, first - (first >> 63 << 64), block - first, *key, domain, rounds, 256, **options(4)
-        )
+        with _on(words.device):
+            passes.philox_kernel[(triton.cdiv(block + n - first, 256),)](
+                words, n, first, block - first, *key, domain, rounds, 256, **options(4)
+            )
 
 
 def _digits(coeffs: Tensor, none: Tensor, summed: bool) -> tuple[Tensor, Tensor, Tensor, int]:
@@ -113,7 +120,7 @@ def _digits(coeffs: Tensor, none: Tensor, summed: bool) -> tuple[Tensor, Tensor,
     return digits, totals, scales, steps
 
 
-def run_pass(
+def _run_pass(
     src: Sequence[Tensor],
     dst: Sequence[Tensor],
     hessians: Sequence[Tensor],
@@ -174,7 +181,7 @@ def run_pass(
         )  # fmt: skip
 
 
-def run_rows(
+def _run_rows(
     src: Tensor, rows: Tensor, dst: Tensor, tensor_id: int, offset: int, streams: Tensor, coeffs: Tensor, *, seed: int,
     distribution: str, counters: Tensor,
 ) -> None:  # fmt: skip
@@ -195,3 +202,15 @@ def run_rows(
         offset, _int32(seed), _int32(seed >> 32), k, steps, _DISTRIBUTIONS[distribution], k == 1, summed, passes.TILE,
         **options(),
     )  # fmt: skip
+
+
+def run_pass(*args: Any, **options: Any) -> None:
+    """The pass of ``bindings.ops``, arguments already checked: one launch a pair of dtypes, and two small ones before."""
+    with _on(args[5].device):
+        _run_pass(*args, **options)
+
+
+def run_rows(*args: Any, **options: Any) -> None:
+    """``perturb_rows`` of ``bindings.ops``, arguments already checked."""
+    with _on(args[0].device):
+        _run_rows(*args, **options)
