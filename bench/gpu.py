@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def say(text: str) -> None:
 class Bench:
     """Where and how large, the clock, and what came out."""
 
-    def __init__(self, smoke: bool, minutes: float):
+    def __init__(self, smoke: bool, minutes: float) -> None:
         self.smoke, self.device = smoke, "cpu" if smoke else "cuda"
         self.deadline = time.monotonic() + 60 * minutes
         self.result: dict[str, Any] = {"smoke": smoke, "gate": [], "passes": [], "steps": [], "skipped": []}
@@ -74,7 +75,7 @@ class Bench:
                 work()
                 times.append(1e3 * (time.perf_counter() - begin))
             else:
-                events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+                events: list[Any] = [torch.cuda.Event(enable_timing=True) for _ in range(2)]  # type: ignore[no-untyped-call]
                 events[0].record()
                 work()
                 events[1].record()
@@ -96,8 +97,17 @@ def machine() -> dict[str, Any]:
     found: dict[str, Any] = {"versions": versions, "python": sys.version.split()[0], "cuda": torch.version.cuda}
     if torch.cuda.is_available():
         p = torch.cuda.get_device_properties(0)
-        found |= {"gpu": p.name, "sms": p.multi_processor_count, "memory": p.total_memory, "capability": f"{p.major}.{p.minor}"}
-        query = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,clocks.max.mem,power.limit", "--format=csv,noheader"]
+        found |= {
+            "gpu": p.name,
+            "sms": p.multi_processor_count,
+            "memory": p.total_memory,
+            "capability": f"{p.major}.{p.minor}",
+        }
+        query = [
+            "nvidia-smi",
+            "--query-gpu=driver_version,clocks.max.sm,clocks.max.mem,power.limit",
+            "--format=csv,noheader",
+        ]
         try:
             found["smi"] = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False).stdout.strip()
         except OSError as error:
@@ -138,7 +148,7 @@ def gate(bench: Bench) -> bool:
         )  # fmt: skip
 
     for case in cases.CASES[:: 9 if bench.smoke else 1]:
-        check(f"pass {case}", lambda case=case: cases.check(case, backend, noise, d))
+        check(f"pass {case}", partial(cases.check, case, backend, noise, d))
 
     n = 5000 if bench.smoke else 3_000_017
 
@@ -224,11 +234,11 @@ def gate(bench: Bench) -> bool:
         assert torch.equal(out[-300:], exact.float().bfloat16()), "the end of a tensor of more than 2^31 elements"
 
     for distribution in ("gaussian", "rademacher"):
-        check(f"bounds {distribution}", lambda x=distribution: bounds(x))
+        check(f"bounds {distribution}", partial(bounds, distribution))
         for k in (1, 3):
-            check(f"launch shapes {distribution} K={k}", lambda x=distribution, k=k: launch_shapes(x, k))
+            check(f"launch shapes {distribution} K={k}", partial(launch_shapes, distribution, k))
     for k in (5, 8, 40) if bench.smoke else (5, 8, 13, 40, 160, 200):
-        check(f"sums K={k}", lambda k=k: many_streams(k))
+        check(f"sums K={k}", partial(many_streams, k))
     check("rows", rows)
     if not bench.smoke:
         check("graph", graph)
@@ -245,9 +255,10 @@ def gate(bench: Bench) -> bool:
 def passes_against_copy(bench: Bench) -> None:
     """Bandwidth of each pass over that of a copy, for one large tensor and for the tensor lists of models."""
     import torch
-    from bench.gpu_models import NAMES, shapes
     from zo_core.kernels import triton as backend
     from zo_core.kernels.triton.naive import naive_add_noise_
+
+    from bench.gpu_models import NAMES, shapes
 
     d = bench.device
     counters = torch.zeros(2, dtype=torch.int64, device=d)
@@ -262,13 +273,21 @@ def passes_against_copy(bench: Bench) -> None:
     def add(model: str, form: str, dtype: str, moved: int, timed: dict[str, float], copy: float) -> None:
         gbps = moved / timed["ms"] / 1e6
         bench.result["passes"].append(
-            {"model": model, "form": form, "dtype": dtype, "bytes": moved, "gbps": gbps, "of_copy": gbps / copy, **timed}
+            {
+                "model": model,
+                "form": form,
+                "dtype": dtype,
+                "bytes": moved,
+                "gbps": gbps,
+                "of_copy": gbps / copy,
+                **timed,
+            }
         )
         say(f"  {model:<12} {form:<28} {dtype:<9} {timed['ms']:9.3f} ms {gbps:8.0f} GB/s {gbps / copy:6.1%} of copy")
 
     size = 1 << 14 if bench.smoke else 1 << 30
     a, b = (torch.empty(size, dtype=torch.uint8, device=d) for _ in range(2))
-    timed = bench.time(lambda: b.copy_(a), 0.5)
+    timed = bench.time(partial(b.copy_, a), 0.5)
     copy = 2 * size / timed["ms"] / 1e6
     bench.result["copy_gbps"] = copy
     say(f"copy: {copy:.0f} GB/s")
@@ -287,7 +306,7 @@ def passes_against_copy(bench: Bench) -> None:
                 coeffs = torch.full((k, count), 1e-6, device=d)
                 return {"streams": torch.arange(k, device=d), "coeffs": coeffs}
 
-            for form, distribution, k, options in (
+            forms: tuple[tuple[str, str, int, dict[str, Any]], ...] = (
                 ("gaussian", "gaussian", 1, {}),
                 ("gaussian stochastic", "gaussian", 1, {"update": update}),
                 ("rademacher", "rademacher", 1, {}),
@@ -296,25 +315,32 @@ def passes_against_copy(bench: Bench) -> None:
                 ("rademacher K=8 stochastic", "rademacher", 8, {"update": update}),
                 ("rademacher K=40", "rademacher", 40, {}),
                 ("rademacher K=160", "rademacher", 160, {}),
-            ):
+            )
+            for form, distribution, k, options in forms:
                 if bench.smoke and k > 8:
                     continue
                 if "stochastic" in form and dtype is torch.float32:
                     continue
                 scalar = scalars(k)
-                work = lambda: run(weights, distribution, k, **scalar, **options)  # noqa: B023, E731 - used at once
+                work: Callable[[], object] = partial(run, weights, distribution, k, **scalar, **options)
                 add(model, form, name, moved, bench.time(work), copy)
             if model == "one tensor":
                 hessians = [torch.ones(s, device=d) for s in sizes]
                 scalar = scalars(1)
-                work = lambda: run(weights, "gaussian", 1, hessians=hessians, **scalar)  # noqa: B023, E731
+                work = partial(run, weights, "gaussian", 1, hessians=hessians, **scalar)
                 add(model, "scaled by H", name, moved + 4 * elements, bench.time(work), copy)
                 tiny, smooth = torch.full((1, count), 1e-6, device=d), torch.full((count,), 1e-6, device=d)
-                more = {"restore": tiny, "curvature": tiny, "smoothing": smooth, "hessian_min": 1e-8, "hessian_max": 1e8}
-                work = lambda: run(weights, "gaussian", 1, hessians=hessians, **scalar, **more)  # noqa: B023, E731
+                more: dict[str, Any] = {
+                    "restore": tiny,
+                    "curvature": tiny,
+                    "smoothing": smooth,
+                    "hessian_min": 1e-8,
+                    "hessian_max": 1e8,
+                }
+                work = partial(run, weights, "gaussian", 1, hessians=hessians, **scalar, **more)
                 add(model, "H update", name, moved + 8 * elements, bench.time(work), copy)
                 shadow = [torch.empty_like(w) for w in weights]
-                work = lambda: run(weights, "gaussian", 1, dst=shadow, **scalar)  # noqa: B023, E731
+                work = partial(run, weights, "gaussian", 1, dst=shadow, **scalar)
                 add(model, "into a shadow", name, moved, bench.time(work), copy)
                 del hessians, shadow
 
@@ -324,7 +350,7 @@ def passes_against_copy(bench: Bench) -> None:
                 perturb(weights, 1, 1, 1e-3)
 
             add(model, "baseline torch.normal + add", name, moved, bench.time(published), copy)
-            work = lambda: naive_add_noise_(weights, 1, 1e-6)  # noqa: B023, E731
+            work = partial(naive_add_noise_, weights, 1, 1e-6)
             add(model, "baseline tl.randn", name, moved, bench.time(work), copy)
             del weights
     if not bench.smoke:
@@ -337,6 +363,7 @@ def passes_against_copy(bench: Bench) -> None:
 def whole_steps(bench: Bench) -> None:
     """Published MeZO and ours: forwards, what is outside them, total, and peak memory over inference."""
     import torch
+
     from bench import published
     from bench.gpu_models import batch, build
     from zo_core import MeZO
@@ -345,7 +372,7 @@ def whole_steps(bench: Bench) -> None:
         if not bench.has_time(f"steps {name}", 45):
             continue
         model = build(name, bench.device, bench.smoke)
-        params = list(model.parameters())
+        params: list[Any] = list(model.parameters())
         bytes_of_weights = sum(p.numel() * p.element_size() for p in params)
         copies = 3 * 2 * bytes_of_weights / bench.result["copy_gbps"] / 1e6
         optimizer = MeZO(model, lr=1e-7, eps=1e-3, seed=1)
@@ -372,15 +399,16 @@ def whole_steps(bench: Bench) -> None:
             row: dict[str, Any] = {"model": name, "batch": size, "length": length, "weights": bytes_of_weights}
             inference = peak(loss)
             forward = bench.time(loss, 0.5)["ms"]
-            ours = bench.time(lambda: optimizer.step(loss), 1.0)  # noqa: B023
+            ours = bench.time(partial(optimizer.step, loss), 1.0)
             row |= {"forwards": 2 * forward, "three_copies": copies, "inference_bytes": inference}
             row["ours"] = {**ours, "outside": ours["ms"] - 2 * forward, "of_bound": ours["ms"] / (2 * forward + copies),
-                           "memory": peak(lambda: optimizer.step(loss)) / inference}  # fmt: skip  # noqa: B023
-            theirs = bench.time(lambda: published.mezo_step(params, loss, 1, 1e-7, 1e-3), 1.0)  # noqa: B023
-            perturb = bench.time(lambda: published.perturb(params, 1, 1, 1e-6))["ms"]  # noqa: B023
-            update = bench.time(lambda: published.update(params, 1, 1e-9, 1.0))["ms"]  # noqa: B023
+                           "memory": peak(partial(optimizer.step, loss)) / inference}  # fmt: skip
+            published_step = partial(published.mezo_step, params, loss, 1, 1e-7, 1e-3)
+            theirs = bench.time(published_step, 1.0)
+            perturb = bench.time(partial(published.perturb, params, 1, 1, 1e-6))["ms"]
+            update = bench.time(partial(published.update, params, 1, 1e-9, 1.0))["ms"]
             row["published"] = {**theirs, "outside": theirs["ms"] - 2 * forward, "perturb": perturb, "update": update,
-                                "memory": peak(lambda: published.mezo_step(params, loss, 1, 1e-7, 1e-3)) / inference}  # fmt: skip  # noqa: B023
+                                "memory": peak(published_step) / inference}  # fmt: skip
             optimizer = MeZO(model, lr=1e-7, eps=1e-3, seed=1)  # the published way replaces the tensors' memory
             bench.result["steps"].append(row)
             say(
@@ -397,7 +425,12 @@ def whole_steps(bench: Bench) -> None:
 
 def report(results: Sequence[dict[str, Any]]) -> str:
     """A Markdown page from results."""
-    lines = ["# GPU acceptance runs", "", "Made by `python -m bench.gpu --report`; the figures are those of the JSON files.", ""]
+    lines = [
+        "# GPU acceptance runs",
+        "",
+        "Made by `python -m bench.gpu --report`; the figures are those of the JSON files.",
+        "",
+    ]
     for r in results:
         m = r["machine"]
         lines += [f"## {m.get('gpu', 'no GPU: interpreter smoke run, its times mean nothing')}", ""]

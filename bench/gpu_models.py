@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# vocabulary, hidden, layers, heads, key-value heads, inner, positions
+# hidden, layers, heads, inner
 _OPT = {"OPT-125M": (768, 12, 12, 3072), "OPT-1.3B": (2048, 24, 32, 8192), "OPT-13B": (5120, 40, 40, 20480)}
 NAMES = (*_OPT, "Llama-3-8B")
 
@@ -18,12 +18,12 @@ def config(name: str, tiny: bool = False) -> Any:
         hidden, layers, heads, inner = (32, 2, 2, 64) if tiny else _OPT[name]
         return OPTConfig(
             vocab_size=128 if tiny else 50272, hidden_size=hidden, word_embed_proj_dim=hidden, num_hidden_layers=layers,
-            num_attention_heads=heads, ffn_dim=inner, max_position_embeddings=2048, dropout=0.0, attention_dropout=0.0,
+            num_attention_heads=heads, ffn_dim=inner, max_position_embeddings=16 if tiny else 2048, dropout=0.0, attention_dropout=0.0,
         )  # fmt: skip
     return LlamaConfig(
         vocab_size=128 if tiny else 128256, hidden_size=32 if tiny else 4096, num_hidden_layers=2 if tiny else 32,
         num_attention_heads=2 if tiny else 32, num_key_value_heads=1 if tiny else 8, intermediate_size=64 if tiny else 14336,
-        max_position_embeddings=8192, rope_theta=500000.0, tie_word_embeddings=False,
+        max_position_embeddings=8192, tie_word_embeddings=False,
     )  # fmt: skip
 
 
@@ -32,7 +32,7 @@ def shapes(name: str, tiny: bool = False) -> list[tuple[int, ...]]:
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config(name, tiny))
+        model: nn.Module = AutoModelForCausalLM.from_config(config(name, tiny))  # type: ignore[no-untyped-call]
     return [tuple(p.shape) for p in model.parameters()]
 
 
@@ -41,7 +41,7 @@ def build(name: str, device: str, tiny: bool = False) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     with torch.device(device):
-        model: nn.Module = AutoModelForCausalLM.from_config(config(name, tiny), dtype=torch.bfloat16)
+        model: nn.Module = AutoModelForCausalLM.from_config(config(name, tiny), dtype=torch.bfloat16)  # type: ignore[no-untyped-call]
     generator = torch.Generator(device).manual_seed(0)
     for p in model.parameters():
         if p.ndim > 1:
@@ -49,7 +49,7 @@ def build(name: str, device: str, tiny: bool = False) -> nn.Module:
     return model.eval()
 
 
-def batch(model: nn.Module, size: int, length: int) -> Tensor:
+def batch(model: Any, size: int, length: int) -> Tensor:
     """Random token ids."""
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(1)

@@ -211,24 +211,27 @@ def _check_philox(words: Tensor, *, rounds: int = 7, **_: int) -> None:
 @cache
 def _triton() -> ModuleType:
     """The Triton backend, imported when the first CUDA tensor comes; the reference, and why, where there is none."""
+    module: ModuleType = reference
     if os.environ.get("ZO_CORE_BACKEND") == "reference":
-        return reference
+        return module
     try:
         from ..kernels import triton
+
+        module = triton
     except ImportError as error:
         warnings.warn(
             f"zo_core: no Triton ({error}); CUDA tensors take the much slower torch reference: pip install triton",
             stacklevel=2,
         )
-        return reference
-    return triton
+    return module
 
 
 def backend_for(device: torch.device) -> ModuleType:
     """The module whose ``run_pass``, ``run_rows`` and ``philox_`` serve tensors on this device."""
     if device.type == "cuda":
         return _triton()
-    return native if device.type == "cpu" and native.available() else reference
+    module: ModuleType = native if device.type == "cpu" and native.available() else reference
+    return module
 
 
 def _update_(weights: list[Tensor], *args: Any, seed: int, **options: Any) -> None:

@@ -36,7 +36,9 @@ class Case:
 
     def __str__(self) -> str:
         base = Case()
-        shown = [str(v).removeprefix("torch.") for n, v in vars(self).items() if n == "distribution" or v != vars(base)[n]]
+        shown = [
+            str(v).removeprefix("torch.") for n, v in vars(self).items() if n == "distribution" or v != vars(base)[n]
+        ]
         return "-".join(shown)
 
 
@@ -154,9 +156,13 @@ def _cases() -> list[Case]:
     cases += [Case(d, t, k=k, hessian=h, decay=h == "update", stochastic=t is BF16)
               for d in both for t in (F32, BF16) for k, h in ((1, "read"), (1, "update"), (3, "update"))]  # fmt: skip
     cases += [Case(d, t, dst=s, k=2, skewed=3) for d in both for t, s in ((BF16, None), (F32, F16))]
-    cases += [Case(d, t, bad=b, stochastic=s) for d in both for t in EPS for b, s in (("weights", True), ("range", False))]
+    cases += [
+        Case(d, t, bad=b, stochastic=s) for d in both for t in EPS for b, s in (("weights", True), ("range", False))
+    ]
     cases += [Case("rademacher", BF16, bad="range", stochastic=True), Case("gaussian", F16, bad="weights")]
-    cases += [Case(b and "gaussian", F32, k=2, decay=True, bad=b, dst=t) for b in ("coeffs", "decay") for t in (None, BF16)]
+    cases += [
+        Case(b and "gaussian", F32, k=2, decay=True, bad=b, dst=t) for b in ("coeffs", "decay") for t in (None, BF16)
+    ]
     cases += [Case("gaussian", F16, F16, bad="range"), Case("gaussian", BF16, sizes=(), k=2), Case(sizes=(0,))]
     cases += [Case("rademacher", t, sizes=(2300, 40), offsets=(1024, 3), k=k) for t in (F32, BF16) for k in (8, 13, 40)]
     return cases

@@ -109,7 +109,15 @@ def test_the_cache_of_tables_is_bounded(monkeypatch):
 def test_rows_and_runs_of_the_table():
     tile, tiles = passes.TILE, passes.TILES
     rows, runs = launch.tile_rows(
-        [64, 128, 192], [64, 130, 192], [0, 0, 0], [tile * tiles + 1, 0, 5], [0, 0, tile + 8], [4, 5, 6], [0, 1, 2], 2, 2
+        [64, 128, 192],
+        [64, 130, 192],
+        [0, 0, 0],
+        [tile * tiles + 1, 0, 5],
+        [0, 0, tile + 8],
+        [4, 5, 6],
+        [0, 1, 2],
+        2,
+        2,
     )
     assert rows[0] == [64, 64, 0, 0, tile * tiles + 1, 0, 4, 1]
     assert rows[1] == [192 - 16, 192 - 16, 0, 8, 13, tile, 6, 5]  # starts 8 elements into the second tile
@@ -124,7 +132,9 @@ def test_a_tensor_of_more_than_2_31_elements_has_int64_rows_and_runs():
 
 
 @pytest.mark.parametrize("width", [3, 130, 1024, 1500])
-@pytest.mark.parametrize(("distribution", "k"), [("gaussian", 1), ("gaussian", 2), ("rademacher", 1), ("rademacher", 9)])
+@pytest.mark.parametrize(
+    ("distribution", "k"), [("gaussian", 1), ("gaussian", 2), ("rademacher", 1), ("rademacher", 9)]
+)
 def test_gathered_rows_are_those_of_the_whole_matrix(width, distribution, k):
     src = torch.randn(12, width, generator=torch.Generator().manual_seed(1)).to(DEVICE, torch.bfloat16)
     rows = torch.tensor([7, 0, 11, 7], device=DEVICE)

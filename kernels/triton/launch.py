@@ -7,10 +7,10 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-from .. import reference
+import triton
+
 from . import passes, sums
 
 _CACHED = 1024  # tables kept: a shadow engine needs one a module; one is 64 bytes a tensor and 8 a run of tiles
@@ -25,7 +25,6 @@ def options(warps: int = passes.WARPS) -> dict[str, Any]:
     if triton.knobs.runtime.interpret:
         return {}
     return {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}
-
 
 
 def _int32(x: int) -> int:
@@ -92,9 +91,7 @@ def _table(src: list[Tensor], dst: list[Tensor], hessians: list[Tensor], offsets
 # ---- launches -----------------------------------------------------------------------------------------------------
 
 
-def philox_(
-    words: Tensor, *, domain: int, tensor_id: int, stream: int, block: int, seed: int, rounds: int = 7
-) -> None:
+def philox_(words: Tensor, *, domain: int, tensor_id: int, stream: int, block: int, seed: int, rounds: int = 7) -> None:
     """Fill int32 ``words`` of shape (n, 4) with the Philox words of blocks ``block`` to ``block + n - 1``."""
     if n := words.shape[0]:
         key = map(_int32, (tensor_id, stream, seed, seed >> 32))
@@ -144,8 +141,10 @@ def _run_pass(
     if not src:
         return
     count, device = len(src), streams.device
-    coeffs, *rest = (None if x is None else x.contiguous() for x in (coeffs, restore, curvature, decay, smoothing))
-    restore, curvature, decay, smoothing = rest
+    coeffs = coeffs.contiguous()
+    restore, curvature, decay, smoothing = (
+        None if x is None else x.contiguous() for x in (restore, curvature, decay, smoothing)
+    )
     go = torch.empty(1 + count, dtype=torch.int32, device=device)
     none = counters  # stands where a form of the kernel reads nothing
     passes.gate_kernel[(1,)](
@@ -160,11 +159,14 @@ def _run_pass(
     for i, (s, d) in enumerate(zip(src, dst, strict=True)):
         groups.setdefault((s.dtype, d.dtype), []).append(i)
     for (src_dtype, dst_dtype), members in groups.items():
-        def pick(values: Sequence[Any]) -> list[Any]:
-            return [values[i] for i in members] if values else []
-
         table, runs = _table(
-            pick(src), pick(dst), pick(hessians), pick(offsets) or [0] * len(members), pick(tensor_ids), members, device
+            [src[i] for i in members],
+            [dst[i] for i in members],
+            [hessians[i] for i in members] if hessians else [],
+            [offsets[i] if offsets else 0 for i in members],
+            [tensor_ids[i] for i in members],
+            members,
+            device,
         )
         if not len(runs):
             continue
@@ -190,9 +192,7 @@ def _run_rows(
         return
     coeffs = coeffs.contiguous()
     go, k, none = torch.empty(2, dtype=torch.int32, device=src.device), streams.numel(), counters
-    passes.gate_kernel[(1,)](
-        coeffs, none, none, none, none, go, counters, 1, k, True, False, False, 512, **options(4)
-    )
+    passes.gate_kernel[(1,)](coeffs, none, none, none, none, go, counters, 1, k, True, False, False, 512, **options(4))
     summed = passes.use_sums(_DISTRIBUTIONS[distribution], 0, k)
     digits, totals, scales, steps = _digits(coeffs, none, summed)
     width = src.shape[1]

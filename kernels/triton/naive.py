@@ -1,6 +1,7 @@
 """The baseline of bench/gpu.py: what one writes first, ``tl.randn`` element by element, one launch a tensor."""
 
 import torch
+
 import triton
 import triton.language as tl
 

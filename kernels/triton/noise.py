@@ -137,7 +137,7 @@ def signs(first, tensor_id, stream, k0, k1, BLOCKS: tl.constexpr):
 
 @triton.jit
 def signed(words, c, SHAPE: tl.constexpr):
-    """c times the signs: the sign bit of c flipped where an element's bit is 0."""
+    """C times the signs: the sign bit of c flipped where an element's bit is 0."""
     shift = (31 - tl.arange(0, 32)).to(tl.uint32)[None, None, :]
     minus = tl.broadcast_to(~words, SHAPE) << shift
     bits = (minus & 0x80000000) ^ c.to(tl.uint32, bitcast=True)
@@ -148,7 +148,9 @@ def signed(words, c, SHAPE: tl.constexpr):
 
 
 @triton.jit
-def rounding_bits(first, tensor_id, update, k0, k1, A: tl.constexpr, B: tl.constexpr, STRIDE_A: tl.constexpr, STRIDE_B: tl.constexpr):
+def rounding_bits(
+    first, tensor_id, update, k0, k1, A: tl.constexpr, B: tl.constexpr, STRIDE_A: tl.constexpr, STRIDE_B: tl.constexpr
+):
     """16 random bits an element of a tile (A, B, 32), as uint32."""
     a = tl.arange(0, A) * (STRIDE_A // 8)
     b = tl.arange(0, B) * (STRIDE_B // 8)
@@ -166,9 +168,9 @@ def round_to(x, random, DTYPE: tl.constexpr, STOCHASTIC: tl.constexpr):
     right for finite x only, whose caller keeps the others.
     """
     b = x.to(tl.uint32, bitcast=True)
-    if DTYPE == tl.float32:
+    if tl.float32 == DTYPE:
         return x
-    elif DTYPE == tl.bfloat16:
+    elif tl.bfloat16 == DTYPE:
         if STOCHASTIC:
             b = (b + random) >> 16
         elif INTERPRET:

@@ -99,7 +99,8 @@ def _load(at, mask, other, CAREFUL: tl.constexpr):
 @triton.jit
 def _zeros_like(x):
     """Zeros in the registers of x: what a loop carries keeps the layout it starts with, and one that differs from that of
-    the noise costs a pass through shared memory for each stream (31 instructions a weight where this costs none)."""
+    the noise costs a pass through shared memory for each stream (31 instructions a weight where this costs none).
+    """
     if INTERPRET:
         return tl.zeros_like(x)
     return tl.inline_asm_elementwise("mov.f32 $0, 0f00000000;", "=r,r", [x], tl.float32, is_pure=True, pack=1)
@@ -156,7 +157,9 @@ def _tile(
         n_loop = 0
     for k in range(n_loop):
         if not ONE:
-            c, r, q, stream, some = _stream(k, column, streams, coeffs, restore, curvature, n_tensors, DISTRIBUTION, HESSIAN)
+            c, r, q, stream, some = _stream(
+                k, column, streams, coeffs, restore, curvature, n_tensors, DISTRIBUTION, HESSIAN
+            )
         if ONE or some:
             if DISTRIBUTION:
                 words = signs(first + start, tensor_id, stream, k0, k1, B)
@@ -173,7 +176,9 @@ def _tile(
                     squares = tl.fma(z * z, q, squares)
 
     if SUMS and not CAREFUL:
-        noise = weighted_signs(first + start, tensor_id, column, streams, digits, totals, scales, n_streams, n_steps, k0, k1, B)
+        noise = weighted_signs(
+            first + start, tensor_id, column, streams, digits, totals, scales, n_streams, n_steps, k0, k1, B
+        )
 
     base = weight
     if HESSIAN != 0:
@@ -187,7 +192,7 @@ def _tile(
 
     DTYPE: tl.constexpr = dst.dtype.element_ty
     random = tl.zeros((A, B, 32), tl.uint32)
-    if STOCHASTIC and DTYPE != tl.float32:
+    if STOCHASTIC and tl.float32 != DTYPE:
         number = tl.load(update).to(tl.uint32)
         random = rounding_bits(first + start, tensor_id, number, k0, k1, A, B, STRIDE_A, STRIDE_B)
     LIMIT: tl.constexpr = _limit(DTYPE)
@@ -338,7 +343,9 @@ def use_sums(distribution: int, hessian: int, k: int) -> bool:
     return distribution == 1 and not hessian and k >= MIN_SUMS
 
 
-def constants(src: Any, dst: Any, distribution: int, hessian: int, stochastic: bool, decay: bool, k: int) -> dict[str, Any]:
+def constants(
+    src: Any, dst: Any, distribution: int, hessian: int, stochastic: bool, decay: bool, k: int
+) -> dict[str, Any]:
     """The compile-time arguments of ``pass_kernel`` for a call with k streams."""
     return {
         "SRC_TYPE": src, "DST_TYPE": dst, "DISTRIBUTION": distribution, "HESSIAN": hessian,

@@ -130,6 +130,8 @@ def weighted_signs(
     y2, y3 = _value(a2, scale * 0.25, ROWS), _value(a3, scale * 0.125, ROWS)
     y4, y5 = _value(a4, scale * 0.0625, ROWS), _value(a5, scale * 0.03125, ROWS)
     y6, y7 = _value(a6, scale * 0.015625, ROWS), _value(a7, scale * -0.0078125, ROWS)
-    even = tl.join(tl.join(y0, y4), tl.join(y2, y6))  # (ROWS, 4, 2, 2): the last axis is bit 1 of i, the one before bit 2
+    even = tl.join(
+        tl.join(y0, y4), tl.join(y2, y6)
+    )  # (ROWS, 4, 2, 2): the last axis is bit 1 of i, the one before bit 2
     odd = tl.join(tl.join(y1, y5), tl.join(y3, y7))
     return tl.reshape(tl.join(even, odd), (4, BLOCKS, 32))
