@@ -97,6 +97,17 @@ def test_the_table_is_made_once_and_again_when_a_tensor_moves():
     assert len(launch._tables) == len(made) + 1
 
 
+@pytest.mark.parametrize("part", ["src", "dst", "hessians", "offset", "id"])
+def test_whatever_the_table_holds_makes_a_new_one(part):
+    launch._tables.clear()
+    t = [torch.zeros(4, device=DEVICE) for _ in range(6)]
+    first = {"src": [t[0]], "dst": [t[1]], "hessians": [t[2]], "offsets": [0], "ids": [0], "columns": [0]}
+    other = {"src": {"src": [t[3]]}, "dst": {"dst": [t[4]]}, "hessians": {"hessians": [t[5]]},
+             "offset": {"offsets": [4]}, "id": {"ids": [1]}}[part]  # fmt: skip
+    tables = [launch._table(**arguments, device=t[0].device)[0] for arguments in (first, first | other, first)]
+    assert not torch.equal(tables[0], tables[1]) and tables[0] is tables[2]
+
+
 def test_the_cache_of_tables_is_bounded(monkeypatch):
     monkeypatch.setattr(launch, "_CACHED", 3)
     launch._tables.clear()
@@ -113,14 +124,14 @@ def test_rows_and_runs_of_the_table():
         [64, 130, 192],
         [0, 0, 0],
         [tile * tiles + 1, 0, 5],
-        [0, 0, tile + 8],
+        [0, 0, tile + 136],
         [4, 5, 6],
         [0, 1, 2],
         2,
         2,
     )
     assert rows[0] == [64, 64, 0, 0, tile * tiles + 1, 0, 4, 1]
-    assert rows[1] == [192 - 16, 192 - 16, 0, 8, 13, tile, 6, 5]  # starts 8 elements into the second tile
+    assert rows[1] == [192 - 272, 192 - 272, 0, 136, 141, tile, 6, 5]  # starts 136 elements into the second tile
     assert runs == [(0, 0), (0, tiles), (1, 0)]
 
 
