@@ -8,8 +8,9 @@ pytest.importorskip("triton", reason="triton is not installed")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiles, so not in the interpreter", allow_module_level=True)
 
-from bench import sass
 from zo_core.kernels.triton.compiled import Compiled, Form
+
+from bench import sass
 
 
 def listing(*lines: str) -> str:
