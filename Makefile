@@ -22,8 +22,12 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(NATIVE)
 demo: setup  ## fine-tune SmolLM2-135M on movie reviews into runs/demo (about 13 minutes on 2 cores)
 	$(BIN)/zo-core finetune --output $(RUN) --overwrite
 
-test: setup  ## all tests, also those on the default model and data (downloaded once)
+test: setup test-triton  ## all tests, also those on the default model and data (downloaded once)
 	ZO_CORE_TEST_ASSETS=1 $(BIN)/python -m pytest -q --durations=10
+
+test-triton: setup  ## the Triton kernels in the interpreter, in a process of their own, and the instruction budgets
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/test_cases.py tests/test_triton.py
+	$(BIN)/python -m bench.sass
 
 lint: setup  ## style and types
 	$(BIN)/ruff check .

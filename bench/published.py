@@ -26,6 +26,8 @@ DRAW = {"gaussian": normal, "rademacher": signs}
 def reseed(seed: int) -> None:
     """The published way replays noise through the global generator."""
     torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed(seed)
 
 
 def perturb(

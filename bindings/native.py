@@ -57,8 +57,8 @@ class _PassStruct(ctypes.Structure):
 
 
 def _load() -> tuple[ctypes.CDLL | None, str]:
-    if (wanted := os.environ.get("ZO_CORE_BACKEND", "native")) not in ("native", "reference"):
-        raise ValueError(f"ZO_CORE_BACKEND: expected native or reference, got {wanted!r}")
+    if (wanted := os.environ.get("ZO_CORE_BACKEND", "native")) not in ("native", "triton", "reference"):
+        raise ValueError(f"ZO_CORE_BACKEND: expected native, triton or reference, got {wanted!r}")
     if wanted == "reference":
         return None, "switched off by ZO_CORE_BACKEND=reference"
     if not LIBRARY.exists():
@@ -171,3 +171,15 @@ def run_pass(
     )
     if status := _require().zo_run(job, tensors, count, counters.data_ptr()):
         raise RuntimeError(f"zo_run refused its arguments (status {status}): please report this as a bug")
+
+
+def run_rows(
+    src: Tensor, rows: Tensor, dst: Tensor, tensor_id: int, offset: int, streams: Tensor, coeffs: Tensor, *, seed: int,
+    distribution: str, counters: Tensor,
+) -> None:  # fmt: skip
+    """``run_pass`` with a tensor a row: rows of ``src`` that ``rows`` names, into the rows of ``dst``."""
+    names, width = rows.tolist(), src.shape[1]
+    run_pass(
+        [src[row] for row in names], list(dst), [], [tensor_id] * len(names), [offset + row * width for row in names],
+        streams, coeffs.expand(-1, len(names)), seed=seed, distribution=distribution, counters=counters,
+    )  # fmt: skip

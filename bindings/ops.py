@@ -6,7 +6,8 @@ All ops write into tensors they are given. One pass computes, for tensor i and e
     H'  = clamp( H (1 - smoothing + sum_k curvature[k] z_k^2), hessian_min, hessian_max )
 
 ``update_`` is it in place. ``perturb`` writes ``dst`` instead and neither restores nor changes H. Without
-hessians H = 1. Arguments, for T tensors and K streams, all on the device of the weights:
+hessians H = 1. ``perturb_rows`` is ``perturb`` of the rows of a matrix that an int64 tensor ``rows`` names (an embedding's
+looked-up ones): row j of dst from row rows[j] of src, coefficients float32 (K, 1); rows are not checked. Arguments, for T tensors and K streams, all on the device of the weights:
 
     tensor_ids   T ints: the tensors' ids in the noise
     offsets      T ints, or [] for zeros: index of the first element in the full, unsharded tensor
@@ -49,6 +50,8 @@ _SCHEMAS = (
     f"update_(Tensor(a!)[] weights, Tensor(b!)[] hessians, {_COMMON}, Tensor? restore=None, Tensor? curvature=None, "
     f"Tensor? smoothing=None, float hessian_min={HESSIAN_RANGE[0]}, float hessian_max={HESSIAN_RANGE[1]}) -> ()",
     f"perturb(Tensor[] src, Tensor(a!)[] dst, Tensor[] hessians, {_COMMON}) -> ()",
+    "perturb_rows(Tensor src, Tensor rows, Tensor(a!) dst, int tensor_id, int offset, Tensor streams, Tensor coeffs, *, "
+    "int seed, str distribution, Tensor(z!) counters) -> ()",
     "philox_(Tensor(a!) words, *, int seed, int domain, int tensor_id, int stream, int block, int rounds=7) -> ()",
 )
 
@@ -179,6 +182,22 @@ def _check_pass(
     _check_overlap(targets | (scales if changes_hessians else {}), sources if changes_hessians else sources | scales)
 
 
+def _check_rows(
+    src: Tensor, rows: Tensor, dst: Tensor, tensor_id: int, offset: int, streams: Tensor, coeffs: Tensor, **options: Any
+) -> None:
+    if src.dim() != 2 or rows.dim() != 1 or tuple(dst.shape) != (rows.numel(), src.shape[1]):
+        raise ValueError(
+            f"src, rows, dst: expected shapes (r, d), (n,), (n, d), got {tuple(src.shape)}, {tuple(rows.shape)}, "
+            f"{tuple(dst.shape)}"
+        )
+    _check_scalars("rows", rows, tuple(rows.shape), streams.device, torch.int64)
+    if not rows.is_contiguous():
+        raise ValueError("rows: expected a contiguous tensor: pass rows.contiguous()")
+    _check_pass([src], [src], [], [tensor_id], [offset], streams, coeffs, in_place=True, **options)
+    _check_tensors("dst", [dst], streams.device, DTYPES)
+    _check_overlap({"dst": dst}, {"src": src, "rows": rows})
+
+
 def _check_philox(words: Tensor, *, rounds: int = 7, **numbers: int) -> None:
     if words.dtype != torch.int32 or words.dim() != 2 or words.shape[1] != 4 or not words.is_contiguous():
         raise ValueError(f"words: expected contiguous int32 of shape (n, 4), got {words.dtype} {tuple(words.shape)}")
@@ -199,11 +218,20 @@ def _say_once(text: str) -> None:
 
 
 def backend_for(device: torch.device) -> ModuleType:
-    """The module whose ``run_pass`` and ``philox_`` serve tensors on this device."""
-    backend: ModuleType = native if device.type == "cpu" and native.available() else reference
-    if backend is reference:
+    """The module whose ``run_pass``, ``run_rows`` and ``philox_`` serve tensors on this device."""
+    backend: ModuleType = reference
+    if device.type == "cpu" and native.available():
+        backend = native
+    elif device.type == "cuda" and os.environ.get("ZO_CORE_BACKEND") == "triton":
+        from ..kernels import triton as backend
+    elif device.type == "cuda":
         _say_once(
-            f"zo_core: {device.type} tensors take the slow torch reference (native CPU library: {native.why_missing})"
+            "zo_core: CUDA tensors take the slow torch reference; ZO_CORE_BACKEND=triton takes the Triton kernels, which "
+            "have been held against the reference in the interpreter but not yet on a GPU (python -m bench.gpu does that)"
+        )
+    else:
+        _say_once(
+            f"zo_core: {device.type} tensors take the slow torch reference (native library: {native.why_missing})"
         )
     return backend
 
@@ -220,6 +248,15 @@ def _perturb(src: list[Tensor], dst: list[Tensor], *args: Any, seed: int, **opti
     increment_version([t for t in dst if not t.is_inference()])
 
 
+def _perturb_rows(src: Tensor, rows: Tensor, dst: Tensor, *args: Any, seed: int, **options: Any) -> None:
+    _check_rows(src, rows, dst, *args, seed=seed, **options)
+    backend = backend_for(src.device)
+    run_rows = getattr(backend, "run_rows", reference.run_rows)
+    run_rows(src, rows, dst, *args, seed=seed & _UINT64, **options)
+    if not dst.is_inference():
+        increment_version([dst])
+
+
 def _philox_(words: Tensor, *, seed: int, **options: int) -> None:
     _check_philox(words, **options)
     backend_for(words.device).philox_(words, seed=seed & _UINT64, **options)
@@ -233,6 +270,10 @@ def _fake_perturb(src: list[Tensor], dst: list[Tensor], *args: Any, **options: A
     _check_pass(src, dst, *args, in_place=False, **options)
 
 
+def _fake_perturb_rows(*args: Any, **options: Any) -> None:
+    _check_rows(*args, **options)
+
+
 def _fake_philox_(words: Tensor, *, seed: int, **options: int) -> None:
     _check_philox(words, **options)
 
@@ -241,6 +282,7 @@ _LIBRARY = torch.library.Library("zo_core", "DEF")  # type: ignore[no-untyped-ca
 _KERNELS: tuple[tuple[Callable[..., None], Callable[..., None]], ...] = (
     (_update_, _fake_update_),
     (_perturb, _fake_perturb),
+    (_perturb_rows, _fake_perturb_rows),
     (_philox_, _fake_philox_),
 )
 for _schema, (_kernel, _fake) in zip(_SCHEMAS, _KERNELS, strict=True):

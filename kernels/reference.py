@@ -33,7 +33,7 @@ def philox(block: Tensor, *, domain: int, tensor_id: int, stream: int | Tensor, 
         int64 tensor of block's shape plus a last dimension of 4, values in [0, 2^32).
     """
     c0, c1 = block & _MASK, (block >> 32) & 0xFFFFFF | domain << 24
-    c2, c3 = torch.full_like(block, tensor_id), torch.zeros_like(block) + stream
+    c2, c3 = torch.full_like(block, tensor_id), torch.zeros_like(block) + stream & _MASK
     k0, k1 = seed & _MASK, seed >> 32 & _MASK
     for _ in range(rounds):
         p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]  # wrap modulo 2^64: no bit is lost
@@ -163,3 +163,20 @@ def run_pass(
                 rounded = torch.where(weight.isfinite(), stochastic_round(out, bits, target.dtype), rounded)
             flat_target[part] = rounded
             counters[1] += beyond.sum()
+
+
+def run_rows(
+    src: Tensor, rows: Tensor, dst: Tensor, tensor_id: int, offset: int, streams: Tensor, coeffs: Tensor, *, seed: int,
+    distribution: str, counters: Tensor,
+) -> None:  # fmt: skip
+    """``perturb`` of the rows of ``src`` that ``rows`` names, into the rows of ``dst``."""
+    width = src.shape[1]
+    if not width:
+        return
+    for dst_row, row in zip(dst, rows.tolist(), strict=True):
+        run_pass(
+            [src[row]], [dst_row], [], [tensor_id], [offset + row * width], streams, coeffs, seed=seed,
+            distribution=distribution, counters=counters,
+        )  # fmt: skip
+        if not _finite(coeffs):
+            return  # counted once

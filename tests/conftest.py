@@ -1,5 +1,6 @@
 """Shared fixtures: the CPU backends, one a parameter, and hypothesis without deadlines (machines differ)."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -24,9 +25,17 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     native.set_isa(before)
 
 
-@pytest.fixture(params=["reference", *NATIVE])
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # in a process of its own: triton reads it when imported
+
+
+@pytest.fixture(params=["triton"] if INTERPRETED else ["reference", *NATIVE])
 def backend(request: pytest.FixtureRequest) -> Iterator[object]:
-    """Every CPU backend: the module with ``run_pass`` and ``philox_``."""
+    """Every backend that serves CPU tensors in this process: the module with ``run_pass`` and ``philox_``."""
+    if INTERPRETED:
+        from zo_core.kernels import triton
+
+        yield triton
+        return
     if request.param == "reference":
         yield reference
         return

@@ -1,0 +1,513 @@
+"""The GPU acceptance program: ``python -m bench.gpu [--json FILE]``, one command, at most 8 minutes on one GPU.
+
+Needs torch, triton, transformers, numpy and this checkout; no network, no native build. First a correctness gate
+(every op against the reference, launch shapes, CUDA graphs): no figure is taken on a red one. Then passes against
+device-to-device copies, then whole steps against published MeZO. One JSON, and a short table last.
+
+    --smoke    the gate and the bookkeeping in Triton's interpreter, at tiny sizes, without a GPU; its times mean nothing
+    --report F [F ...]   write a Markdown page from JSON files; nothing is run
+
+Exit codes: 0 all well, 1 the gate is red, 3 no GPU.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+RED, NO_GPU = 1, 3
+ROOT = Path(__file__).resolve().parent.parent
+SETTINGS = ((16, 32), (16, 64), (4, 256), (16, 256))  # batch x length of the whole steps
+STEP_MODELS = ("OPT-1.3B", "Llama-3-8B", "OPT-13B")
+
+
+def say(text: str) -> None:
+    """One line, at once."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+class Bench:
+    """Where and how large, the clock, and what came out."""
+
+    def __init__(self, smoke: bool, minutes: float) -> None:
+        self.smoke, self.device = smoke, "cpu" if smoke else "cuda"
+        self.deadline = time.monotonic() + 60 * minutes
+        self.result: dict[str, Any] = {"smoke": smoke, "gate": [], "passes": [], "steps": [], "skipped": []}
+
+    def has_time(self, what: str, seconds: float) -> bool:
+        """Whether so many seconds are left; what is left out is on record."""
+        if self.smoke or time.monotonic() + seconds < self.deadline:
+            return True
+        self.result["skipped"].append(what)
+        say(f"  left out, no time: {what}")
+        return False
+
+    def wait(self) -> None:
+        """Until the device is done."""
+        import torch
+
+        if not self.smoke:
+            torch.cuda.synchronize()
+
+    def time(self, work: Callable[[], object], seconds: float = 0.3, least: int = 3) -> dict[str, float]:
+        """Milliseconds of one call: median and 20th and 80th percentile, after two calls that are not counted."""
+        import torch
+
+        if self.smoke:
+            seconds, least = 0, 1
+        else:
+            work()
+        work()
+        times: list[float] = []
+        self.wait()
+        end = time.monotonic() + seconds
+        while len(times) < least or (time.monotonic() < end and len(times) < 200):
+            if self.smoke:
+                begin = time.perf_counter()
+                work()
+                times.append(1e3 * (time.perf_counter() - begin))
+            else:
+                events: list[Any] = [torch.cuda.Event(enable_timing=True) for _ in range(2)]  # type: ignore[no-untyped-call]
+                events[0].record()
+                work()
+                events[1].record()
+                events[1].synchronize()
+                times.append(events[0].elapsed_time(events[1]))
+        times.sort()
+        return {"ms": statistics.median(times), "p20": times[len(times) // 5], "p80": times[len(times) * 4 // 5],
+                "n": len(times)}  # fmt: skip
+
+
+def machine() -> dict[str, Any]:
+    """GPU, driver and versions."""
+    import numpy
+    import torch
+    import transformers
+    import triton
+
+    versions = {m.__name__: m.__version__ for m in (torch, triton, transformers, numpy)}
+    found: dict[str, Any] = {"versions": versions, "python": sys.version.split()[0], "cuda": torch.version.cuda}
+    if torch.cuda.is_available():
+        p = torch.cuda.get_device_properties(0)
+        found |= {
+            "gpu": p.name,
+            "sms": p.multi_processor_count,
+            "memory": p.total_memory,
+            "capability": f"{p.major}.{p.minor}",
+        }
+        query = [
+            "nvidia-smi",
+            "--query-gpu=driver_version,clocks.max.sm,clocks.max.mem,power.limit",
+            "--format=csv,noheader",
+        ]
+        try:
+            found["smi"] = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False).stdout.strip()
+        except OSError as error:
+            found["smi"] = str(error)
+    return found
+
+
+# ---- 1: the gate --------------------------------------------------------------------------------------------------
+
+
+def gate(bench: Bench) -> bool:
+    """Every op against the reference, and determinism. Failures are recorded; true if there is none."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    import cases
+    import torch
+    from zo_core.kernels import reference
+    from zo_core.kernels import triton as backend
+    from zo_core.kernels.triton import launch, passes
+
+    d = bench.device
+    noise = 1e-5 if bench.smoke else 1e-3
+
+    def check(name: str, work: Callable[[], object]) -> None:
+        try:
+            work()
+            error = ""
+        except Exception as e:  # recorded, with what it was: the gate reports all of it
+            error = f"{type(e).__name__}: {e}"[:500]
+            say(f"  RED {name}: {error}")
+        bench.result["gate"].append({"name": name, "error": error})
+
+    def call(tensors: list[Any], distribution: str, k: int, **options: Any) -> None:
+        coeffs = torch.linspace(0.01, -0.02, k, device=d)[:, None].expand(k, len(tensors)).contiguous()
+        backend.run_pass(
+            tensors, tensors, [], list(range(len(tensors))), options.pop("offsets", []), torch.arange(k, device=d), coeffs,
+            seed=cases.SEED, distribution=distribution,
+            counters=options.pop("counters", torch.zeros(2, dtype=torch.int64, device=d)), **options,
+        )  # fmt: skip
+
+    for case in cases.CASES[:: 9 if bench.smoke else 1]:
+        check(f"pass {case}", partial(cases.check, case, backend, noise, d))
+
+    n = 5000 if bench.smoke else 3_000_017
+
+    def bounds(distribution: str) -> None:
+        at = torch.arange(n, device=d)
+        out = torch.zeros(n, device=d)
+        coeffs, streams = torch.ones(1, 1, device=d), torch.tensor([5], device=d)
+        backend.run_pass([out], [out], [], [3], [], streams, coeffs, seed=cases.SEED, distribution=distribution,
+                         counters=torch.zeros(2, dtype=torch.int64, device=d))  # fmt: skip
+        exact = reference.DISTRIBUTIONS[distribution](at, tensor_id=3, stream=5, seed=cases.SEED)
+        error = out.double() - exact
+        rms, largest = float(error.square().mean().sqrt()), float(error.abs().max())
+        bench.result[f"{distribution} error"] = {"rms": rms, "max": largest, "n": n}
+        assert (rms <= 1e-6 and largest <= 1e-3) if distribution == "gaussian" else largest == 0, (rms, largest)
+
+    def many_streams(k: int) -> None:
+        out = torch.zeros(n, device=d)
+        call([out], "rademacher", k)
+        at, expected = torch.arange(n, device=d), torch.zeros(n, device=d, dtype=torch.float64)
+        for i, c in enumerate(torch.linspace(0.01, -0.02, k).tolist()):
+            expected += c * reference.rademacher(at, tensor_id=0, stream=i, seed=cases.SEED)
+        error = float((out.double() - expected).abs().max())
+        assert error <= 2.0**-22 * 0.02 * k, f"off by {error:g}"
+
+    def launch_shapes(distribution: str, k: int) -> None:
+        outs = []
+        tiles = passes.TILES
+        try:
+            for passes.TILES in (tiles, 1, 7):
+                launch._tables.clear()
+                outs.append(torch.zeros(n, device=d))
+                call([outs[-1]], distribution, k)
+        finally:
+            passes.TILES = tiles
+            launch._tables.clear()
+        assert all(torch.equal(outs[0], o) for o in outs[1:]), "not the same whatever the launch"
+        if k == 1:
+            part = torch.zeros(n - 1001, device=d)
+            call([part], distribution, k, offsets=[1001])
+            assert torch.equal(part, outs[0][1001:]), "not the same whatever the slice"
+
+    def graph() -> None:
+        stale = [torch.zeros(m, device=d, dtype=torch.bfloat16) for m in (n, 3, 1024)]
+        fresh = [t.clone() for t in stale]
+        counters, update = torch.zeros(2, dtype=torch.int64, device=d), torch.tensor([4], device=d)
+        streams, coeffs = torch.tensor([1], device=d), torch.full((1, 3), 0.01, device=d)
+
+        def work(tensors: list[Any]) -> None:
+            backend.run_pass(tensors, tensors, [], [0, 1, 2], [], streams, coeffs, seed=1, distribution="gaussian",
+                             counters=counters, update=update)  # fmt: skip
+
+        work(stale)
+        captured = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(captured):
+            work(stale)
+        for t in stale:
+            t.zero_()
+        for stream in (7, 8):  # numbers and coefficients are read when the graph runs
+            streams.fill_(stream)
+            coeffs.mul_(2)
+            captured.replay()
+            work(fresh)
+        assert all(torch.equal(a, b) for a, b in zip(stale, fresh, strict=True)), "a replayed graph differs"
+
+    def rows() -> None:
+        src = torch.randn(50, 4096 if not bench.smoke else 130, device=d).bfloat16()
+        names = torch.tensor([3, 49, 0, 3], device=d)
+        dst = src[names].clone()
+        key = {"seed": 5, "distribution": "gaussian", "counters": torch.zeros(2, dtype=torch.int64, device=d)}
+        args = 7, 0, torch.tensor([2], device=d), torch.full((1, 1), 0.1, device=d)
+        backend.run_rows(src, names, dst, *args, **key)
+        expected = torch.empty_like(dst)
+        reference.run_rows(src, names, expected, *args, **key)
+        assert ((dst - expected).float().abs() <= 2.0**-7 * expected.float().abs() + 1e-6).all()
+        assert (dst != expected).float().mean() <= 0.02
+
+    def huge() -> None:
+        m = 2**31 + 4099
+        out = torch.zeros(m, device=d, dtype=torch.bfloat16)
+        call([out], "rademacher", 1)
+        end = torch.arange(m - 300, m, device=d)
+        exact = 0.01 * reference.rademacher(end, tensor_id=0, stream=0, seed=cases.SEED)
+        assert torch.equal(out[-300:], exact.float().bfloat16()), "the end of a tensor of more than 2^31 elements"
+
+    for distribution in ("gaussian", "rademacher"):
+        check(f"bounds {distribution}", partial(bounds, distribution))
+        for k in (1, 3):
+            check(f"launch shapes {distribution} K={k}", partial(launch_shapes, distribution, k))
+    for k in (5, 8, 40) if bench.smoke else (5, 8, 13, 40, 160, 200):
+        check(f"sums K={k}", partial(many_streams, k))
+    check("rows", rows)
+    if not bench.smoke:
+        check("graph", graph)
+        check("2^31 elements", huge)
+        torch.cuda.empty_cache()
+    red = [g["name"] for g in bench.result["gate"] if g["error"]]
+    say(f"gate: {len(bench.result['gate'])} checks, {len(red)} red")
+    return not red
+
+
+# ---- 2: passes ----------------------------------------------------------------------------------------------------
+
+
+def passes_against_copy(bench: Bench) -> None:
+    """Bandwidth of each pass over that of a copy, for one large tensor and for the tensor lists of models."""
+    import torch
+    from zo_core.kernels import triton as backend
+    from zo_core.kernels.triton.naive import naive_add_noise_
+
+    from bench.gpu_models import NAMES, shapes
+
+    d = bench.device
+    counters = torch.zeros(2, dtype=torch.int64, device=d)
+    update = torch.tensor([1], device=d)
+
+    def run(weights: list[Any], distribution: str, k: int, dst: list[Any] | None = None, **options: Any) -> None:
+        hessians = options.pop("hessians", [])
+        streams = options.pop("streams")
+        backend.run_pass(weights, dst or weights, hessians, list(range(len(weights))), [], streams, options.pop("coeffs"),
+                         seed=1, distribution=distribution, counters=counters, **options)  # fmt: skip
+
+    def add(model: str, form: str, dtype: str, moved: int, timed: dict[str, float], copy: float) -> None:
+        gbps = moved / timed["ms"] / 1e6
+        bench.result["passes"].append(
+            {
+                "model": model,
+                "form": form,
+                "dtype": dtype,
+                "bytes": moved,
+                "gbps": gbps,
+                "of_copy": gbps / copy,
+                **timed,
+            }
+        )
+        say(f"  {model:<12} {form:<28} {dtype:<9} {timed['ms']:9.3f} ms {gbps:8.0f} GB/s {gbps / copy:6.1%} of copy")
+
+    size = 1 << 14 if bench.smoke else 1 << 30
+    a, b = (torch.empty(size, dtype=torch.uint8, device=d) for _ in range(2))
+    timed = bench.time(partial(b.copy_, a), 0.5)
+    copy = 2 * size / timed["ms"] / 1e6
+    bench.result["copy_gbps"] = copy
+    say(f"copy: {copy:.0f} GB/s")
+    del a, b
+    lists = {"one tensor": [(5000,) if bench.smoke else (1 << 29,)]} | {m: shapes(m, bench.smoke) for m in NAMES}
+    for model, sizes in list(lists.items())[: 2 if bench.smoke else None]:
+        if not bench.has_time(f"passes {model}", 20):
+            continue
+        for dtype in (torch.bfloat16, torch.float32, torch.float16) if model == "one tensor" else (torch.bfloat16,):
+            name = str(dtype).removeprefix("torch.")
+            weights = [torch.zeros(s, device=d, dtype=dtype) for s in sizes]
+            count, elements = len(weights), sum(w.numel() for w in weights)
+            moved = 2 * elements * weights[0].element_size()
+
+            def scalars(k: int, count: int = count) -> dict[str, Any]:
+                coeffs = torch.full((k, count), 1e-6, device=d)
+                return {"streams": torch.arange(k, device=d), "coeffs": coeffs}
+
+            forms: tuple[tuple[str, str, int, dict[str, Any]], ...] = (
+                ("gaussian", "gaussian", 1, {}),
+                ("gaussian stochastic", "gaussian", 1, {"update": update}),
+                ("rademacher", "rademacher", 1, {}),
+                ("gaussian K=2 stochastic", "gaussian", 2, {"update": update}),
+                ("rademacher K=8", "rademacher", 8, {}),
+                ("rademacher K=8 stochastic", "rademacher", 8, {"update": update}),
+                ("rademacher K=40", "rademacher", 40, {}),
+                ("rademacher K=160", "rademacher", 160, {}),
+            )
+            for form, distribution, k, options in forms:
+                if bench.smoke and (k > 8 or (model != "one tensor" and form != "gaussian")):
+                    continue
+                if "stochastic" in form and dtype is torch.float32:
+                    continue
+                scalar = scalars(k)
+                work: Callable[[], object] = partial(run, weights, distribution, k, **scalar, **options)
+                add(model, form, name, moved, bench.time(work), copy)
+            if model == "one tensor":
+                hessians = [torch.ones(s, device=d) for s in sizes]
+                scalar = scalars(1)
+                work = partial(run, weights, "gaussian", 1, hessians=hessians, **scalar)
+                add(model, "scaled by H", name, moved + 4 * elements, bench.time(work), copy)
+                tiny, smooth = torch.full((1, count), 1e-6, device=d), torch.full((count,), 1e-6, device=d)
+                more: dict[str, Any] = {
+                    "restore": tiny,
+                    "curvature": tiny,
+                    "smoothing": smooth,
+                    "hessian_min": 1e-8,
+                    "hessian_max": 1e8,
+                }
+                work = partial(run, weights, "gaussian", 1, hessians=hessians, **scalar, **more)
+                add(model, "H update", name, moved + 8 * elements, bench.time(work), copy)
+                shadow = [torch.empty_like(w) for w in weights]
+                work = partial(run, weights, "gaussian", 1, dst=shadow, **scalar)
+                add(model, "into a shadow", name, moved, bench.time(work), copy)
+                del hessians, shadow
+
+            def published(weights: list[Any] = weights) -> None:
+                from bench.published import perturb
+
+                perturb(weights, 1, 1, 1e-3)
+
+            add(model, "baseline torch.normal + add", name, moved, bench.time(published), copy)
+            work = partial(naive_add_noise_, weights, 1, 1e-6)
+            add(model, "baseline tl.randn", name, moved, bench.time(work), copy)
+            del weights
+    if not bench.smoke:
+        torch.cuda.empty_cache()
+
+
+# ---- 3: whole steps -----------------------------------------------------------------------------------------------
+
+
+def whole_steps(bench: Bench) -> None:
+    """Published MeZO and ours: forwards, what is outside them, total, and peak memory over inference."""
+    import torch
+
+    from bench import published
+    from bench.gpu_models import batch, build
+    from zo_core import MeZO
+
+    for name in STEP_MODELS[: 1 if bench.smoke else None]:
+        if not bench.has_time(f"steps {name}", 45):
+            continue
+        model = build(name, bench.device, bench.smoke)
+        params: list[Any] = list(model.parameters())
+        bytes_of_weights = sum(p.numel() * p.element_size() for p in params)
+        copies = 3 * 2 * bytes_of_weights / bench.result["copy_gbps"] / 1e6
+        optimizer = MeZO(model, lr=1e-7, eps=1e-3, seed=1)
+        for size, length in SETTINGS[: 1 if bench.smoke else None]:
+            if not bench.has_time(f"steps {name} {size}x{length}", 15):
+                continue
+            ids = batch(model, 2 if bench.smoke else size, 8 if bench.smoke else length)
+
+            def loss(model: Any = model, ids: Any = ids) -> Any:
+                with torch.inference_mode():
+                    logits = model(input_ids=ids, use_cache=False).logits
+                    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+
+            def peak(work: Callable[[], object]) -> int:
+                if bench.smoke:
+                    work()
+                    return 1
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+                work()
+                torch.cuda.synchronize()
+                return torch.cuda.max_memory_allocated()
+
+            row: dict[str, Any] = {"model": name, "batch": size, "length": length, "weights": bytes_of_weights}
+            inference = peak(loss)
+            forward = bench.time(loss, 0.5)["ms"]
+            ours = bench.time(partial(optimizer.step, loss), 1.0)
+            row |= {"forwards": 2 * forward, "three_copies": copies, "inference_bytes": inference}
+            row["ours"] = {**ours, "outside": ours["ms"] - 2 * forward, "of_bound": ours["ms"] / (2 * forward + copies),
+                           "memory": peak(partial(optimizer.step, loss)) / inference}  # fmt: skip
+            published_step = partial(published.mezo_step, params, loss, 1, 1e-7, 1e-3)
+            theirs = bench.time(published_step, 1.0)
+            perturb = bench.time(partial(published.perturb, params, 1, 1, 1e-6))["ms"]
+            update = bench.time(partial(published.update, params, 1, 1e-9, 1.0))["ms"]
+            row["published"] = {**theirs, "outside": theirs["ms"] - 2 * forward, "perturb": perturb, "update": update,
+                                "memory": peak(published_step) / inference}  # fmt: skip
+            optimizer = MeZO(model, lr=1e-7, eps=1e-3, seed=1)  # the published way replaces the tensors' memory
+            bench.result["steps"].append(row)
+            say(
+                f"  {name:<11} {size:>3}x{length:<4} forwards {2 * forward:8.1f} ms  published {theirs['ms']:8.1f}  ours "
+                f"{ours['ms']:8.1f}  ({theirs['ms'] / ours['ms']:.2f}x; {row['ours']['of_bound']:.2f} of forwards + 3 copies)"
+            )
+        del model, params, optimizer
+        if not bench.smoke:
+            torch.cuda.empty_cache()
+
+
+# ---- 4: what is left of it ----------------------------------------------------------------------------------------
+
+
+def report(results: Sequence[dict[str, Any]]) -> str:
+    """A Markdown page from results."""
+    lines = [
+        "# GPU acceptance runs",
+        "",
+        "Made by `python -m bench.gpu --report`; the figures are those of the JSON files.",
+        "",
+    ]
+    for r in results:
+        m = r["machine"]
+        lines += [f"## {m.get('gpu', 'no GPU: interpreter smoke run, its times mean nothing')}", ""]
+        versions = ", ".join(f"{n} {v}" for n, v in m["versions"].items())
+        red = [g for g in r["gate"] if g["error"]]
+        lines += [f"{r['date']}; {versions}; driver, clocks, power: {m.get('smi', '-')}.", ""]
+        lines += [f"Gate: {len(r['gate'])} checks, {len(red)} red. Copy: {r.get('copy_gbps', 0):.0f} GB/s.", ""]
+        lines += [f"- RED {g['name']}: {g['error']}" for g in red]
+        for name in ("gaussian error", "rademacher error"):
+            if e := r.get(name):
+                lines += [f"- {name} against float64, {e['n']} elements: RMS {e['rms']:.2e}, maximum {e['max']:.2e}"]
+        lines += ["", "| tensors | pass | dtype | ms | GB/s | of copy |", "|---|---|---|--:|--:|--:|"]
+        lines += [
+            f"| {p['model']} | {p['form']} | {p['dtype']} | {p['ms']:.3f} | {p['gbps']:.0f} | {p['of_copy']:.1%} |"
+            for p in r["passes"]
+        ]
+        lines += ["", "| model | batch x length | two forwards, ms | published, ms | ours, ms | faster | of forwards + 3 copies "
+                  "| outside, published | outside, ours | memory, published | memory, ours |",
+                  "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|"]  # fmt: skip
+        for s in r["steps"]:
+            o, p = s["ours"], s["published"]
+            lines.append(
+                f"| {s['model']} | {s['batch']}x{s['length']} | {s['forwards']:.1f} | {p['ms']:.1f} | {o['ms']:.1f} "
+                f"| {p['ms'] / o['ms']:.2f}x | {o['of_bound']:.2f} | {p['outside']:.1f} | {o['outside']:.1f} "
+                f"| {p['memory']:.3f} | {o['memory']:.3f} |"
+            )
+        if r["skipped"]:
+            lines += ["", "Left out for time: " + ", ".join(r["skipped"]) + "."]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run, write the JSON, print the table."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", type=Path, help="default: bench/results/gpu_<name>.json; with --smoke none")
+    parser.add_argument("--minutes", type=float, default=8, help="what does not fit is left out and listed")
+    parser.add_argument("--smoke", action="store_true", help="in the interpreter, tiny, no GPU")
+    parser.add_argument("--report", type=Path, nargs="+", metavar="JSON", help="write a page from these files")
+    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "gpu.md", help="of --report")
+    args = parser.parse_args(argv)
+    if args.report:
+        args.out.write_text(report([json.loads(p.read_text()) for p in args.report]))
+        say(f"wrote {args.out}")
+        return 0
+    begin = time.monotonic()
+    if args.smoke:
+        os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+    import torch
+
+    if not args.smoke and not torch.cuda.is_available():
+        say("bench.gpu needs a CUDA GPU and found none; `--smoke` tries the program without one")
+        return NO_GPU
+    os.environ["ZO_CORE_BACKEND"] = "triton"  # before zo_core is imported
+    if args.smoke:
+        from zo_core.bindings import ops
+        from zo_core.kernels import triton as backend
+
+        ops.backend_for = lambda device: backend
+    bench = Bench(args.smoke, args.minutes)
+    bench.result |= {"machine": machine(), "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())}
+    well = gate(bench)
+    if well:
+        passes_against_copy(bench)
+        whole_steps(bench)
+    bench.result["seconds"] = time.monotonic() - begin
+    name = str(bench.result["machine"].get("gpu", "smoke")).replace(" ", "_")
+    path = args.json or (None if args.smoke else ROOT / "bench" / "results" / f"gpu_{name}.json")
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(bench.result, indent=1) + "\n")
+        say(f"wrote {path}")
+    say(report([bench.result]))
+    return 0 if well else RED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,355 @@
+"""Instructions a weight of every form of the Triton pass, without a GPU: ``python -m bench.sass [--json FILE] [--fast]``.
+
+Compiles each form, disassembles it and follows the path of a whole, aligned tile: the shortest way round the loop that
+has 128-bit stores, with loops inside it taken once a stream (the longest way through, so with every stream active).
+The six main forms are also compiled for every newer architecture that ptxas knows.
+Counts are exact and the same on every machine, so they are a gate: the exit code is 1 when a form passes its budget
+(docs/triton.md). The predicted fraction of copy bandwidth comes from the model in ``predict``.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from zo_core.kernels.triton.compiled import Compiled, Form, architectures, compile_pass
+from zo_core.kernels.triton.passes import TILE, WARPS, use_sums
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+PIPES = ("fma", "imad", "alu", "xu", "lsu", "tensor", "uniform", "control")
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What the model needs: multiprocessors, GHz under load, GB/s of its data sheet; FP32 lanes a multiprocessor."""
+
+    name: str
+    capability: int
+    sms: int
+    ghz: float
+    gbps: float
+    fma: int = 128
+
+
+GPUS = (
+    Gpu("A100", 80, 108, 1.41, 2039, fma=64),
+    Gpu("H100", 90, 132, 1.755, 3350),
+    Gpu("H200", 90, 132, 1.755, 4800),
+    Gpu("B200", 100, 148, 1.85, 8000),
+    Gpu("RTX 4090", 89, 128, 2.52, 1008),
+)
+COPY = 0.91  # of the data sheet's bandwidth, what a device-to-device copy is taken to reach
+BUSY = 0.9  # of a pipe's slots, what straight-line code with 16 or more warps is taken to fill
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A form with its budget: instructions a weight on sm_80 and sm_90 (0: reported, not judged)."""
+
+    name: str
+    form: Form
+    budget: float = 0
+
+
+VARIANTS = (
+    Variant("gaussian bf16", Form(), 21),
+    Variant("gaussian fp16", Form(src="float16"), 21),
+    Variant("gaussian fp32", Form(src="float32"), 19),
+    Variant("rademacher bf16", Form("rademacher"), 10),
+    Variant("rademacher fp16", Form("rademacher", src="float16"), 10),
+    Variant("rademacher fp32", Form("rademacher", src="float32"), 10),
+    Variant("gaussian bf16 stochastic", Form(stochastic=True)),
+    Variant("gaussian fp16 stochastic", Form(src="float16", stochastic=True)),
+    Variant("rademacher bf16 stochastic", Form("rademacher", stochastic=True)),
+    Variant("gaussian bf16 -> fp32", Form(dst="float32")),
+    Variant("gaussian bf16 K=2 stochastic decay", Form(k=2, stochastic=True, decay=True)),
+    Variant("gaussian bf16 scaled by H", Form(hessian=1)),
+    Variant("gaussian bf16 H update", Form(hessian=2, stochastic=True)),
+    Variant("rademacher bf16 K=8", Form("rademacher", k=8), 20),
+    Variant("rademacher bf16 K=40", Form("rademacher", k=40), 45),
+    Variant("rademacher bf16 K=160", Form("rademacher", k=160), 130),
+)
+MAIN = VARIANTS[:6]
+
+
+# ---- reading SASS -------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Block:
+    """Straight-line code: opcodes, and the blocks that may follow."""
+
+    opcodes: list[str] = field(default_factory=list)
+    next: list[int] = field(default_factory=list)
+
+
+def blocks_of(text: str) -> list[Block]:
+    """The control-flow graph of nvdisasm's listing."""
+    blocks, labels, jumps = [Block()], {}, []
+    for line in text.splitlines():
+        if label := re.match(r"\s*(\.L\w+):", line):
+            if blocks[-1].opcodes:
+                blocks[-1].next.append(len(blocks))
+                blocks.append(Block())
+            labels[label[1]] = len(blocks) - 1
+            continue
+        instruction = re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(@!?U?P\w+\s+)?([A-Z][\w.]*)(.*?);", line)
+        if not instruction:
+            continue
+        predicate, opcode, rest = instruction.groups()
+        blocks[-1].opcodes.append(opcode)
+        name = opcode.split(".")[0]
+        # ptxas writes some far jumps as CALL.REL.NOINC; nothing here is called
+        if name in ("BRA", "EXIT", "RET", "BRX", "CALL"):
+            if target := re.search(r"`\((\.L\w+)\)", rest):
+                jumps.append((len(blocks) - 1, target[1]))
+            # "@P2 BRA P1" and "BRA.U UP0" are conditional as well
+            conditional = predicate or re.match(r"\s*!?U?P\d", rest)
+            if conditional:
+                blocks[-1].next.append(len(blocks))
+            blocks.append(Block())
+    for at, name in jumps:
+        blocks[at].next.append(labels[name])
+    for b in blocks:
+        b.next = [n for n in dict.fromkeys(b.next) if n < len(blocks)]
+    return blocks
+
+
+def loops_of(blocks: list[Block]) -> dict[int, set[int]]:
+    """Natural loops: header -> blocks."""
+    everything = set(range(len(blocks)))
+    before: dict[int, list[int]] = {i: [] for i in everything}
+    for i, b in enumerate(blocks):
+        for n in b.next:
+            before[n].append(i)
+    dominators = dict.fromkeys(everything, everything) | {0: {0}}
+    changed = True
+    while changed:
+        changed = False
+        for i in everything - {0}:
+            new = {i} | (set.intersection(*(dominators[p] for p in before[i])) if before[i] else set())
+            if new != dominators[i]:
+                dominators[i], changed = new, True
+    loops: dict[int, set[int]] = {}
+    for i, b in enumerate(blocks):
+        for header in b.next:
+            if header in dominators[i]:
+                body, stack = {header}, [i]
+                while stack:
+                    if (x := stack.pop()) not in body:
+                        body.add(x)
+                        stack += before[x]
+                loops.setdefault(header, set()).update(body)
+    return loops
+
+
+def _is_full_store(opcode: str) -> bool:
+    return opcode.startswith("STG") and ".128" in opcode
+
+
+def path_of(
+    blocks: list[Block], loops: dict[int, set[int]], header: int, trips: int, many: bool, longest: bool
+) -> Counter[str]:
+    """Opcodes once round a loop: the longest way, or the shortest that has full stores and, if ``many``, inner loops.
+
+    Inner loops count ``trips`` times.
+    """
+    body = loops[header]
+    inner = {h: b for h, b in loops.items() if h != header and b < body}
+    outermost = {h: b for h, b in inner.items() if not any(b < other for other in inner.values())}
+    owner = {x: h for h, b in outermost.items() for x in b}
+    cost: dict[int, Counter[str]] = {}
+    nexts: dict[int, set[int]] = {}
+    for x in body:
+        node = owner.get(x, x)
+        nexts.setdefault(node, set()).update(owner.get(n, n) for n in blocks[x].next if n in body)
+        if x not in owner:
+            cost[x] = Counter(blocks[x].opcodes)
+    for h in outermost:
+        once = path_of(blocks, loops, h, 1, False, True)
+        cost[h] = Counter({op: n * trips for op, n in once.items()})
+        nexts[h].discard(h)
+    best: dict[int, dict[tuple[bool, bool], Counter[str]]] = {}
+
+    def walk(node: int) -> dict[tuple[bool, bool], Counter[str]]:
+        """The best way from a node to the header, by whether it has a full store and an inner loop."""
+        if node in best:
+            return best[node]
+        found = best[node] = {}
+        own, stores = cost[node], any(map(_is_full_store, cost[node]))
+        for n in nexts[node]:
+            ways = {(False, False): Counter[str]()} if n == header else walk(n)
+            for (stored, looped), rest in ways.items():
+                way, key = own + rest, (stored or stores, looped or node in outermost)
+                if key not in found or (way.total() > found[key].total()) == longest:
+                    found[key] = way
+        return found
+
+    ways = walk(header)
+    if longest:
+        return max(ways.values(), key=Counter.total)
+    if wanted := [way for (stored, looped), way in ways.items() if stored and looped >= many]:
+        return min(wanted, key=Counter.total)
+    raise ValueError("no path with 128-bit stores")
+
+
+def tile_path(compiled: Compiled, form: Form) -> Counter[str]:
+    """Opcodes of a whole tile, k streams."""
+    blocks = blocks_of(compiled.text)
+    loops = loops_of(blocks)
+    with_store = [h for h, body in loops.items() if any(_is_full_store(op) for x in body for op in blocks[x].opcodes)]
+    if not with_store:
+        raise ValueError("no loop with 128-bit stores")
+    # a loop inside takes a stream, or eight (sums.py)
+    trips = -(-form.k // 8) if use_sums(form.distribution == "rademacher", form.hessian, form.k) else form.k
+    trips -= trips != form.k  # of which the first is apart
+    header = min(with_store, key=lambda h: len(loops[h]))
+    return path_of(blocks, loops, header, trips, trips > 0 and form.k > 1, False)
+
+
+def pipe_of(opcode: str) -> str:
+    """The pipe an instruction goes to (Nsight Compute's names, merged)."""
+    name = opcode.split(".")[0]
+    if name in ("FFMA", "FMUL", "FADD", "FFMA2", "FMUL2", "FADD2", "HFMA2", "HMUL2", "HADD2"):
+        return "fma"
+    if name == "IMAD":
+        return "imad"
+    if name in ("MUFU", "I2F", "F2I", "F2F", "POPC", "FLO", "BREV"):
+        return "xu"
+    if name in (
+        "LDG",
+        "STG",
+        "LDS",
+        "STS",
+        "LDL",
+        "STL",
+        "LDSM",
+        "STSM",
+        "ATOMG",
+        "RED",
+        "REDG",
+        "SHFL",
+        "LDC",
+        "ATOM",
+    ):
+        return "lsu"
+    if name in ("IMMA", "HMMA", "QMMA", "OMMA"):
+        return "tensor"
+    if name.startswith("U") or name in ("R2UR", "REDUX", "CREDUX", "S2UR", "LDCU"):
+        return "uniform"
+    if name in ("BRA", "EXIT", "BAR", "NOP", "WARPSYNC", "BSSY", "BSYNC", "DEPBAR", "CALL", "RET"):
+        return "control"
+    return "alu"
+
+
+# ---- the table ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Result:
+    """One form on one architecture. Counts are instructions a weight."""
+
+    name: str
+    capability: int
+    total: float
+    pipes: dict[str, float]
+    registers: int
+    shared: int
+    local: int
+    widths: list[str]
+    predicted: dict[str, float]
+    budget: float
+    problems: list[str]
+
+
+def predict(pipes: dict[str, float], wide: float, total: float, bytes_moved: float, gpu: Gpu) -> float:
+    """Fraction of copy bandwidth: time to move the bytes over the time of the slowest of memory, issue and pipes.
+
+    Lanes a cycle of a multiprocessor: issue 128; FP32 multiply-add ``gpu.fma``; 32-bit integer multiply-add 64, and a
+    wide one counted twice (CUDA programming guide, arithmetic throughput; the second is our assumption); ALU 64;
+    XU 16; LSU 32; IMMA m16n8k32 one instruction a lane in 8 cycles of 4 tensor cores (A100's dense int8 rate).
+    """
+    cycles = max(
+        total / 128,
+        pipes["fma"] / gpu.fma + (pipes["imad"] + wide) / 64,
+        pipes["alu"] / 64,
+        pipes["xu"] / 16,
+        pipes["lsu"] / 32,
+        pipes["tensor"] / 16,
+    )
+    compute = cycles / BUSY / (gpu.sms * gpu.ghz)
+    return min(1.0, bytes_moved / (gpu.gbps * COPY) / compute)
+
+
+def judge(variant: Variant, capability: int) -> Result:
+    """Compile, count and compare with the budget."""
+    form = variant.form
+    compiled = compile_pass(form, capability)
+    problems = []
+    weights = TILE / (32 * WARPS)
+    try:
+        path = tile_path(compiled, form)
+    except ValueError as error:
+        path = Counter()
+        problems.append(str(error))
+    pipes = dict.fromkeys(PIPES, 0.0)
+    for opcode, n in path.items():
+        pipes[pipe_of(opcode)] += n / weights
+    total = path.total() / weights
+    widths = sorted({op for op in path if op.startswith(("LDG", "STG"))})
+    # scalars (coefficients, stream numbers) are loads of one element a thread; the weights move in 128 bits
+    moved = sum(n for op, n in path.items() if op.startswith(("LDG", "STG")) and ".128" in op) * 16 / weights
+    expected = BYTES[form.src] + BYTES[form.dst or form.src] + (0, 4, 8)[form.hessian]
+    narrow = [op for op in widths if ".128" not in op and (".U16" in op or ".U8" in op)]
+    if moved < expected or narrow:
+        problems.append(f"128-bit accesses move {moved:g} bytes a weight of {expected}; {' '.join(narrow)}")
+    if compiled.stack or compiled.local:
+        problems.append(f"{compiled.stack + compiled.local} bytes of local memory")
+    if variant.budget and capability in (80, 90) and total > variant.budget:
+        problems.append(f"{total:.1f} instructions a weight, budget {variant.budget:g}")
+    wide = sum(n for op, n in path.items() if op.startswith(("IMAD.WIDE", "IMAD.HI"))) / weights
+    return Result(
+        variant.name, capability, total, pipes, compiled.registers, compiled.shared, compiled.local + compiled.stack, widths,
+        {g.name: predict(pipes, wide, total, expected, g) for g in GPUS if g.capability == capability and total},
+        variant.budget, problems,
+    )  # fmt: skip
+
+
+def table_of(results: Iterable[Result]) -> Table:
+    """The readable table."""
+    table = Table(title="Instructions a weight, whole tiles")
+    for name in ("form", "sm", "all", "budget", *PIPES, "regs", "shared", "local", "predicted of copy", ""):
+        table.add_column(name, justify="left" if name in ("form", "predicted of copy", "") else "right")
+    for r in results:
+        table.add_row(
+            r.name, str(r.capability), f"{r.total:.1f}", f"{r.budget:g}" if r.budget else "",
+            *(f"{r.pipes[p]:.2f}".rstrip("0").rstrip(".") for p in PIPES), str(r.registers), str(r.shared), str(r.local),
+            " ".join(f"{g} {p:.0%}" for g, p in r.predicted.items()), "; ".join(r.problems) or "ok",
+            style="red" if r.problems else "",
+        )  # fmt: skip
+    return table
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the table; 1 when a form passes its budget."""
+    parser = argparse.ArgumentParser(prog="python -m bench.sass", description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="write the table as JSON")
+    parser.add_argument("--fast", action="store_true", help="only the main forms, and only on sm_80 and sm_90")
+    args = parser.parse_args(argv)
+    variants = MAIN if args.fast else VARIANTS
+    results = [judge(v, a) for v in variants for a in architectures() if a in (80, 90) or (v in MAIN and not args.fast)]
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps([asdict(r) for r in results], indent=1) + "\n")
+    Console(width=220 if not sys.stdout.isatty() else None).print(table_of(results))
+    return int(any(r.problems for r in results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,216 @@
+"""The Triton backend: ``run_pass``, ``run_rows`` and ``philox_`` on CUDA tensors (or CPU tensors in the interpreter)."""
+
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import triton
+
+from . import passes, sums
+
+_CACHED = 1024  # tables kept: a shadow engine needs one a module; one is 64 bytes a tensor and 8 a run of tiles
+
+_DTYPES = {torch.float32: triton.language.float32, torch.bfloat16: triton.language.bfloat16,
+           torch.float16: triton.language.float16}  # fmt: skip
+_DISTRIBUTIONS = {"gaussian": 0, "rademacher": 1}
+
+
+def options(warps: int = passes.WARPS) -> dict[str, Any]:
+    """Launch options. Fused multiply-add is said because Triton's default is about to change."""
+    if triton.knobs.runtime.interpret:
+        return {}
+    return {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}
+
+
+def _int32(x: int) -> int:
+    """The int32 with the low 32 bits of x: kernels take these only, one compiled form for all seeds."""
+    x &= 0xFFFFFFFF
+    return x - (x >> 31 << 32)
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Launches go to the current device: make it that of the tensors."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+# ---- the device table ---------------------------------------------------------------------------------------------
+
+_Key = tuple[Any, ...]
+_tables: OrderedDict[_Key, tuple[Tensor, Tensor]] = OrderedDict()
+
+
+def tile_rows(
+    src: Sequence[int], dst: Sequence[int], hessians: Sequence[int], sizes: Sequence[int], offsets: Sequence[int],
+    ids: Sequence[int], columns: Sequence[int], src_bytes: int, dst_bytes: int,
+) -> tuple[list[list[int]], list[tuple[int, int]]]:  # fmt: skip
+    """Rows of the table and (row, first tile) of each program, from addresses and element counts; empty ones left out."""
+    rows, runs = [], []
+    for s, d, h, n, offset, tensor_id, column in zip(src, dst, hessians, sizes, offsets, ids, columns, strict=True):
+        if not n:
+            continue
+        shift = offset % passes.TILE  # addresses are those of the element where the first tile starts
+        s, d, h = s - shift * src_bytes, d - shift * dst_bytes, h - shift * 4 if h else 0
+        aligned = s % 16 == d % 16 == h % 16 == 0
+        rows.append([s, d, h, shift, shift + n, offset - shift, tensor_id, column * 2 + aligned])
+        tiles = -(-(shift + n) // passes.TILE)
+        runs += [(len(rows) - 1, first) for first in range(0, tiles, passes.TILES)]
+    return rows, runs
+
+
+def _table(src: list[Tensor], dst: list[Tensor], hessians: list[Tensor], offsets: list[int], ids: list[int],
+           columns: list[int], device: torch.device) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The table on the device, made when these tensors are first seen: addresses and sizes are all it depends on."""
+    addresses = [[t.data_ptr() for t in tensors] for tensors in (src, dst, hessians)]
+    sizes = [t.numel() for t in src]
+    kind = (device, src[0].dtype, dst[0].dtype)
+    key = (kind, *map(tuple, (*addresses, sizes, offsets, ids, columns)))
+    if (found := _tables.get(key)) is not None:
+        _tables.move_to_end(key)
+        return found
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("zo_core: these tensors are new: run the pass once on them before capturing a CUDA graph")
+    rows, runs = tile_rows(
+        addresses[0], addresses[1], addresses[2] or [0] * len(src), sizes, offsets, ids, columns,
+        src[0].element_size(), dst[0].element_size(),
+    )  # fmt: skip
+    made = (
+        torch.tensor(rows, dtype=torch.int64).view(-1, 8).to(device),
+        torch.tensor(runs, dtype=torch.int32).view(-1, 2).to(device),
+    )
+    _tables[key] = made
+    if len(_tables) > _CACHED:
+        _tables.popitem(last=False)
+    return made
+
+
+# ---- launches -----------------------------------------------------------------------------------------------------
+
+
+def philox_(words: Tensor, *, domain: int, tensor_id: int, stream: int, block: int, seed: int, rounds: int = 7) -> None:
+    """Fill int32 ``words`` of shape (n, 4) with the Philox words of blocks ``block`` to ``block + n - 1``."""
+    if n := words.shape[0]:
+        key = map(_int32, (tensor_id, stream, seed, seed >> 32))
+        # 256 blocks a program from a multiple of 256: block numbers never carry inside one
+        first = block - block % 256
+        with _on(words.device):
+            passes.philox_kernel[(triton.cdiv(block + n - first, 256),)](
+                words, n, first, block - first, *key, domain, rounds, 256, **options(4)
+            )
+
+
+def _digits(coeffs: Tensor, none: Tensor, summed: bool) -> tuple[Tensor, Tensor, Tensor, int]:
+    """What the sums of signs read in place of (K, T) coefficients (sums.py)."""
+    k, count = coeffs.shape
+    steps = -(-k // 8)
+    if not summed:
+        return none, none, none, steps
+    digits = torch.empty(count * steps * 512, dtype=torch.int8, device=coeffs.device)
+    totals = torch.empty(count * 16, dtype=torch.int32, device=coeffs.device)
+    scales = torch.empty(count, dtype=torch.float32, device=coeffs.device)
+    block = triton.next_power_of_2(k)
+    sums.digits_kernel[(count,)](coeffs, digits, totals, scales, count, k, steps, block, **options(1))
+    return digits, totals, scales, steps
+
+
+def _run_pass(
+    src: Sequence[Tensor],
+    dst: Sequence[Tensor],
+    hessians: Sequence[Tensor],
+    tensor_ids: Sequence[int],
+    offsets: Sequence[int],
+    streams: Tensor,
+    coeffs: Tensor,
+    *,
+    seed: int,
+    distribution: str,
+    counters: Tensor,
+    decay: Tensor | None = None,
+    update: Tensor | None = None,
+    restore: Tensor | None = None,
+    curvature: Tensor | None = None,
+    smoothing: Tensor | None = None,
+    hessian_min: float = 0.0,
+    hessian_max: float = math.inf,
+) -> None:
+    """The pass of ``bindings.ops``, one launch a pair of dtypes after a small one that looks at the scalars."""
+    if not src:
+        return
+    count, device = len(src), streams.device
+    coeffs = coeffs.contiguous()
+    restore, curvature, decay, smoothing = (
+        None if x is None else x.contiguous() for x in (restore, curvature, decay, smoothing)
+    )
+    go = torch.empty(1 + count, dtype=torch.int32, device=device)
+    none = counters  # stands where a form of the kernel reads nothing
+    passes.gate_kernel[(1,)](
+        coeffs, none if restore is None else restore, none if curvature is None else curvature,
+        none if decay is None else decay, none if smoothing is None else smoothing, go, counters, count,
+        streams.numel(), any(s.data_ptr() != d.data_ptr() for s, d in zip(src, dst, strict=True)), decay is not None,
+        curvature is not None, 512, **options(4),
+    )  # fmt: skip
+    summed = passes.use_sums(_DISTRIBUTIONS[distribution], int(bool(hessians)), streams.numel())
+    digits, totals, scales, n_steps = _digits(coeffs, none, summed)
+    groups: dict[tuple[torch.dtype, torch.dtype], list[int]] = {}
+    for i, (s, d) in enumerate(zip(src, dst, strict=True)):
+        groups.setdefault((s.dtype, d.dtype), []).append(i)
+    for (src_dtype, dst_dtype), members in groups.items():
+        table, runs = _table(
+            [src[i] for i in members],
+            [dst[i] for i in members],
+            [hessians[i] for i in members] if hessians else [],
+            [offsets[i] if offsets else 0 for i in members],
+            [tensor_ids[i] for i in members],
+            members,
+            device,
+        )
+        if not len(runs):
+            continue
+        passes.pass_kernel[(len(runs),)](
+            table, runs, go, streams, digits, totals, scales, n_steps, coeffs, none if restore is None else restore,
+            none if curvature is None else curvature, none if decay is None else decay,
+            none if smoothing is None else smoothing, none if update is None else update, counters,
+            _int32(seed), _int32(seed >> 32), count, streams.numel(), hessian_min, min(hessian_max, 3.4e38),
+            **passes.constants(
+                _DTYPES[src_dtype], _DTYPES[dst_dtype], _DISTRIBUTIONS[distribution],
+                2 if curvature is not None else int(bool(hessians)), update is not None, decay is not None, streams.numel(),
+            ),
+            **options(),
+        )  # fmt: skip
+
+
+def _run_rows(
+    src: Tensor, rows: Tensor, dst: Tensor, tensor_id: int, offset: int, streams: Tensor, coeffs: Tensor, *, seed: int,
+    distribution: str, counters: Tensor,
+) -> None:  # fmt: skip
+    """``perturb_rows`` of ``bindings.ops``: rows of ``src`` that ``rows`` names, into the rows of ``dst``."""
+    if not dst.numel():
+        return
+    coeffs = coeffs.contiguous()
+    go, k, none = torch.empty(2, dtype=torch.int32, device=src.device), streams.numel(), counters
+    passes.gate_kernel[(1,)](coeffs, none, none, none, none, go, counters, 1, k, True, False, False, 512, **options(4))
+    summed = passes.use_sums(_DISTRIBUTIONS[distribution], 0, k)
+    digits, totals, scales, steps = _digits(coeffs, none, summed)
+    width = src.shape[1]
+    tiles = -(-width // passes.TILE) + 1  # a row may start anywhere in its first tile
+    passes.rows_kernel[(rows.numel() * tiles,)](
+        src, rows, dst, go, streams, digits, totals, scales, coeffs, counters, tiles, width, _int32(tensor_id),
+        offset, _int32(seed), _int32(seed >> 32), k, steps, _DISTRIBUTIONS[distribution], k == 1, summed, passes.TILE,
+        **options(),
+    )  # fmt: skip
+
+
+def run_pass(*args: Any, **options: Any) -> None:
+    """The pass of ``bindings.ops``, arguments already checked: one launch a pair of dtypes, and two small ones before."""
+    with _on(args[5].device):
+        _run_pass(*args, **options)
+
+
+def run_rows(*args: Any, **options: Any) -> None:
+    """``perturb_rows`` of ``bindings.ops``, arguments already checked."""
+    with _on(args[0].device):
+        _run_rows(*args, **options)

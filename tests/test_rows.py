@@ -1,0 +1,52 @@
+"""``perturb_rows`` on the CPU backends: the rows of the perturbed matrix, through the op, with its checks and fake."""
+
+import pytest
+import torch
+from zo_core.bindings import ops
+
+
+def arguments(rows: list[int]) -> tuple[tuple, dict]:
+    src, names = torch.linspace(-1, 1, 9 * 37).view(9, 37), torch.tensor(rows, dtype=torch.int64)
+    args = (
+        src,
+        names,
+        torch.full((len(rows), 37), torch.nan),
+        4,
+        1000,
+        torch.tensor([3, 8]),
+        torch.tensor([[0.1], [0.2]]),
+    )
+    return args, {"seed": 5, "distribution": "gaussian", "counters": torch.zeros(2, dtype=torch.int64)}
+
+
+def test_rows_are_those_of_the_perturbed_matrix(backend, monkeypatch):
+    monkeypatch.setattr(ops, "backend_for", lambda device: backend)
+    args, options = arguments([8, 0, 8, 3])
+    src, names, dst, tensor_id, offset, streams, coeffs = args
+    whole = torch.empty_like(src)
+    torch.ops.zo_core.perturb([src], [whole], [], [tensor_id], [offset], streams, coeffs, **options)
+    torch.ops.zo_core.perturb_rows(*args, **options)
+    assert torch.equal(dst, whole[names])
+
+
+def test_no_rows_and_a_coefficient_that_is_not_finite(backend, monkeypatch):
+    monkeypatch.setattr(ops, "backend_for", lambda device: backend)
+    args, options = arguments([])
+    torch.ops.zo_core.perturb_rows(*args, **options)
+    args, options = arguments([1, 2])
+    args[-1][0] = float("inf")
+    torch.ops.zo_core.perturb_rows(*args, **options)
+    assert args[2].isnan().all() and options["counters"].tolist() == [1, 0]
+
+
+def test_schema_and_fake():
+    args, options = arguments([1, 2])
+    torch.library.opcheck(torch.ops.zo_core.perturb_rows.default, args, options)
+
+
+def test_messages_name_the_argument():
+    args, options = arguments([1, 2])
+    with pytest.raises(ValueError, match="src, rows, dst"):
+        torch.ops.zo_core.perturb_rows(args[0], args[1], args[2][:1], *args[3:], **options)
+    with pytest.raises(TypeError, match="rows"):
+        torch.ops.zo_core.perturb_rows(args[0], args[1].int(), *args[2:], **options)

@@ -1,0 +1,75 @@
+"""The instruction budgets of the Triton pass (bench/sass.py): compiled here, on a machine without a GPU."""
+
+import os
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("compiles, so not in the interpreter", allow_module_level=True)
+
+from zo_core.kernels.triton.compiled import Compiled, Form
+
+from bench import sass
+
+
+def listing(*lines: str) -> str:
+    return "\n".join(x if x.startswith(".L") else f"        /*{16 * i:04x}*/  {x} ;" for i, x in enumerate(lines))
+
+
+LOOPS = listing(
+    "S2R R0, SR_TID.X",
+    ".L_x_0:",
+    "LDG.E.128 R4, [R2.64]",
+    ".L_x_1:",  # a stream
+    "@P0 BRA `(.L_x_2)",
+    "FFMA R1, R1, R1, R1",
+    "FFMA R1, R1, R1, R1",
+    ".L_x_2:",
+    "@P1 BRA `(.L_x_1)",
+    "@P2 BRA P3, `(.L_x_3)",
+    "STG.E.128 [R2.64], R4",
+    "@!P4 CALL.REL.NOINC `(.L_x_4)",
+    "BRA `(.L_x_0)",
+    ".L_x_3:",  # seldom: stores in steps
+    "STG.E.U16 [R2.64], R4",
+    "BRA `(.L_x_0)",
+    ".L_x_4:",
+    "EXIT",
+)
+
+
+def test_the_path_goes_once_round_the_loop_of_whole_tiles_and_once_a_stream_round_the_one_inside():
+    path = sass.tile_path(Compiled(LOOPS, 32, 0, 0, 0), Form(k=3))
+    assert path == {
+        "LDG.E.128": 1, "FFMA": 6, "BRA": 3 * 2 + 2, "STG.E.128": 1, "CALL.REL.NOINC": 1,
+    }  # fmt: skip
+
+
+def test_a_kernel_without_128_bit_stores_is_an_error():
+    with pytest.raises(ValueError, match="128-bit"):
+        sass.tile_path(Compiled(LOOPS.replace("STG.E.128", "STG.E.64"), 32, 0, 0, 0), Form())
+
+
+def test_the_model_says_memory_bound_until_a_pipe_is_fuller():
+    h200 = next(g for g in sass.GPUS if g.name == "H200")
+    idle = dict.fromkeys(sass.PIPES, 0.0)
+    assert sass.predict(idle, 0, 20, 4, h200) == 1
+    # 27 issue slots a bf16 weight at copy bandwidth (design.md section 8), of which BUSY are filled
+    assert sass.predict(idle, 0, 2 * 27 * sass.BUSY, 4, h200) == pytest.approx(0.5, rel=0.03)
+    assert sass.predict(idle | {"xu": 16.0}, 0, 20, 4, h200) < 0.25
+
+
+def test_the_main_forms_keep_their_budgets(tmp_path):
+    assert sass.main(["--fast", "--json", str(tmp_path / "sass.json")]) == 0
+
+
+def test_a_form_over_its_budget_fails(monkeypatch):
+    monkeypatch.setattr(sass, "MAIN", (sass.Variant("tight", Form("rademacher"), 1),))
+    assert sass.main(["--fast"]) == 1
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_eight_streams_cost_at_most_twenty_instructions(capability):
+    result = sass.judge(next(v for v in sass.VARIANTS if v.form.k == 8), capability)
+    assert not result.problems and result.total <= 20

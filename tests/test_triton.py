@@ -1,0 +1,165 @@
+"""The Triton backend held against the reference.
+
+Without a GPU it runs in Triton's interpreter, which must be chosen before triton is imported: a process of its own,
+``TRITON_INTERPRET=1 pytest tests/test_triton.py``.
+"""
+
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
+    pytest.skip("needs a GPU, or TRITON_INTERPRET=1 in a process of its own", allow_module_level=True)
+
+from cases import SEED, Case, run
+from zo_core.kernels import reference
+from zo_core.kernels import triton as backend
+from zo_core.kernels.triton import launch, passes
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+
+
+def sample(distribution: str, n: int, *, offset: int = 0, stream: int = 5, k: int = 1, slot: int = 0) -> torch.Tensor:
+    """z of n elements: added to zeros with coefficient 1 in stream ``slot`` of k, all others 0."""
+    out, coeffs = torch.zeros(n, device=DEVICE), torch.zeros(k, 1, device=DEVICE)
+    coeffs[slot] = 1
+    streams = torch.arange(100, 100 + k, device=DEVICE)
+    streams[slot] = stream
+    backend.run_pass(
+        [out], [out], [], [3], [offset], streams, coeffs, seed=SEED, distribution=distribution,
+        counters=torch.zeros(2, dtype=torch.int64, device=DEVICE),
+    )  # fmt: skip
+    return out
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        {"block": 0, "domain": 0, "tensor_id": 0, "stream": 0, "seed": 0},
+        {"block": 2**32 - 100, "domain": 2, "tensor_id": 2**32 - 1, "stream": 2**31, "seed": SEED},
+        {"block": 2**55 + 77, "domain": 3, "tensor_id": 5, "stream": 2**32 - 1, "seed": 2**64 - 1},
+    ],
+)
+@pytest.mark.parametrize("rounds", [7, 10])
+def test_words_are_those_of_the_reference(key, rounds):
+    for n in (0, 1, 300):
+        got, expected = (torch.full((n, 4), -1, dtype=torch.int32, device=DEVICE) for _ in range(2))
+        backend.philox_(got, rounds=rounds, **key)
+        reference.philox_(expected, rounds=rounds, **key)
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
+def test_noise_is_within_its_bound_and_bit_identical_whatever_slice_streams_and_tile(distribution, monkeypatch):
+    n = 3000
+    whole = sample(distribution, n)
+    exact = reference.DISTRIBUTIONS[distribution](torch.arange(n, device=DEVICE), tensor_id=3, stream=5, seed=SEED)
+    error = whole.double() - exact
+    bounds = (1e-6, 1e-3) if distribution == "gaussian" else (0, 0)
+    assert error.square().mean().sqrt() <= bounds[0] and error.abs().max() <= bounds[1]
+    for begin, end in [(1, 2), (3, 131), (127, 129), (1023, 2049), (1024, n)]:
+        assert torch.equal(sample(distribution, end - begin, offset=begin), whole[begin:end])
+    for k, slot in [(2, 1), (9, 4)]:
+        assert torch.equal(sample(distribution, n, k=k, slot=slot), whole)
+    monkeypatch.setattr(passes, "TILES", 1)
+    monkeypatch.setattr(launch, "_tables", type(launch._tables)())
+    assert torch.equal(sample(distribution, n), whole)
+
+
+def test_offsets_across_a_block_number_of_32_bits():
+    for distribution, bits in (("gaussian", 34), ("rademacher", 39)):
+        offset = 2**bits - 1500
+        got = sample(distribution, 3000, offset=offset)
+        at = torch.arange(3000, device=DEVICE) + offset
+        exact = reference.DISTRIBUTIONS[distribution](at, tensor_id=3, stream=5, seed=SEED)
+        assert (got.double() - exact).abs().max() <= 1e-3
+
+
+def test_the_table_is_made_once_and_again_when_a_tensor_moves():
+    launch._tables.clear()
+    case = Case(sizes=(5, 2000), k=2)
+    job = run(case, backend, DEVICE)
+    made = [id(t[0]) for t in launch._tables.values()]
+    backend.run_pass(*job["args"], seed=SEED, distribution="gaussian", **job["options"])
+    assert [id(t[0]) for t in launch._tables.values()] == made
+    weights = job["args"][0]
+    weights[0] = weights[0].clone()
+    backend.run_pass(weights, weights, *job["args"][2:], seed=SEED, distribution="gaussian", **job["options"])
+    assert len(launch._tables) == len(made) + 1
+
+
+@pytest.mark.parametrize("part", ["src", "dst", "hessians", "offset", "id"])
+def test_whatever_the_table_holds_makes_a_new_one(part):
+    launch._tables.clear()
+    t = [torch.zeros(4, device=DEVICE) for _ in range(6)]
+    first = {"src": [t[0]], "dst": [t[1]], "hessians": [t[2]], "offsets": [0], "ids": [0], "columns": [0]}
+    other = {"src": {"src": [t[3]]}, "dst": {"dst": [t[4]]}, "hessians": {"hessians": [t[5]]},
+             "offset": {"offsets": [4]}, "id": {"ids": [1]}}[part]  # fmt: skip
+    tables = [launch._table(**arguments, device=t[0].device)[0] for arguments in (first, first | other, first)]
+    assert not torch.equal(tables[0], tables[1]) and tables[0] is tables[2]
+
+
+def test_the_cache_of_tables_is_bounded(monkeypatch):
+    monkeypatch.setattr(launch, "_CACHED", 3)
+    launch._tables.clear()
+    kept = [torch.zeros(1, device=DEVICE) for _ in range(6)]
+    for t in kept:
+        launch._table([t], [t], [], [0], [0], [0], t.device)
+    assert len(launch._tables) == 3
+
+
+def test_rows_and_runs_of_the_table():
+    tile, tiles = passes.TILE, passes.TILES
+    rows, runs = launch.tile_rows(
+        [64, 128, 192],
+        [64, 130, 192],
+        [0, 0, 0],
+        [tile * tiles + 1, 0, 5],
+        [0, 0, tile + 136],
+        [4, 5, 6],
+        [0, 1, 2],
+        2,
+        2,
+    )
+    assert rows[0] == [64, 64, 0, 0, tile * tiles + 1, 0, 4, 1]
+    assert rows[1] == [192 - 272, 192 - 272, 0, 136, 141, tile, 6, 5]  # starts 136 elements into the second tile
+    assert runs == [(0, 0), (0, tiles), (1, 0)]
+
+
+def test_a_tensor_of_more_than_2_31_elements_has_int64_rows_and_runs():
+    n = 2**33 + 3
+    rows, runs = launch.tile_rows([2**40], [2**40], [0], [n], [2**35 + 1], [0], [0], 2, 2)
+    assert rows[0][4] == n + 1 and runs[-1][1] * passes.TILE < n + 1 <= (runs[-1][1] + passes.TILES) * passes.TILE
+    assert len(runs) == -(-(n + 1) // (passes.TILE * passes.TILES))
+
+
+@pytest.mark.parametrize("width", [3, 130, 1024, 1500])
+@pytest.mark.parametrize(
+    ("distribution", "k"), [("gaussian", 1), ("gaussian", 2), ("rademacher", 1), ("rademacher", 9)]
+)
+def test_gathered_rows_are_those_of_the_whole_matrix(width, distribution, k):
+    src = torch.randn(12, width, generator=torch.Generator().manual_seed(1)).to(DEVICE, torch.bfloat16)
+    rows = torch.tensor([7, 0, 11, 7], device=DEVICE)
+    streams, coeffs = torch.arange(k, device=DEVICE), torch.linspace(0.01, -0.02, k, device=DEVICE)[:, None]
+    key = {"seed": SEED, "distribution": distribution, "counters": torch.zeros(2, dtype=torch.int64, device=DEVICE)}
+    whole, got = torch.empty_like(src), torch.full((4, width), torch.nan, dtype=torch.bfloat16, device=DEVICE)
+    reference.run_pass([src], [whole], [], [5], [2**33 + 3], streams, coeffs, **key)
+    backend.run_rows(src, rows, got, 5, 2**33 + 3, streams, coeffs, **key)
+    assert not got.isnan().any() and ((got - whole[rows]).float().abs() <= 2.0**-7 * whole[rows].float().abs()).all()
+    assert (got != whole[rows]).float().mean() <= 0.02
+    expected = torch.empty_like(got)
+    reference.run_rows(src, rows, expected, 5, 2**33 + 3, streams, coeffs, **key)
+    assert torch.equal(expected, whole[rows])
+
+
+def test_gathered_rows_with_a_coefficient_that_is_not_finite_are_a_counted_no_op():
+    src, dst = torch.ones(3, 5, device=DEVICE), torch.zeros(2, 5, device=DEVICE)
+    rows, streams = torch.tensor([2, 1], device=DEVICE), torch.tensor([1], device=DEVICE)
+    for module in (backend, reference):
+        counters = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+        coeffs = torch.full((1, 1), torch.nan, device=DEVICE)
+        module.run_rows(src, rows, dst, 0, 0, streams, coeffs, seed=1, distribution="gaussian", counters=counters)
+        assert counters.tolist() == [1, 0] and not dst.any()
