@@ -259,6 +259,10 @@ def test_a_taken_folder_is_left_alone(inputs: dict[str, object], tmp_path: Path)
     with pytest.raises(RunError, match="already holds a run; --resume goes on with it, --overwrite replaces it"):
         finetune(FinetuneConfig(**options, output=folder))
     (folder / "notes.txt").write_text("mine")
+    wrong = {**options, "data": str(tmp_path / "nothing.csv")}
+    with pytest.raises(tasks.TaskError):  # and the run that was to be replaced is still there
+        finetune(FinetuneConfig(**wrong, output=folder), overwrite=True)
+    assert (folder / "summary.json").exists() and (folder / "model").is_dir()
     finetune(FinetuneConfig(**{**options, "steps": 3}, output=folder), overwrite=True)
     assert len(losses(folder)) == 3
     assert (folder / "notes.txt").exists()
@@ -342,3 +346,15 @@ def test_learning_rate_over_a_run() -> None:
     for schedule, expected in shapes.items():
         found = config.model_copy(update={"schedule": schedule})
         assert [found.lr_at(p) for p in at] == pytest.approx(expected)
+
+
+def test_a_run_can_be_resumed_from_another_directory(
+    inputs: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Relative paths of model and data are stored in full."""
+    model, data = Path(str(inputs["model"])), Path(str(inputs["data"]))
+    monkeypatch.chdir(data.parent)
+    options = {**inputs, "model": os.path.relpath(model), "data": data.name, "steps": 2}
+    finetune(FinetuneConfig(**options, output=tmp_path / "run"))
+    monkeypatch.chdir(tmp_path)
+    assert finetune(resumed_config(tmp_path / "run", {"steps": 3}), resume=True)["steps"] == 3
