@@ -1,0 +1,22 @@
+"""The README's code runs as it stands there."""
+
+import re
+from pathlib import Path
+
+import torch
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_python_example_trains(capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    with torch.random.fork_rng():
+        torch.set_rng_state(torch.Generator().manual_seed(0).get_state())
+        exec(code, {})
+    loss, skipped = capsys.readouterr().out.split()
+    assert float(loss) < 0.2 and skipped == "0"
+
+
+def test_every_linked_file_exists():
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
+        assert (Path(__file__).parent.parent / target).exists(), target
