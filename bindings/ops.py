@@ -223,7 +223,9 @@ def backend_for(device: torch.device) -> ModuleType:
     if device.type == "cpu" and native.available():
         backend = native
     elif device.type == "cuda" and os.environ.get("ZO_CORE_BACKEND") == "triton":
-        from ..kernels import triton as backend
+        from ..kernels import triton
+
+        backend = triton
     elif device.type == "cuda":
         _say_once(
             "zo_core: CUDA tensors take the slow torch reference; ZO_CORE_BACKEND=triton takes the Triton kernels, which "
