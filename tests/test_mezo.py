@@ -239,24 +239,6 @@ def test_an_exception_in_the_closure_leaves_weights_and_state_as_they_were(error
     assert float(opt.step(loss_of(model))) == pytest.approx(expected, rel=1e-5)  # the same probes as without it
 
 
-def test_ctrl_c_between_a_pass_and_its_record_is_held_back():
-    model = network()
-    opt = zo_core.MeZO(model, lr=1e-2)
-    space = opt._prepare().space
-    original, calls = space.update_, []
-
-    def interrupted(*args, **kwargs):
-        original(*args, **kwargs)
-        calls.append(0)
-        if len(calls) == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    space.update_ = interrupted
-    with pytest.raises(KeyboardInterrupt):
-        opt.step(loss_of(model))
-    assert all(torch.allclose(p, q, atol=1e-6) for p, q in zip(model.parameters(), network().parameters(), strict=True))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("way", ["deepcopy", "torch.save", "pickle"])
 def test_a_saved_run_continues_bit_for_bit(dtype, way):
