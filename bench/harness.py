@@ -14,26 +14,15 @@ from rich.progress import track
 from rich.table import Table
 
 import zo_core
+from zo_core.integrations import report as report_of_run
 
 console = Console(width=None if sys.stdout.isatty() else 120)
-
-
-def processor() -> str:
-    """The processor's name, and its caches if Linux says."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
-        if names:
-            return names[0]
-    return platform.processor() or platform.machine()
 
 
 def machine() -> dict[str, Any]:
     """Where and with what the figures were made."""
     return {
-        "processor": processor(),
+        "processor": report_of_run.machine()["cpu"],
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),

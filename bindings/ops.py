@@ -252,9 +252,7 @@ def _perturb(src: list[Tensor], dst: list[Tensor], *args: Any, seed: int, **opti
 
 def _perturb_rows(src: Tensor, rows: Tensor, dst: Tensor, *args: Any, seed: int, **options: Any) -> None:
     _check_rows(src, rows, dst, *args, seed=seed, **options)
-    backend = backend_for(src.device)
-    run_rows = getattr(backend, "run_rows", reference.run_rows)
-    run_rows(src, rows, dst, *args, seed=seed & _UINT64, **options)
+    backend_for(src.device).run_rows(src, rows, dst, *args, seed=seed & _UINT64, **options)
     if not dst.is_inference():
         increment_version([dst])
 

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 from hypothesis import settings
@@ -14,15 +15,24 @@ settings.load_profile("zo_core")
 NATIVE = native.isas() or ("none",)
 
 
-@pytest.fixture
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The native library on one instruction set; ask for it with ``@pytest.mark.parametrize("isa", NATIVE, indirect=True)``."""
+@contextmanager
+def on(isa: str) -> Iterator[None]:
+    """The native library on one instruction set; skips where there is no library."""
     if not native.available():
         pytest.skip(f"the native library is {native.why_missing}")
     before = native.get_isa()
-    native.set_isa(request.param)
-    yield request.param
-    native.set_isa(before)
+    native.set_isa(isa)
+    try:
+        yield
+    finally:
+        native.set_isa(before)
+
+
+@pytest.fixture
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The native library on one instruction set; ask for it with ``@pytest.mark.parametrize("isa", NATIVE, indirect=True)``."""
+    with on(request.param):
+        yield request.param
 
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # in a process of its own: triton reads it when imported
@@ -39,9 +49,5 @@ def backend(request: pytest.FixtureRequest) -> Iterator[object]:
     if request.param == "reference":
         yield reference
         return
-    if not native.available():
-        pytest.skip(f"the native library is {native.why_missing}")
-    before = native.get_isa()
-    native.set_isa(request.param)
-    yield native
-    native.set_isa(before)
+    with on(request.param):
+        yield native

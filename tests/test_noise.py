@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from conftest import NATIVE
+from conftest import NATIVE, on
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -69,12 +69,8 @@ def test_words_are_those_of_the_reference(block, domain, tensor_id, stream, seed
     key = {"block": block, "domain": domain, "tensor_id": tensor_id, "stream": stream, "seed": seed}
     expected = words(reference, n, **key)
     for isa in native.isas():
-        before = native.get_isa()
-        native.set_isa(isa)
-        try:
+        with on(isa):
             assert torch.equal(words(native, n, **key), expected)
-        finally:
-            native.set_isa(before)
 
 
 @given(
@@ -118,10 +114,8 @@ def test_noise_is_bit_identical_whatever_slice_threads_and_fused_streams(isa, di
 def test_avx2_and_avx512_are_bit_identical_and_portable_within_an_ulp_or_two():
     runs = {}
     for isa in native.isas():
-        before = native.get_isa()
-        native.set_isa(isa)
-        runs[isa] = noise("gaussian", 1 << 20), noise("rademacher", 1 << 20)
-        native.set_isa(before)
+        with on(isa):
+            runs[isa] = noise("gaussian", 1 << 20), noise("rademacher", 1 << 20)
     if "avx2" not in runs:
         pytest.skip("this processor has neither AVX2 nor AVX-512")
     for isa, (normal, sign) in runs.items():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from zo_core.bindings import ops  # noqa: F401  registers the ops
+from zo_core.bindings import native, ops  # noqa: F401  ops registers them
 
 zo = torch.ops.zo_core
 
@@ -147,15 +147,9 @@ def test_environment_variables(variable, value, expected):
     done = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, variable: value}, capture_output=True, text=True, check=False
     )
-    if "native library" in done.stderr or (value != "reference" and not zo_core_native()):
+    if "native library" in done.stderr or (value != "reference" and not native.available()):
         pytest.skip("the native library is not built")
     assert expected in done.stdout + done.stderr
-
-
-def zo_core_native() -> bool:
-    from zo_core.bindings import native
-
-    return native.available()
 
 
 @pytest.mark.parametrize(
