@@ -43,7 +43,7 @@ def write_ninja(build: Path, target: Path, compiler: str) -> None:
         n = Writer(f, width=110)
         compile_line = f"{compiler} {' '.join(FLAGS + include)} $isa -MMD -MF $out.d -c $in -o $out"
         n.rule("cxx", compile_line, depfile="$out.d", deps="gcc", description="CXX $out")
-        n.rule("link", f"{compiler} -shared -pthread $in -o $out", description="LINK $out")
+        n.rule("link", f"{compiler} -shared -pthread $in -o $out -ldl", description="LINK $out")
         objects = []
         for name, isa in VARIANTS.items():
             flags = " ".join([*isa, f"-DZO_VARIANT=zo_{name}"])

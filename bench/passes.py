@@ -22,13 +22,15 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def fused(
     weights: Tensor, distribution: str, k: int, stochastic: bool = False, dst: Tensor | None = None,
-    hessian: Tensor | None = None, curvature: bool = False,
+    hessian: Tensor | None = None, curvature: bool = False, residual: Tensor | None = None,
 ) -> Callable[[], None]:  # fmt: skip
     """One of our passes, ready to call."""
     device = weights.device
     common = [[hessian] if hessian is not None else [], [0], [], torch.arange(k, device=device)]
     coeffs = torch.full((k, 1), 1e-6, device=device)
     options = {"seed": 1, "distribution": distribution, "counters": torch.zeros(2, dtype=torch.int64, device=device)}
+    if residual is not None:
+        options["residuals"] = [residual]
     if stochastic:
         options["update"] = torch.zeros(1, dtype=torch.int64, device=device)
     if curvature:
@@ -85,6 +87,12 @@ def main() -> None:
                 "H update": fused(weights, distribution, 1, hessian=hessian, curvature=True),
                 "K=8": fused(weights, distribution, 8),
             }
+            if dtype != torch.float32:
+                for bits, kept in (8, torch.int8), (16, torch.int16):
+                    residual = torch.zeros(args.elements, dtype=kept)
+                    tasks[f"in place, {bits}-bit residual"] = fused(
+                        weights, distribution, 1, bits == 8, residual=residual
+                    )
             seconds = interleaved(tasks, args.rounds, f"{name} {distribution}")
             for task, times in seconds.items():
                 baseline = "published update" if task == "K=8" else "published perturb"

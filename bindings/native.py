@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 LIBRARY = Path(__file__).with_name("libzo_core.so")
 ISAS = ("portable", "avx2", "avx512")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -22,19 +22,6 @@ _i32, _i64, _u32, _u64, _f32, _ptr = (
     ctypes.c_float,
     ctypes.c_void_p,
 )
-
-
-class _TensorStruct(ctypes.Structure):
-    _fields_ = (
-        ("src", _ptr),
-        ("dst", _ptr),
-        ("hessian", _ptr),
-        ("numel", _i64),
-        ("offset", _i64),
-        ("id", _u32),
-        ("src_dtype", _i32),
-        ("dst_dtype", _i32),
-    )
 
 
 class _PassStruct(ctypes.Structure):
@@ -72,7 +59,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         return None, f"{LIBRARY.name} could not be loaded ({error}): rebuild it on this machine"
     if (found := library.zo_abi_version()) != ABI_VERSION:
         return None, f"{LIBRARY.name} has ABI version {found}, this package needs {ABI_VERSION}: rebuild it"
-    library.zo_run.argtypes = (ctypes.POINTER(_PassStruct), ctypes.POINTER(_TensorStruct), _i64, _ptr)
+    library.zo_run.argtypes = (ctypes.POINTER(_PassStruct), _ptr, _i64, _ptr)
     library.zo_philox.argtypes = (_u64, _u32, _u32, _u32, _u64, _i64, _i32, _ptr)
     if (isa := os.environ.get("ZO_CORE_ISA")) and (isa not in ISAS or library.zo_isa_set(ISAS.index(isa))):
         choices = ", ".join(name for i, name in enumerate(ISAS) if library.zo_isa_available(i))
@@ -136,15 +123,52 @@ def run_pass(
     smoothing: Tensor | None = None,
     hessian_min: float = 0.0,
     hessian_max: float = float("inf"),
+    residuals: Sequence[Tensor] = (),
 ) -> None:
     """``zo_run`` on CPU tensors; arguments as in ``bindings.ops``, already checked."""
-    count = len(src)
-    tensors = (_TensorStruct * count)()
-    for i, (t, source, target) in enumerate(zip(tensors, src, dst, strict=True)):
-        t.src, t.dst, t.numel, t.id = source.data_ptr(), target.data_ptr(), source.numel(), tensor_ids[i]
-        t.hessian = hessians[i].data_ptr() if hessians else None
-        t.offset = offsets[i] if offsets else 0
-        t.src_dtype, t.dst_dtype = DTYPES[source.dtype], DTYPES[target.dtype]
+    kept_bits = [8 * r.itemsize if r.numel() else 0 for r in residuals] if residuals else [0] * len(src)
+    table = [
+        [
+            source.data_ptr(), target.data_ptr(), hessians[i].data_ptr() if hessians else 0,
+            residuals[i].data_ptr() if kept_bits[i] else 0, source.numel(), offsets[i] if offsets else 0,
+            tensor_ids[i] | DTYPES[source.dtype] << 32, DTYPES[target.dtype] | kept_bits[i] << 32,
+        ]
+        for i, (source, target) in enumerate(zip(src, dst, strict=True))
+    ]  # fmt: skip
+    _run(
+        torch.tensor(table, dtype=torch.int64), streams, coeffs, seed, distribution, counters, decay, update, restore,
+        curvature, smoothing, hessian_min, hessian_max,
+    )  # fmt: skip
+
+
+def run_rows(
+    src: Tensor, rows: Tensor, dst: Tensor, tensor_id: int, offset: int, streams: Tensor, coeffs: Tensor, *, seed: int,
+    distribution: str, counters: Tensor, residual: Tensor | None = None,
+) -> None:  # fmt: skip
+    """``perturb`` with a tensor a row: rows of ``src`` that ``rows`` names, into the rows of ``dst``."""
+    n, width = dst.shape
+    bits = 8 * residual.itemsize if residual is not None and residual.numel() else 0
+    table = torch.zeros(n, 8, dtype=torch.int64)
+    table[:, 0] = src.data_ptr() + rows * (width * src.itemsize)
+    table[:, 1] = dst.data_ptr() + torch.arange(n) * (width * dst.itemsize)
+    if residual is not None and bits:
+        table[:, 3] = residual.data_ptr() + rows * (width * residual.itemsize)
+    table[:, 4] = width
+    table[:, 5] = offset + rows * width
+    table[:, 6] = tensor_id | DTYPES[src.dtype] << 32
+    table[:, 7] = DTYPES[dst.dtype] | bits << 32
+    counts = counters.new_zeros(1 + n)
+    _run(table, streams, coeffs.expand(-1, n), seed, distribution, counts)
+    counters += torch.stack((counts[0], counts[1:].sum()))
+
+
+def _run(
+    table: Tensor, streams: Tensor, coeffs: Tensor, seed: int, distribution: str, counters: Tensor,
+    decay: Tensor | None = None, update: Tensor | None = None, restore: Tensor | None = None,
+    curvature: Tensor | None = None, smoothing: Tensor | None = None, hessian_min: float = 0.0,
+    hessian_max: float = float("inf"),
+) -> None:  # fmt: skip
+    """``zo_run`` on a table whose rows are ``zo_tensor`` structs: eight int64, pairs of 32-bit fields in the last two."""
     kept: list[Tensor] = []  # alive until the call returns
 
     def pointer(x: Tensor | None, dtype: torch.dtype = torch.float32) -> int | None:
@@ -169,17 +193,5 @@ def run_pass(
         update=0 if update is None else int(update) & 0xFFFFFFFF,
         threads=torch.get_num_threads(),
     )
-    if status := _require().zo_run(job, tensors, count, counters.data_ptr()):
+    if status := _require().zo_run(job, table.data_ptr(), len(table), counters.data_ptr()):
         raise RuntimeError(f"zo_run refused its arguments (status {status}): please report this as a bug")
-
-
-def run_rows(
-    src: Tensor, rows: Tensor, dst: Tensor, tensor_id: int, offset: int, streams: Tensor, coeffs: Tensor, *, seed: int,
-    distribution: str, counters: Tensor,
-) -> None:  # fmt: skip
-    """``run_pass`` with a tensor a row: rows of ``src`` that ``rows`` names, into the rows of ``dst``."""
-    names, width = rows.tolist(), src.shape[1]
-    run_pass(
-        [src[row] for row in names], list(dst), [], [tensor_id] * len(names), [offset + row * width for row in names],
-        streams, coeffs.expand(-1, len(names)), seed=seed, distribution=distribution, counters=counters,
-    )  # fmt: skip

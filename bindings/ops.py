@@ -7,7 +7,8 @@ All ops write into tensors they are given. One pass computes, for tensor i and e
 
 ``update_`` is it in place. ``perturb`` writes ``dst`` instead and neither restores nor changes H. Without
 hessians H = 1. ``perturb_rows`` is ``perturb`` of the rows of a matrix that an int64 tensor ``rows`` names (an embedding's
-looked-up ones): row j of dst from row rows[j] of src, coefficients float32 (K, 1); rows are not checked. Arguments, for T tensors and K streams, all on the device of the weights:
+looked-up ones): row j of dst from row rows[j] of src, coefficients float32 (K, 1); rows are not checked. Arguments,
+for T tensors and K streams, all on the device of the weights:
 
     tensor_ids   T ints: the tensors' ids in the noise
     offsets      T ints, or [] for zeros: index of the first element in the full, unsharded tensor
@@ -18,7 +19,12 @@ looked-up ones): row j of dst from row rows[j] of src, coefficients float32 (K, 
     restore, curvature   float32 (K, T); smoothing float32 (T,); given together, with hessians, float32
     seed         64-bit run seed as a signed integer (``signed64``)
     distribution "gaussian" or "rademacher"
-    counters     int64 (2,): passes that were no-ops because a scalar was not finite; elements that saturated
+    counters     int64 (1 + T,): passes that were no-ops because a scalar was not finite; elements of each tensor that
+                 saturated. T = 1 in perturb_rows
+    residuals    T tensors, or None: what rounding took from bfloat16 and float16 weights (of src), so that the value of
+                 an element is weight + residual (docs/noise.md). int8 or int16, of the shape of their weights; an empty
+                 one for a tensor that keeps none. update_ reads and writes them, perturb reads them, and so does
+                 perturb_rows, which takes one tensor, ``residual``
 
 Errors (TypeError for dtypes, ValueError for all else) come before anything is written.
 """
@@ -39,6 +45,7 @@ from ..kernels import reference
 from . import native
 
 DTYPES = tuple(native.DTYPES)
+RESIDUAL_DTYPES = (torch.int8, torch.int16)
 HESSIAN_RANGE = (1e-8, 1e8)
 
 _UINT64 = (1 << 64) - 1
@@ -48,10 +55,11 @@ _COMMON = (
 )
 _SCHEMAS = (
     f"update_(Tensor(a!)[] weights, Tensor(b!)[] hessians, {_COMMON}, Tensor? restore=None, Tensor? curvature=None, "
-    f"Tensor? smoothing=None, float hessian_min={HESSIAN_RANGE[0]}, float hessian_max={HESSIAN_RANGE[1]}) -> ()",
-    f"perturb(Tensor[] src, Tensor(a!)[] dst, Tensor[] hessians, {_COMMON}) -> ()",
+    f"Tensor? smoothing=None, float hessian_min={HESSIAN_RANGE[0]}, float hessian_max={HESSIAN_RANGE[1]}, "
+    "Tensor(c!)[]? residuals=None) -> ()",
+    f"perturb(Tensor[] src, Tensor(a!)[] dst, Tensor[] hessians, {_COMMON}, Tensor[]? residuals=None) -> ()",
     "perturb_rows(Tensor src, Tensor rows, Tensor(a!) dst, int tensor_id, int offset, Tensor streams, Tensor coeffs, *, "
-    "int seed, str distribution, Tensor(z!) counters) -> ()",
+    "int seed, str distribution, Tensor(z!) counters, Tensor? residual=None) -> ()",
     "philox_(Tensor(a!) words, *, int seed, int domain, int tensor_id, int stream, int block, int rounds=7) -> ()",
 )
 
@@ -107,6 +115,22 @@ def _check_scalars(
         raise ValueError(f"{name}: expected shape {shape}, got {tuple(x.shape)}")
 
 
+def _check_residuals(
+    residuals: Sequence[Tensor], like: str, weights: Sequence[Tensor], device: torch.device
+) -> dict[str, Tensor]:
+    """The residuals by name, empty ones left out, which say that a tensor keeps none."""
+    _check_tensors("residuals", residuals, device, RESIDUAL_DTYPES)
+    if len(residuals) != len(weights):
+        raise ValueError(f"residuals: expected {len(weights)} tensors as {like} has, got {len(residuals)}")
+    kept = {f"residuals[{i}]": (r, w) for i, (r, w) in enumerate(zip(residuals, weights, strict=True)) if r.numel()}
+    for name, (r, w) in kept.items():
+        if w.dtype == torch.float32:
+            raise TypeError(f"{name}: expected an empty tensor, as a float32 weight keeps no residual, got {r.dtype}")
+        if r.shape != w.shape:
+            raise ValueError(f"{name}: expected shape {tuple(w.shape)} as its weight or none, got {tuple(r.shape)}")
+    return {name: r for name, (r, _) in kept.items()}
+
+
 def _check_overlap(written: dict[str, Tensor], read: dict[str, Tensor]) -> None:
     """What is written may share no memory with anything else; what is only read may, with what is only read."""
     if any(isinstance(t, FakeTensor) or t.is_meta for t in (*written.values(), *read.values())):
@@ -143,6 +167,7 @@ def _check_pass(
     smoothing: Tensor | None = None,
     hessian_min: float = HESSIAN_RANGE[0],
     hessian_max: float = HESSIAN_RANGE[1],
+    residuals: Sequence[Tensor] | None = None,
 ) -> None:
     device, count, k = streams.device, len(src), streams.numel()
     read, written = ("weights", "weights") if in_place else ("src", "dst")
@@ -154,7 +179,7 @@ def _check_pass(
     if offsets:
         _check_ints("offsets", offsets, count, 56)
     _check_scalars("streams", streams, (k,), device, torch.int64)
-    _check_scalars("counters", counters, (2,), device, torch.int64)
+    _check_scalars("counters", counters, (1 + count,), device, torch.int64)
     if update is not None:
         _check_scalars("update", update, tuple(update.shape) if update.numel() == 1 else (1,), device, torch.int64)
     for name, x, shape in (
@@ -176,15 +201,17 @@ def _check_pass(
         _check_shapes("hessians", hessians, read, src)
     if not 0 < hessian_min <= hessian_max:
         raise ValueError(f"hessian_min, hessian_max: expected 0 < min <= max, got {hessian_min} and {hessian_max}")
+    kept = _check_residuals(residuals, read, src, device) if residuals is not None else {}
     scales = {f"hessians[{i}]": h for i, h in enumerate(hessians)}
-    sources = {} if in_place else {f"src[{i}]": t for i, t in enumerate(src)}
-    targets = {f"{written}[{i}]": t for i, t in enumerate(dst)}
+    sources = {} if in_place else {f"src[{i}]": t for i, t in enumerate(src)} | kept
+    targets = {f"{written}[{i}]": t for i, t in enumerate(dst)} | (kept if in_place else {})
     _check_overlap(targets | (scales if changes_hessians else {}), sources if changes_hessians else sources | scales)
 
 
 def _check_rows(
-    src: Tensor, rows: Tensor, dst: Tensor, tensor_id: int, offset: int, streams: Tensor, coeffs: Tensor, **options: Any
-) -> None:
+    src: Tensor, rows: Tensor, dst: Tensor, tensor_id: int, offset: int, streams: Tensor, coeffs: Tensor,
+    residual: Tensor | None = None, **options: Any,
+) -> None:  # fmt: skip
     if src.dim() != 2 or rows.dim() != 1 or tuple(dst.shape) != (rows.numel(), src.shape[1]):
         raise ValueError(
             f"src, rows, dst: expected shapes (r, d), (n,), (n, d), got {tuple(src.shape)}, {tuple(rows.shape)}, "
@@ -193,9 +220,10 @@ def _check_rows(
     _check_scalars("rows", rows, tuple(rows.shape), streams.device, torch.int64)
     if not rows.is_contiguous():
         raise ValueError("rows: expected a contiguous tensor: pass rows.contiguous()")
-    _check_pass([src], [src], [], [tensor_id], [offset], streams, coeffs, in_place=True, **options)
+    residuals = [residual] if residual is not None else None
+    _check_pass([src], [src], [], [tensor_id], [offset], streams, coeffs, in_place=True, residuals=residuals, **options)
     _check_tensors("dst", [dst], streams.device, DTYPES)
-    _check_overlap({"dst": dst}, {"src": src, "rows": rows})
+    _check_overlap({"dst": dst}, {"src": src, "rows": rows} | ({} if residual is None else {"residual": residual}))
 
 
 def _check_philox(words: Tensor, *, rounds: int = 7, **numbers: int) -> None:
@@ -238,16 +266,23 @@ def backend_for(device: torch.device) -> ModuleType:
     return backend
 
 
-def _update_(weights: list[Tensor], *args: Any, seed: int, **options: Any) -> None:
-    _check_pass(weights, weights, *args, in_place=True, seed=seed, **options)
-    backend_for(args[3].device).run_pass(weights, weights, *args, seed=seed & _UINT64, **options)
-    increment_version([t for t in (*weights, *args[0]) if not t.is_inference()])
+def _run(
+    src: list[Tensor], dst: list[Tensor], *args: Any, in_place: bool, seed: int, residuals: list[Tensor] | None = None,
+    **options: Any,
+) -> None:  # fmt: skip
+    _check_pass(src, dst, *args, in_place=in_place, seed=seed, residuals=residuals, **options)
+    kept = residuals or []
+    backend_for(args[3].device).run_pass(src, dst, *args, seed=seed & _UINT64, residuals=kept, **options)
+    written = (*dst, *args[0], *kept) if in_place else dst
+    increment_version([t for t in written if not t.is_inference()])
 
 
-def _perturb(src: list[Tensor], dst: list[Tensor], *args: Any, seed: int, **options: Any) -> None:
-    _check_pass(src, dst, *args, in_place=False, seed=seed, **options)
-    backend_for(args[3].device).run_pass(src, dst, *args, seed=seed & _UINT64, **options)
-    increment_version([t for t in dst if not t.is_inference()])
+def _update_(weights: list[Tensor], *args: Any, **options: Any) -> None:
+    _run(weights, weights, *args, in_place=True, **options)
+
+
+def _perturb(src: list[Tensor], dst: list[Tensor], *args: Any, **options: Any) -> None:
+    _run(src, dst, *args, in_place=False, **options)
 
 
 def _perturb_rows(src: Tensor, rows: Tensor, dst: Tensor, *args: Any, seed: int, **options: Any) -> None:

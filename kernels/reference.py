@@ -80,26 +80,66 @@ def rounding_bits(element: Tensor, *, tensor_id: int, stream: int | Tensor, seed
 DISTRIBUTIONS = {"gaussian": gaussian, "rademacher": rademacher}
 
 
+def _extended(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The extended pattern of float32 ``x``, as int64: the magnitude's pattern in ``dtype`` and 16 bits below it."""
+    magnitude = x.abs()
+    pattern = magnitude.view(torch.int32).to(torch.int64)
+    if dtype is torch.bfloat16:
+        return pattern
+    units = (magnitude.double() * 2.0**40).clamp(max=2.0**26).to(torch.int64)  # subnormals: multiples of 2^-24 2^-16
+    return torch.where(magnitude < 2.0**-14, units, pattern - (112 << 23) << 3)
+
+
+def _signed(magnitude: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The number of 16-bit ``dtype`` with this magnitude pattern and the sign of float32 ``x``."""
+    pattern = magnitude - (x.signbit().to(torch.int64) << 15)
+    return pattern.to(torch.int16).view(dtype)
+
+
 def stochastic_round(x: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
     """Round float32 ``x`` to bfloat16 or float16, up with the probability of what truncation drops.
 
     ``bits`` are 16 random bits an element, aligned with the top of the dropped ones: 16 in bfloat16, 13 in
     float16 and as many more as a subnormal result drops. Infinities and NaN are the caller's to keep.
     """
-    pattern = x.view(torch.int32).to(torch.int64) & _MASK
-    magnitude, sign = pattern & 0x7FFFFFFF, pattern >> 16 & 0x8000
-    if dtype is torch.bfloat16:
-        rounded = magnitude + bits >> 16
+    return _signed(_extended(x, dtype) + bits >> 16, x, dtype)
+
+
+def split(
+    value: Tensor, dtype: torch.dtype, residual_dtype: torch.dtype, random: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Finite float32 ``value`` as a weight, the nearest number of ``dtype``, and the residual that ``join`` adds to it.
+
+    A residual of 8 bits is rounded: stochastically with the 16 bits an element of ``random``, to nearest without.
+    """
+    extended = _extended(value, dtype)
+    if residual_dtype is torch.int8:
+        extended = extended + (0x80 if random is None else random >> 8) >> 8 << 8
+    magnitude = extended + 0x8000 >> 16
+    residual = extended - (magnitude << 16) >> 16 - torch.iinfo(residual_dtype).bits
+    return _signed(magnitude, value, dtype), residual.to(residual_dtype)
+
+
+def join(weight: Tensor, residual: Tensor) -> Tensor:
+    """The float32 value of a weight and its residual. A weight that is not finite has none."""
+    magnitude = weight.view(torch.int16).to(torch.int64) & 0x7FFF
+    added = residual.to(torch.int64) << 16 - torch.iinfo(residual.dtype).bits
+    extended = ((magnitude << 16) + added).clamp(min=0)
+    if weight.dtype is torch.bfloat16:
+        value = extended.to(torch.int32).view(torch.float32)
     else:
-        normal = (magnitude + (bits >> 3) >> 13) - (112 << 10)
-        units = (x.abs().double() * 2.0**40).clamp(max=2.0**26).to(torch.int64)  # of 2^-40; subnormals: < 2^26
-        rounded = torch.where(x.abs() < 2.0**-14, units + bits >> 16, normal)
-    rounded = rounded | sign
-    return (rounded - (rounded >> 15 << 16)).to(torch.int16).view(dtype)
+        normal = ((extended >> 3) + (112 << 23)).to(torch.int32).view(torch.float32)
+        value = torch.where(extended < 1 << 26, extended.float() * 2.0**-40, normal)
+    return torch.where(weight.isfinite(), value.copysign(weight.float()), weight.float())
 
 
 def _finite(*scalars: Tensor | None) -> bool:
     return all(bool(s.isfinite().all()) for s in scalars if s is not None)
+
+
+def _works(i: int, *scalars: Tensor | None) -> bool:
+    """Whether any of the scalars of tensor i, in the last dimension, is not zero."""
+    return any(bool(s[..., i].any()) for s in scalars if s is not None)
 
 
 @torch.no_grad()
@@ -122,19 +162,24 @@ def run_pass(
     smoothing: Tensor | None = None,
     hessian_min: float = 0.0,
     hessian_max: float = math.inf,
+    residuals: Sequence[Tensor] = (),
 ) -> None:
     """The operation of docs/noise.md on a list of tensors; arguments as in ``bindings.ops``, already checked."""
     if not _finite(coeffs, decay, restore, curvature, smoothing):
         counters[0] += 1
         return
     for i, (source, target) in enumerate(zip(src, dst, strict=True)):
+        in_place = source.data_ptr() == target.data_ptr()
+        if in_place and not _works(i, coeffs, restore, curvature, decay, smoothing):
+            continue
         first = offsets[i] if offsets else 0
+        residual = residuals[i].view(-1) if residuals and residuals[i].numel() else None
         keep = 1 - decay[i] if decay is not None else None
         flat_source, flat_target = source.view(-1), target.view(-1)
         for begin in range(0, source.numel(), CHUNK):
             part = slice(begin, min(begin + CHUNK, source.numel()))
             element = torch.arange(part.start, part.stop, device=source.device) + first
-            weight = flat_source[part].float()
+            weight = flat_source[part].float() if residual is None else join(flat_source[part], residual[part])
             hessian = hessians[i].view(-1)[part] if hessians else None
             names = {"tensor_id": tensor_ids[i], "seed": seed}
 
@@ -157,17 +202,23 @@ def run_pass(
             beyond = weight.isfinite() & ~(out.abs() <= limit)
             out = torch.where(beyond, torch.where(out.isnan(), weight, out.clamp(-limit, limit)), out)
             out = torch.where(weight.isfinite(), out, weight)
-            rounded = out.to(target.dtype)
+            bits = None
             if update is not None and target.dtype != torch.float32:
                 bits = rounding_bits(element, stream=update, **names)
+            rounded = out.to(target.dtype)
+            if residual is not None and in_place:
+                near, rest = split(out, target.dtype, residual.dtype, bits)
+                rounded = torch.where(weight.isfinite(), near, rounded)
+                residual[part] = rest * weight.isfinite()
+            elif bits is not None:
                 rounded = torch.where(weight.isfinite(), stochastic_round(out, bits, target.dtype), rounded)
             flat_target[part] = rounded
-            counters[1] += beyond.sum()
+            counters[1 + i] += beyond.sum()
 
 
 def run_rows(
     src: Tensor, rows: Tensor, dst: Tensor, tensor_id: int, offset: int, streams: Tensor, coeffs: Tensor, *, seed: int,
-    distribution: str, counters: Tensor,
+    distribution: str, counters: Tensor, residual: Tensor | None = None,
 ) -> None:  # fmt: skip
     """``perturb`` of the rows of ``src`` that ``rows`` names, into the rows of ``dst``."""
     width = src.shape[1]
@@ -177,6 +228,7 @@ def run_rows(
         run_pass(
             [src[row]], [dst_row], [], [tensor_id], [offset + row * width], streams, coeffs, seed=seed,
             distribution=distribution, counters=counters,
+            residuals=[residual[row]] if residual is not None and residual.numel() else (),
         )  # fmt: skip
         if not _finite(coeffs):
             return  # counted once

@@ -2,7 +2,8 @@
 
 Buffers lie between guard elements, destinations start as NaN, so a lane too many or too few shows. Tolerances: a
 backend's normals may be off by ``noise`` (its own bound), float32 arithmetic in another order by a few ulp of what is
-added, and a 16-bit result by one ulp where either moves it across a rounding boundary.
+added, and a 16-bit result by one ulp where either moves it across a rounding boundary. With a residual that ulp is the
+residual's. Where float32 sums have one order only, every bit of weights and residuals must agree.
 """
 
 from dataclasses import dataclass
@@ -16,11 +17,16 @@ SEED = 0x9E3779B97F4A7C15
 GUARD = 16
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 EPS = {F32: 2.0**-23, BF16: 2.0**-7, F16: 2.0**-10}
+MIXED = ((F16, 8), (BF16, 0), (F32, 0), (BF16, 16), (F16, 16), (BF16, 8), (F16, 0))
 
 
 @dataclass(frozen=True)
 class Case:
-    """One call. ``dst`` None is in place; ``hessian``: "", "read" or "update"; ``bad``: what is not finite or too large."""
+    """One call. ``dst`` None is in place; ``hessian``: "", "read" or "update"; ``bad``: what is not finite or too large.
+
+    ``residual``: bits of the residuals of all tensors but the second, which keeps none; ``mixed``: tensor i has the dtype
+    and the residual of MIXED[i].
+    """
 
     distribution: str = "gaussian"
     src: torch.dtype = F32
@@ -33,6 +39,18 @@ class Case:
     hessian: str = ""
     skewed: int = 0  # elements by which views start off their alignment
     bad: str = ""
+    residual: int = 0
+    mixed: bool = False
+
+    def kinds(self) -> list[tuple[torch.dtype, int]]:
+        """Dtype and bits of the residual, 0 for none, of each tensor of ``src``."""
+        if self.mixed:
+            return [MIXED[i % len(MIXED)] for i in range(len(self.sizes))]
+        return [(self.src, self.residual if i != 1 else 0) for i in range(len(self.sizes))]
+
+    def one_order(self) -> bool:
+        """Whether every backend must make the same bits: sums of one addend that is the same for all."""
+        return self.distribution == "rademacher" and self.k <= 1 and not self.decay and not self.hessian
 
     def __str__(self) -> str:
         base = Case()
@@ -51,20 +69,25 @@ def _guarded(x: Tensor, skewed: int) -> tuple[Tensor, Tensor]:
 
 
 def make(case: Case, device: str = "cpu") -> dict[str, Any]:
-    """Arguments of ``run_pass``; ``buffers`` and ``inputs`` beside them."""
+    """Arguments of ``run_pass``; ``buffers``, and ``inputs``, copies of src and of residuals, beside them."""
     g = torch.Generator().manual_seed(len(str(case)))
     count = len(case.sizes)
 
     def uniform(*shape: int, low: float, high: float) -> Tensor:
         return (torch.rand(shape, generator=g) * (high - low) + low).to(device)
 
-    values = [(torch.randn(n, generator=g) * 0.3).to(device, case.src) for n in case.sizes]
+    kinds = case.kinds()
+    values = [(torch.randn(n, generator=g) * 0.3).to(device, t) for n, (t, _) in zip(case.sizes, kinds, strict=True)]
+    if case.residual or case.mixed:
+        for v in values:  # subnormal in float16, zero, of which a residual may not change the sign
+            v[3::13] *= 1e-5
+            v[6::26] *= 0
     if case.bad == "weights":
         for v in values:
             v[::5], v[1::7], v[2::11] = float("nan"), float("inf"), float("-inf")
     if case.bad == "range":
         for v in values:
-            v[::3], v[1::3] = torch.finfo(case.src).max, torch.finfo(case.src).min
+            v[::3], v[1::3] = torch.finfo(v.dtype).max, torch.finfo(v.dtype).min
     pairs = [_guarded(v, case.skewed) for v in values]
     src, buffers = [v for v, _ in pairs], [b for _, b in pairs]
     dst = src
@@ -75,6 +98,12 @@ def make(case: Case, device: str = "cpu") -> dict[str, Any]:
     if case.hessian:
         pairs = [_guarded(uniform(n, low=0.5, high=2), case.skewed) for n in case.sizes]
         hessians, buffers = [v for v, _ in pairs], buffers + [b for _, b in pairs]
+    residuals: list[Tensor] = []
+    if case.residual or case.mixed:
+        for v, (_, bits) in zip(values, kinds, strict=True):
+            r = torch.randint(-(1 << 15), 1 << 15, v.shape if bits else (0,), generator=g).to(torch.int16)
+            view, buffer = _guarded((r if bits == 16 else (r >> 8).to(torch.int8)).to(device), case.skewed)
+            residuals, buffers = [*residuals, view], [*buffers, buffer]
     coeffs = uniform(case.k, count, low=-1e-2, high=1e-2)
     if case.k > 1 and count:
         coeffs[:, 0] *= torch.arange(case.k, device=device) % 3 != 1
@@ -84,7 +113,9 @@ def make(case: Case, device: str = "cpu") -> dict[str, Any]:
         coeffs *= 1e38
     if case.bad == "coeffs":
         coeffs[0, 0] = float("nan")
-    options: dict[str, Any] = {"counters": torch.zeros(2, dtype=torch.int64, device=device)}
+    options: dict[str, Any] = {"counters": torch.zeros(1 + count, dtype=torch.int64, device=device)}
+    if residuals:
+        options["residuals"] = residuals
     if case.decay:
         options["decay"] = uniform(count, low=0, high=0.1)
         if case.bad == "decay":
@@ -103,7 +134,7 @@ def make(case: Case, device: str = "cpu") -> dict[str, Any]:
         src, dst, hessians, [7 * i + (i == 1) * (2**32 - 9) for i in range(count)], list(case.offsets),
         torch.arange(case.k, device=device) * 3 - 1, coeffs,
     )  # fmt: skip
-    return {"args": args, "options": options, "buffers": buffers, "inputs": [v.clone() for v in src]}
+    return {"args": args, "options": options, "buffers": buffers, "inputs": [v.clone() for v in (*src, *residuals)]}
 
 
 def run(case: Case, backend: Any, device: str = "cpu") -> dict[str, Any]:
@@ -123,15 +154,26 @@ def check(case: Case, backend: Any, noise: float, device: str = "cpu") -> None:
         added = added + spread * got["options"]["restore"].abs().sum(0)
     scale = 2.0 if case.hessian else 1.0
     moved = noise if case.distribution == "gaussian" else 0.0
-    for i, (x, y) in enumerate(zip(got["args"][1], expected["args"][1], strict=True)):
+    kinds = case.kinds() if case.dst is None else [(case.dst, 0)] * len(case.sizes)
+    for i, ((dtype, bits), x, y) in enumerate(zip(kinds, got["args"][1], expected["args"][1], strict=True)):
         assert torch.equal(x.isnan(), y.isnan()) and torch.equal(x.isinf(), y.isinf()), f"non-finite values of {i}"
+        if bits:
+            rest, expected_rest = (job["options"]["residuals"][i] for job in (got, expected))
+            if case.one_order() or i >= len(added) or added[i] == 0:
+                assert torch.equal(rest, expected_rest), f"residuals {i}"
+            assert torch.equal(rest[~x.isfinite()], expected_rest[~y.isfinite()]), f"residuals of non-finite values {i}"
+            weight, x, y = x.double().nan_to_num(1, 1, 1), reference.join(x, rest), reference.join(y, expected_rest)
         x, y = x.float().nan_to_num(1, 1, 1), y.float().nan_to_num(1, 1, 1)
+        if bits:
+            nearest = (x.to(dtype).double() - x.double()).abs()
+            assert torch.equal((weight - x.double()).abs(), nearest), f"weights {i} are not their values rounded"
         exact = (moved + 6 * EPS[F32]) * scale * added[i].double().nan_to_num() + 4 * EPS[F32] * y.abs()
-        dtype = got["args"][1][i].dtype
-        ulp = EPS[dtype] * y.abs().clamp(min=torch.finfo(dtype).smallest_normal) if dtype != F32 else 0
+        ulp = EPS[dtype] * 2.0**-bits * y.abs().clamp(min=torch.finfo(dtype).smallest_normal) if dtype != F32 else 0
         error = (x - y).abs()
         assert bool((error <= exact + ulp).all()), f"tensor {i}: off by {error.max():g} at {int(error.argmax())}"
-        if dtype != F32 and x.numel() > 100 and not case.bad:
+        if case.one_order():
+            assert not error.any(), f"tensor {i}: {int((error > 0).sum())} elements differ"
+        elif dtype != F32 and not bits and x.numel() > 100 and not case.bad:
             share = (error > 0).float().mean()
             assert share <= 0.02, f"tensor {i}: {share:.1%} of the elements differ"
     for i, (x, y) in enumerate(zip(got["args"][2], expected["args"][2], strict=True)):
@@ -140,7 +182,7 @@ def check(case: Case, backend: Any, noise: float, device: str = "cpu") -> None:
         n = GUARD + case.skewed
         assert torch.equal(buffer[:n], view[:n]) and torch.equal(buffer[-GUARD:], view[-GUARD:]), "wrote outside"
     if case.dst is not None:
-        for x, y in zip(got["args"][0], got["inputs"], strict=True):
+        for x, y in zip((*got["args"][0], *got["options"].get("residuals", ())), got["inputs"], strict=True):
             assert torch.equal(x.nan_to_num(1), y.nan_to_num(1)), "wrote its source"
 
 
@@ -165,6 +207,19 @@ def _cases() -> list[Case]:
     ]
     cases += [Case("gaussian", F16, F16, bad="range"), Case("gaussian", BF16, sizes=(), k=2), Case(sizes=(0,))]
     cases += [Case("rademacher", t, sizes=(2300, 40), offsets=(1024, 3), k=k) for t in (F32, BF16) for k in (8, 13, 40)]
+    cases += [
+        Case(d, t, residual=r, stochastic=s) for d in both for t in (BF16, F16) for r in (8, 16) for s in (False, True)
+    ]
+    cases += [Case(d, t, o, k=k, residual=r, stochastic=s) for t, o, r, s in (
+        (BF16, BF16, 8, True), (BF16, F32, 16, False), (F16, F16, 16, True), (F16, BF16, 8, False), (F16, F32, 8, False),
+    ) for d, k in (("gaussian", 1), ("rademacher", 1), ("rademacher", 0))]  # fmt: skip
+    cases += [Case(d, t, bad=b, residual=r, stochastic=r == 8)
+              for d, b in (("gaussian", "weights"), ("rademacher", "range")) for t in (BF16, F16) for r in (8, 16)]  # fmt: skip
+    cases += [Case("gaussian", BF16, bad="coeffs", residual=8), Case("rademacher", BF16, F32, bad="range", residual=16)]
+    cases += [Case(d, sizes=(2100, 129, 40, 5, 2200, 300, 77), offsets=(2**34 + 1003, 1, 127, 64, 0, 2047, 5), k=k,
+                   mixed=True, decay=k > 1, hessian=h, stochastic=s, skewed=k)
+              for d in both for k, h, s in ((1, "", True), (1, "", False), (3, "", True), (2, "read", True),
+                                            (9, "update", False))]  # fmt: skip
     return cases
 
 

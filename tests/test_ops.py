@@ -24,7 +24,7 @@ def arguments(count: int = 2, k: int = 2, n: int = 40, **changes: object) -> tup
         "streams": torch.arange(k),
         "coeffs": torch.full((k, count), 1e-2),
     }
-    options = {"seed": 1, "distribution": "gaussian", "counters": torch.zeros(2, dtype=torch.int64)}
+    options = {"seed": 1, "distribution": "gaussian", "counters": torch.zeros(1 + count, dtype=torch.int64)}
     for name, value in changes.items():
         (named if name in named else options)[name] = value
     return list(named.values()), options
@@ -41,6 +41,10 @@ def test_opcheck(distribution):
     torch.library.opcheck(zo.update_.default, [args[0], hessians, *args[2:]], full | extra)
     dst = [torch.empty_like(t, dtype=torch.bfloat16) for t in args[0]]
     torch.library.opcheck(zo.perturb.default, [args[0], dst, *args[1:]], full)
+    kept = {"residuals": [torch.ones(40, dtype=torch.int8), torch.empty(0, dtype=torch.int16)]}
+    weights = [args[0][0].bfloat16(), args[0][1]]
+    torch.library.opcheck(zo.update_.default, [weights, *args[1:]], full | kept)
+    torch.library.opcheck(zo.perturb.default, [weights, dst, *args[1:]], full | kept)
     key = {"seed": 1, "domain": 0, "tensor_id": 0, "stream": 0, "block": 0}
     torch.library.opcheck(zo.philox_.default, [torch.empty(3, 4, dtype=torch.int32)], key)
 
@@ -49,7 +53,12 @@ def buffer(n: int) -> Tensor:
     return torch.zeros(n)
 
 
+def kept(*residuals: Tensor, dtype: torch.dtype = torch.bfloat16) -> dict:
+    return {"weights": [torch.zeros(40), torch.zeros(41, dtype=dtype)], "residuals": list(residuals)}
+
+
 SHARED = buffer(100)
+NONE, BYTES = torch.empty(0, dtype=torch.int8), torch.zeros(82, dtype=torch.int8)
 WRONG = {
     "dtype": (
         {"weights": [torch.zeros(40), torch.zeros(41, dtype=torch.float64)]},
@@ -76,12 +85,31 @@ WRONG = {
     "coeffs in double": ({"coeffs": torch.zeros(2, 2).double()}, TypeError, r"coeffs: expected torch.float32"),
     "decay": ({"decay": torch.zeros(3)}, ValueError, r"decay: expected shape \(2,\), got \(3,\)"),
     "update": ({"update": torch.zeros(2).long()}, ValueError, r"update"),
-    "counters": ({"counters": torch.zeros(3).long()}, ValueError, r"counters"),
+    "counters": ({"counters": torch.zeros(2).long()}, ValueError, r"counters: expected shape \(3,\), got \(2,\)"),
     "distribution": ({"distribution": "uniform"}, ValueError, r"distribution.*gaussian.*uniform"),
     "too few hessians": ({"hessians": [torch.ones(40)]}, ValueError, r"hessians: expected 2 tensors.*got 1"),
     "hessian shape": ({"hessians": [torch.ones(40), torch.ones(40)]}, ValueError, r"hessians\[1\].*\(41,\).*\(40,\)"),
     "hessian dtype": ({"hessians": [torch.ones(40), torch.ones(41).half()]}, TypeError, r"hessians\[1\].*float16"),
     "part of the hessian form": ({"restore": torch.zeros(2, 2)}, ValueError, r"restore, curvature, smoothing"),
+    "too few residuals": (kept(NONE), ValueError, r"residuals: expected 2 tensors as weights has, got 1"),
+    "residual dtype": (
+        kept(NONE, torch.zeros(41)),
+        TypeError,
+        r"residuals\[1\].*int8 or torch.int16, got torch.float32",
+    ),
+    "residual of float32": (kept(NONE, BYTES[:41], dtype=torch.float32), TypeError, r"residuals\[1\].*float32 weight"),
+    "residual shape": (kept(NONE, BYTES[:40]), ValueError, r"residuals\[1\].*\(41,\).*\(40,\)"),
+    "residual layout": (kept(NONE, BYTES[::2]), ValueError, r"residuals\[1\].*contiguous"),
+    "residual device": (
+        kept(NONE, torch.zeros(41, dtype=torch.int8, device="meta")),
+        ValueError,
+        r"residuals\[1\].*meta",
+    ),
+    "residuals that overlap": (
+        {"weights": [torch.zeros(40).half(), torch.zeros(41).half()], "residuals": [BYTES[:40], BYTES[39:80]]},
+        ValueError,
+        r"residuals\[0\] and residuals\[1\] overlap",
+    ),
     "hessian range": ({"hessian_min": 0.0}, ValueError, r"hessian_min"),
 }
 
@@ -111,6 +139,10 @@ def test_wrong_destinations_are_refused():
         with pytest.raises(error, match=message):
             zo.perturb(src, dst, *rest, **options)
     zo.perturb([whole[:40], whole[:40]], [*good[:1], torch.empty(40)], *rest, **options)  # sources may be shared
+    src, shared = [torch.zeros(40).half()] * 2, torch.zeros(40, dtype=torch.int16)
+    zo.perturb(src, [torch.empty(40), torch.empty(40)], *rest, **options, residuals=[shared, shared])
+    with pytest.raises(ValueError, match=r"residuals\[0\].* overlap"):
+        zo.perturb(src, [torch.empty(40), shared.view(torch.float16)], *rest, **options, residuals=[shared, NONE])
 
 
 def test_fakes_check_as_well():
@@ -123,10 +155,12 @@ def test_fakes_check_as_well():
 
 
 def test_autograd_sees_that_weights_changed():
-    args, options = arguments()
-    versions = [t._version for t in args[0]]
+    args, options = arguments(**kept(NONE, torch.zeros(41, dtype=torch.int8)))
+    written = [*args[0], options["residuals"][1]]
+    versions = [t._version for t in written]
     zo.update_(*args, **options)
-    assert all(t._version > v for t, v in zip(args[0], versions, strict=True))
+    assert all(t._version > v for t, v in zip(written, versions, strict=True))
+    assert written[2].any()
 
 
 def test_empty_lists_are_a_no_op():

@@ -13,6 +13,7 @@ from zo_core.kernels import reference
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SEED = (1 << 63) + 12345
 ULP = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
+RESIDUAL = {0: torch.int8, 8: torch.int8, 16: torch.int16}
 TINY = {torch.float32: 0.0, torch.bfloat16: 0.0, torch.float16: 2.0**-24}  # spacing of subnormals that matters
 
 
@@ -26,7 +27,7 @@ def run(
     backend, src, dst, streams, coeffs, *, hessians=(), ids=None, offsets=(), distribution="gaussian", **options
 ) -> Tensor:
     """One pass; returns the counters."""
-    counters = torch.zeros(2, dtype=torch.int64)
+    counters = torch.zeros(1 + len(src), dtype=torch.int64)
     backend.run_pass(
         src, dst, list(hessians), ids or list(range(len(src))), list(offsets), torch.tensor(streams, dtype=torch.int64),
         torch.as_tensor(coeffs, dtype=torch.float32).view(len(streams), len(src)),
@@ -98,7 +99,7 @@ def test_the_operation(backend, form, src_dtype, dst_dtype, stochastic, distribu
         assert_close(dst[i], expected, size, dst_dtype, stochastic)
         if hessians:
             assert torch.allclose(hessians[i].double(), new_hessian.expand(sizes[i]), rtol=1e-5, atol=0)
-    assert counters.tolist() == [0, 0]
+    assert not counters.any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -147,7 +148,7 @@ def test_a_non_finite_scalar_is_a_counted_no_op(backend, where, bad):
     options[where].view(-1)[-1] = bad
     coeffs = options.pop("coeffs")
     counters = run(backend, weights, weights, [1], coeffs, hessians=hessian, update=torch.tensor(0), **options)
-    assert counters.tolist() == [1, 0]
+    assert counters.tolist() == [1, 0, 0]
     assert all(torch.equal(a, b) for a, b in zip(weights + hessian, before, strict=True))
 
 
@@ -203,6 +204,122 @@ def test_stochastic_rounding_is_the_reference_bit_for_bit(backend, dtype):
     assert torch.equal(out, reference.stochastic_round(x, bits, dtype))
 
 
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_a_weight_is_its_value_rounded_and_the_residual_holds_the_rest(dtype, bits):
+    patterns = torch.randint(-(1 << 31), 1 << 31, (200_000,), generator=torch.Generator().manual_seed(0))
+    x = torch.cat(
+        (patterns.to(torch.int32).view(torch.float32), spread(100_000, torch.float32), torch.tensor([0.0, -0.0]))
+    )
+    x = x[x.abs() <= torch.finfo(dtype).max]
+    weight, residual = reference.split(x, dtype, RESIDUAL[bits])
+    value = reference.join(weight, residual)
+    spacing = torch.exp2(x.abs().clamp(min=torch.finfo(dtype).smallest_normal).log2().floor().double()) * ULP[dtype]
+    error = {8: 0.5, 16: 1.0 if dtype == torch.float16 else 0.0}[bits] * 2.0**-bits * spacing
+    assert bool(((value.double() - x.double()).abs() <= error * 1.001).all())
+    assert torch.equal(value.signbit(), x.signbit())
+    assert torch.equal((weight.double() - value.double()).abs(), (value.to(dtype).double() - value.double()).abs())
+    again = reference.split(value, dtype, RESIDUAL[bits])
+    assert torch.equal(weight, again[0]) and torch.equal(residual, again[1])
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_every_pair_of_weight_and_residual_has_a_value_next_to_the_weight(backend, dtype, bits):
+    every = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(dtype)
+    before = torch.zeros(every.shape)
+    for r in (-(1 << bits - 1), -77, -1, 0, 1, 77, (1 << bits - 1) - 1):
+        residual, value = torch.full(every.shape, r, dtype=RESIDUAL[bits]), torch.empty(every.shape)
+        run(backend, [every], [value], [], [], residuals=[residual])
+        expected = reference.join(every, residual)
+        assert torch.equal(value.isnan(), every.isnan()) and torch.equal(value.isnan(), expected.isnan())
+        assert torch.equal(value.nan_to_num(0), expected.nan_to_num(0))
+        assert torch.equal(expected.isinf(), every.isinf())
+        assert torch.equal(expected[~every.isnan()].signbit(), every[~every.isnan()].signbit())
+        size = expected.abs()[every.isfinite()]
+        assert bool((size >= before[every.isfinite()]).all())  # in the order of the residuals
+        before = expected.abs()
+        if r == 0:
+            assert torch.equal(size, every.float().abs()[every.isfinite()])
+        near = every.isfinite() & (every.abs() < torch.finfo(dtype).max)
+        weight, value = every[near].double(), expected[near].double()
+        assert torch.equal((weight - value).abs(), (expected[near].to(dtype).double() - value).abs())
+
+
+@pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
+@pytest.mark.parametrize("form", ["plain", "hessian update"])
+@pytest.mark.parametrize("stochastic", [False, True], ids=["nearest", "stochastic"])
+def test_the_operation_on_values(backend, stochastic, form, distribution):
+    kinds = [(t, bits) for t in DTYPES for bits in (0, 8, 16) if bits == 0 or t != torch.float32]
+    sizes = [700 + 13 * i for i in range(len(kinds))]
+    src = [spread(n, t, n) for n, (t, _) in zip(sizes, kinds, strict=True)]
+    residuals = [
+        torch.randint(-100, 100, (n if bits else 0,), dtype=RESIDUAL[bits])
+        for n, (_, bits) in zip(sizes, kinds, strict=True)
+    ]
+    values = [reference.join(w, r) if r.numel() else w.float().clone() for w, r in zip(src, residuals, strict=True)]
+    coeffs = torch.tensor([[1e-3, -1e-2, 1e-5, 0.0, 0.3, 2e-4, 1e-4], [1e-3, 0.0, 1e-6, 0.3, 1e-3, 1e-3, 1e-4]])
+    decay, extra, hessians, limits = torch.linspace(0, 0.1, 7), {}, [], (0.45, 1.4)
+    if form != "plain":
+        hessians = [torch.linspace(0.5, 1.3, n) for n in sizes]
+        extra = {"restore": 0.5 * coeffs, "curvature": 0.1 * coeffs.abs(), "smoothing": torch.linspace(0, 0.3, 7)}
+        extra |= {"hessian_min": limits[0], "hessian_max": limits[1]}
+    before, offsets = [h.clone() for h in hessians], [3 * i for i in range(7)]
+    dst = [torch.empty(n) for n in sizes]
+    options = {"offsets": offsets, "distribution": distribution, "decay": decay}
+    if not hessians:
+        run(backend, src, dst, [3, 4], coeffs, residuals=residuals, **options)
+    counters = run(
+        backend, src, src, [3, 4], coeffs, hessians=hessians, residuals=residuals, **options, **extra,
+        update=torch.tensor(8) if stochastic else None,
+    )  # fmt: skip
+    for i, (dtype, bits) in enumerate(kinds):
+        names = {k: v[:, i] for k, v in extra.items() if k in ("restore", "curvature")}
+        expected, _, size = exact(
+            i, values[i], [3, 4], coeffs[:, i], offset=offsets[i], distribution=distribution, decay=float(decay[i]),
+            hessian=before[i] if hessians else None, smoothing=float(extra["smoothing"][i]) if extra else 0.0,
+            limits=limits if extra else (0, math.inf), **names,
+        )  # fmt: skip
+        got = reference.join(src[i], residuals[i]) if bits else src[i].float()
+        unit = (ULP[dtype] * expected.abs() + TINY[dtype]) * 2.0**-bits if dtype != torch.float32 else 0
+        assert bool(((got.double() - expected).abs() <= 4e-7 * size + 1.01 * unit).all()), (dtype, bits)
+        if not hessians:
+            assert_close(dst[i], expected, size, torch.float32, False)
+    assert not counters.any()
+
+
+@pytest.mark.parametrize("bits", [0, 8, 16])
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_small_updates_add_up(backend, dtype, bits):
+    """1000 of 2^-19 on 1.0, far below half a unit of the weight: lost without a residual or random bits."""
+    weights = [torch.ones(3000, dtype=dtype)]
+    options = {"residuals": [torch.zeros(3000, dtype=RESIDUAL[bits])]} if bits else {}
+    for step in range(1000 if backend is not reference else 50):
+        run(
+            backend,
+            weights,
+            weights,
+            [7],
+            [[2.0**-19]],
+            distribution="rademacher",
+            update=torch.tensor(step),
+            **options,
+        )
+    z = reference.rademacher(torch.arange(3000), tensor_id=0, stream=7, seed=SEED)
+    value = reference.join(weights[0], options["residuals"][0]) if bits else weights[0].float()
+    moved, expected = float(((value - 1) * z).mean()), 2.0**-19 * (step + 1)
+    unit = ULP[dtype] * 2.0**-bits
+    assert abs(moved - expected) <= (0 if bits == 16 else 5 * math.sqrt(expected * unit / 3000))
+
+
+def test_a_residual_that_the_c_interface_cannot_use_is_refused():
+    if not native.available():
+        pytest.skip(f"the native library is {native.why_missing}")
+    for weights, residual in ((torch.zeros(3), torch.int8), (torch.zeros(3).half(), torch.int32)):
+        with pytest.raises(RuntimeError, match="zo_run refused"):
+            run(native, [weights], [weights], [1], [[0.1]], residuals=[torch.zeros(3, dtype=residual)])
+
+
 @given(
     value=st.floats(-60000, 60000) | st.floats(-1e-4, 1e-4) | st.floats(-6e-8, 6e-8),
     dtype=st.sampled_from(DTYPES[1:]),
@@ -252,10 +369,15 @@ def test_threads_do_not_change_a_bit():
     for count in (1, 2, 5):
         torch.set_num_threads(count)
         weights = [spread(n, torch.bfloat16, n) for n in (700_001, 3, 400_000)]
-        run(native, weights, weights, [1, 2], [[0.1] * 3] * 2, update=torch.tensor(5))
-        results.append(torch.cat(weights))
+        weights[0][::100], weights[2][::1000] = (torch.finfo(torch.bfloat16).max,) * 2
+        residuals = [torch.empty(0, dtype=torch.int8), *(torch.ones_like(t, dtype=torch.int8) for t in weights[1:])]
+        counters = run(
+            native, weights, weights, [1, 2], [[1e38, 0.1, 1e38]] * 2, update=torch.tensor(5), residuals=residuals
+        )
+        results.append([*weights, *residuals, counters])
     torch.set_num_threads(threads)
-    assert all(torch.equal(results[0], r) for r in results[1:])
+    assert all(torch.equal(a, b) for r in results[1:] for a, b in zip(results[0], r, strict=True))
+    assert counters[1] > 1000 and counters[2] == 0 and counters[3] > 1000
 
 
 def test_the_number_of_threads_is_torch_s(monkeypatch):

@@ -29,6 +29,33 @@ def test_rows_are_those_of_the_perturbed_matrix(backend, monkeypatch):
     assert torch.equal(dst, whole[names])
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16], ids=str)
+def test_rows_with_residuals_are_those_of_the_perturbed_matrix(backend, monkeypatch, dtype):
+    monkeypatch.setattr(ops, "backend_for", lambda device: backend)
+    (src, names, dst, *rest), options = arguments([8, 0, 8, 3])
+    src, residual = src.bfloat16(), torch.randint(-128, 128, src.shape, dtype=dtype)
+    whole = torch.empty(src.shape)
+    tensor_id, offset, streams, coeffs = rest
+    torch.ops.zo_core.perturb(
+        [src], [whole], [], [tensor_id], [offset], streams, coeffs, **options, residuals=[residual]
+    )
+    torch.ops.zo_core.perturb_rows(src, names, dst, *rest, **options, residual=residual)
+    assert torch.equal(dst, whole[names]) and not torch.equal(dst.bfloat16(), dst)
+    none = torch.empty(0, dtype=dtype)
+    torch.ops.zo_core.perturb_rows(src, names, dst, *rest, **options, residual=none)
+    torch.ops.zo_core.perturb([src], [whole], [], [tensor_id], [offset], streams, coeffs, **options)
+    assert torch.equal(dst, whole[names])
+
+
+def test_saturated_elements_of_all_rows_are_counted(backend, monkeypatch):
+    monkeypatch.setattr(ops, "backend_for", lambda device: backend)
+    args, options = arguments([5, 5, 2])
+    src = torch.full_like(args[0], torch.finfo(torch.float32).max)
+    torch.ops.zo_core.perturb_rows(src, *args[1:-1], torch.full((2, 1), 1e38), **options)
+    beyond = (args[2] == src[0, 0]).sum()
+    assert 0 < beyond < 111 and options["counters"].tolist() == [0, int(beyond)]
+
+
 def test_no_rows_and_a_coefficient_that_is_not_finite(backend, monkeypatch):
     monkeypatch.setattr(ops, "backend_for", lambda device: backend)
     args, options = arguments([])
@@ -42,11 +69,16 @@ def test_no_rows_and_a_coefficient_that_is_not_finite(backend, monkeypatch):
 def test_schema_and_fake():
     args, options = arguments([1, 2])
     torch.library.opcheck(torch.ops.zo_core.perturb_rows.default, args, options)
+    residual = torch.ones(args[0].shape, dtype=torch.int8)
+    args = (args[0].half(), *args[1:])
+    torch.library.opcheck(torch.ops.zo_core.perturb_rows.default, args, options | {"residual": residual})
 
 
 def test_messages_name_the_argument():
     args, options = arguments([1, 2])
     with pytest.raises(ValueError, match="src, rows, dst"):
         torch.ops.zo_core.perturb_rows(args[0], args[1], args[2][:1], *args[3:], **options)
+    with pytest.raises(TypeError, match=r"residuals\[0\].*float32"):
+        torch.ops.zo_core.perturb_rows(*args, **options, residual=torch.ones(args[0].shape, dtype=torch.int8))
     with pytest.raises(TypeError, match="rows"):
         torch.ops.zo_core.perturb_rows(args[0], args[1].int(), *args[2:], **options)

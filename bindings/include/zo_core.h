@@ -6,7 +6,9 @@
  *   H'  = clamp( H * (1 - smoothing + sum_k curvature[k] z_k^2), hessian_min, hessian_max )
  *
  * z_k is the noise of stream k at element `offset + e` of tensor `id`: a pure function, never stored.
- * Without a hessian H = H' = 1. Sums are float32, the result is rounded once.
+ * Without a hessian H = H' = 1. Sums are float32, the result is rounded once. A bfloat16 or float16 src may keep a
+ * residual of 8 or 16 bits an element: src above is then the value weight + residual (docs/noise.md), and in place
+ * what rounding takes becomes the new residual.
  *
  * The library holds no state but the selected instruction set, allocates nothing that outlives a call, and
  * is safe to call from several threads on disjoint tensors.
@@ -25,7 +27,7 @@
 extern "C" {
 #endif
 
-#define ZO_ABI_VERSION 1   /* layout of the structs below */
+#define ZO_ABI_VERSION 2   /* layout of the structs below */
 #define ZO_NOISE_VERSION 1 /* docs/noise.md */
 
 enum zo_dtype { ZO_FLOAT32 = 0, ZO_BFLOAT16 = 1, ZO_FLOAT16 = 2 };
@@ -39,10 +41,12 @@ typedef struct zo_tensor {
   const void *src; /* numel elements of src_dtype, contiguous */
   void *dst;       /* numel elements of dst_dtype; the same memory as src, or disjoint from it */
   float *hessian;  /* numel float32, or NULL */
+  void *residual;  /* of src: numel int8 or int16, or NULL; written only where dst is src */
   int64_t numel;
   int64_t offset; /* index of the first element in the full, unsharded tensor; at most 2^56 */
   uint32_t id;    /* tensor id of the noise */
   int32_t src_dtype, dst_dtype;
+  int32_t residual_bits; /* 8 or 16, or 0 for none; 0 for float32 */
 } zo_tensor;
 
 typedef struct zo_pass {
@@ -60,9 +64,9 @@ typedef struct zo_pass {
   int32_t threads; /* at least 1 */
 } zo_pass;
 
-/* Runs one pass. counters[0] += 1 and nothing else is written when any scalar is not finite;
- * counters[1] += elements whose result was beyond the range of dst_dtype and was saturated. */
-ZO_API int zo_run(const zo_pass *pass, const zo_tensor *tensors, int64_t n_tensors, int64_t counters[2]);
+/* Runs one pass. counters holds 1 + n_tensors. counters[0] += 1 and nothing else is written when any scalar is
+ * not finite; counters[1 + i] += elements of tensor i whose result was beyond the range of dst_dtype and saturated. */
+ZO_API int zo_run(const zo_pass *pass, const zo_tensor *tensors, int64_t n_tensors, int64_t *counters);
 
 /* Writes 4 * n_blocks raw Philox4x32 words of consecutive blocks (rounds: 7, the noise's, or 10). */
 ZO_API int zo_philox(uint64_t seed, uint32_t domain, uint32_t tensor_id, uint32_t stream, uint64_t block,

@@ -81,7 +81,7 @@ ZO_INLINE void box_muller(vu w_even, vu w_odd, vf &z_even, vf &z_odd) {
                    0.7853981852531433f) * t;
   const vf cosine = ((t2 * -0.0003188774862792343f + 0.01584991067647934f) * t2 + -0.3084242641925812f) * t2 + 1.0f;
   const vu turn = w_odd + 0x20000000u;  // the quarter turn is in the top two bits
-  const vi swapped = (vi)(turn << 1) >> 31;
+  const vi swapped = (vi)(turn << 1) < 0;
   const vu c = select(swapped, as_u(sine), as_u(cosine)), s = select(swapped, as_u(cosine), as_u(sine));
   z_even = r * as_f(c ^ ((turn + 0x40000000u) & 0x80000000u));
   z_odd = r * as_f(s ^ (turn & 0x80000000u));

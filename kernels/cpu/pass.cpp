@@ -1,4 +1,6 @@
 // The pass over one tile of one tensor. Compiled once an instruction set, with ZO_VARIANT its name.
+#include <type_traits>
+
 #include "pass.h"
 
 #include "noise.h"
@@ -7,48 +9,84 @@ namespace {
 
 // ---- storage formats: float32 in registers, the format's bits in memory -------------------------------------
 
+// `extended` is the pattern of a magnitude with 16 more bits than the format keeps, `contracted` the way back to
+// float32 (docs/noise.md). KEPT: bytes of an element's residual; RANDOM: whether rounding can take random bits.
 struct Float32 {
   using Bits = uint32_t;
   static constexpr float MAX = 0x1.fffffep127f;
-  static ZO_INLINE vf get(const Bits *p) { return load<vf>(p); }
-  static ZO_INLINE void put(Bits *p, vf x, vu, bool) { store(p, x); }
+  static constexpr int KEPT = 0;
+  static constexpr bool RANDOM = false;
+  static ZO_INLINE vf get(const Bits *p, const char *) { return load<vf>(p); }
+  static ZO_INLINE void put(Bits *p, vf x, vu, bool, char *) { store(p, x); }
 };
 
 struct BFloat16 {
   using Bits = uint16_t;
   static constexpr float MAX = 0x1.fep127f;
-  static ZO_INLINE vf get(const Bits *p) { return as_f(widen(load<vh>(p)) << 16); }
-  static ZO_INLINE void put(Bits *p, vf x, vu random, bool stochastic) {
+  static constexpr int KEPT = 0, INFINITE = 0x7f800000;
+  static constexpr bool RANDOM = true;
+  static ZO_INLINE vu extended(vu magnitude) { return magnitude; }
+  static ZO_INLINE vu contracted(vu u) { return u; }
+  static ZO_INLINE vf get(const Bits *p, const char *) { return as_f(widen(load<vh>(p)) << 16); }
+  static ZO_INLINE void put(Bits *p, vf x, vu random, bool stochastic, char *) {
     const vu b = as_u(x);
-    store(p, narrow((b + (stochastic ? random : 0x7fffu + ((b >> 16) & 1u))) >> 16));
+    store(p, narrow<vh>((b + (stochastic ? random : 0x7fffu + ((b >> 16) & 1u))) >> 16));
   }
 };
 
 struct Float16 {
   using Bits = uint16_t;
   static constexpr float MAX = 65504.0f;
-  static ZO_INLINE vf get(const Bits *p) {
-    const vu h = widen(load<vh>(p)), magnitude = h & 0x7fffu;
-    vu b = (magnitude << 13) + (112u << 23);
-    b = select((vi)(magnitude >= 0x7c00u), b + (112u << 23), b);  // infinities and NaN
-    b = select((vi)(magnitude < 0x0400u), as_u(to_float(magnitude) * 0x1p-24f), b);
-    return as_f(b | ((h & 0x8000u) << 16));
+  static constexpr int KEPT = 0, INFINITE = 0x7c000000;
+  static constexpr bool RANDOM = true;
+  static ZO_INLINE vu extended(vu magnitude) {
+    const vi subnormal = (vi)magnitude < 0x38800000;
+    const vf tiny = as_f(select(subnormal, magnitude, vu{}));
+    vu u = (magnitude - (112u << 23)) << 3;
+    u = select(subnormal, (vu)__builtin_convertvector(tiny * 0x1p40f, vi), u);
+    return select((vi)magnitude >= 0x7f800000, (((magnitude >> 13) & 0x3ffu) | 0x7c00u) << 16, u);
   }
-  static ZO_INLINE void put(Bits *p, vf x, vu random, bool stochastic) {
+  static ZO_INLINE vu contracted(vu u) {
+    vu b = (u >> 3) + (112u << 23);
+    b = select((vi)u >= INFINITE, b + (112u << 23), b);  // infinities and NaN
+    return select((vi)u < 1 << 26, as_u(to_float((vi)u) * 0x1p-40f), b);
+  }
+  static ZO_INLINE vf get(const Bits *p, const char *) {
+    const vu h = widen(load<vh>(p)) << 16;
+    return as_f(contracted(h & 0x7fffffffu) | (h & 0x80000000u));
+  }
+  static ZO_INLINE void put(Bits *p, vf x, vu random, bool stochastic, char *) {
     const vu b = as_u(x) & 0x7fffffffu, sign = (as_u(x) >> 16) & 0x8000u;
-    vu normal, subnormal;
+    vu h;
     if (stochastic) {
-      normal = (b + (random >> 3)) >> 13;
-      // in units of 2^-40: the top 16 of the bits that a subnormal result drops
-      const vf tiny = as_f(select((vi)(b < 0x38800000u), b, vu{}));
-      subnormal = ((vu)__builtin_convertvector(tiny * 0x1p40f, vi) + random) >> 16;
+      h = (extended(b) + random) >> 16;
     } else {
-      normal = (b + 0xfffu + ((b >> 13) & 1u)) >> 13;
-      subnormal = as_u(as_f(b) + 0.5f) - 0x3f000000u;  // an ulp of 0.5 is the subnormal spacing, 2^-24
+      const vu normal = (b + 0xfffu + ((b >> 13) & 1u)) >> 13;
+      const vu subnormal = as_u(as_f(b) + 0.5f) - 0x3f000000u;  // an ulp of 0.5 is the subnormal spacing, 2^-24
+      h = select((vi)b < 0x38800000, subnormal, normal - (112u << 10));
+      h = select((vi)b >= 0x7f800000, ((b >> 13) & 0x3ffu) | 0x7c00u, h);
     }
-    vu h = select((vi)(b < 0x38800000u), subnormal, normal - (112u << 10));
-    h = select((vi)(b >= 0x7f800000u), ((b >> 13) & 0x3ffu) | 0x7c00u, h);
-    store(p, narrow(h | sign));
+    store(p, narrow<vh>(h | sign));
+  }
+};
+
+// A 16-bit format whose elements keep a residual R, int8_t or int16_t, beside them.
+template <class Format, class R>
+struct Kept : Format {
+  static constexpr int KEPT = sizeof(R), UNUSED = 16 - 8 * KEPT;  // low bits that the residual does not hold
+  static constexpr bool RANDOM = UNUSED != 0;
+  using Residuals = std::conditional_t<KEPT == 1, vb, vs>;
+  static ZO_INLINE vf get(const uint16_t *p, const char *residual) {
+    const vu h = widen(load<vh>(p)) << 16;
+    const vi nearest = (vi)(h & 0x7fffffffu), rest = widen(load<Residuals>(residual)) << UNUSED;
+    const vi u = nearest + (rest & (nearest < Format::INFINITE));
+    return as_f(Format::contracted((vu)(u > 0 ? u : vi{})) | (h & 0x80000000u));
+  }
+  static ZO_INLINE void put(uint16_t *p, vf x, vu random, bool stochastic, char *residual) {
+    vu u = Format::extended(as_u(x) & 0x7fffffffu);
+    if constexpr (RANDOM) u = (u + (stochastic ? random >> UNUSED : splat<vu>(1u << (UNUSED - 1)))) >> UNUSED << UNUSED;
+    store(p, narrow<vh>(((u + 0x8000u) >> 16) | ((as_u(x) >> 16) & 0x8000u)));
+    store(residual, narrow<std::conditional_t<KEPT == 1, vb, vh>>(u >> UNUSED));
   }
 };
 
@@ -82,12 +120,12 @@ struct Buffers {  // one thread's scratch; indices count from a multiple of 128 
 // Elements [first, first + n) of the tile in the buffers. `hessian` is null, read, or (curvature) updated.
 template <class Src, class Dst, bool STOCHASTIC, bool SCALED>
 int64_t finish(const Tile &t, const Buffers &buf, int64_t first, int64_t n, const typename Src::Bits *src,
-               typename Dst::Bits *dst, float *hessian) {
+               typename Dst::Bits *dst, float *hessian, char *residual) {
   const vf keep = splat<vf>(t.keep);
   int64_t saturated = 0;
   for (int64_t i = 0; i < n; i += LANES) {
     const int64_t k = first + i;
-    vf weight = Src::get(src + i), noise = load<vf>(buf.coeffs + k), base = weight;
+    vf weight = Src::get(src + i, residual + i * Src::KEPT), noise = load<vf>(buf.coeffs + k), base = weight;
     if constexpr (SCALED) {
       vf h = load<vf>(hessian + i), scale = 1.0f / sqrt(h);
       if (t.curvature) {
@@ -103,7 +141,7 @@ int64_t finish(const Tile &t, const Buffers &buf, int64_t first, int64_t n, cons
     vf out = base * keep + noise;
     if (__builtin_expect(!all_within(out, Dst::MAX), 0)) saturated += saturate(out, weight, Dst::MAX);
     const vu random = STOCHASTIC ? widen(load<vh>((const uint16_t *)buf.random + k)) : vu{};
-    Dst::put(dst + i, out, random, STOCHASTIC);
+    Dst::put(dst + i, out, random, STOCHASTIC, residual + i * Dst::KEPT);
   }
   return saturated;
 }
@@ -114,18 +152,22 @@ int64_t finish_all(const Tile &t, Buffers &buf) {
   const auto *src = (const typename Src::Bits *)t.src + t.begin;
   auto *dst = (typename Dst::Bits *)t.dst + t.begin;
   float *hessian = SCALED ? t.hessian + t.begin : nullptr;
+  char *residual = Src::KEPT ? (char *)t.residual + t.begin * Src::KEPT : nullptr;
   const int64_t first = (t.offset + t.begin) & 127, n = t.end - t.begin, whole = n - n % LANES, rest = n - whole;
-  int64_t saturated = finish<Src, Dst, STOCHASTIC, SCALED>(t, buf, first, whole, src, dst, hessian);
+  int64_t saturated = finish<Src, Dst, STOCHASTIC, SCALED>(t, buf, first, whole, src, dst, hessian, residual);
   if (rest) {
     typename Src::Bits from[LANES] = {};
     typename Dst::Bits to[LANES];
     float h[LANES];
+    char kept[2 * LANES] = {};
     for (int i = 0; i < LANES; i++) h[i] = SCALED && i < rest ? hessian[whole + i] : 1.0f;
     memcpy(from, src + whole, (size_t)rest * sizeof *from);
+    if (Src::KEPT) memcpy(kept, residual + whole * Src::KEPT, (size_t)rest * Src::KEPT);
     for (int64_t i = first + n; i < first + whole + LANES; i++)  // what is behind the end must not saturate
       buf.coeffs[i] = buf.restore[i] = buf.curvature[i] = 0.0f;
-    saturated += finish<Src, Dst, STOCHASTIC, SCALED>(t, buf, first + whole, LANES, from, to, h);
+    saturated += finish<Src, Dst, STOCHASTIC, SCALED>(t, buf, first + whole, LANES, from, to, h, kept);
     memcpy(dst + whole, to, (size_t)rest * sizeof *to);
+    if (Dst::KEPT) memcpy(residual + whole * Dst::KEPT, kept, (size_t)rest * Dst::KEPT);
     if (SCALED && t.curvature) memcpy(hessian + whole, h, (size_t)rest * sizeof *h);
   }
   return saturated;
@@ -133,13 +175,16 @@ int64_t finish_all(const Tile &t, Buffers &buf) {
 
 template <class Src, class Dst>
 int64_t finish_rounded(const Tile &t, Buffers &buf) {
-  if (t.stochastic && sizeof(typename Dst::Bits) == 2)
-    return t.hessian ? finish_all<Src, Dst, true, true>(t, buf) : finish_all<Src, Dst, true, false>(t, buf);
+  if constexpr (Dst::RANDOM)
+    if (t.stochastic)
+      return t.hessian ? finish_all<Src, Dst, true, true>(t, buf) : finish_all<Src, Dst, true, false>(t, buf);
   return t.hessian ? finish_all<Src, Dst, false, true>(t, buf) : finish_all<Src, Dst, false, false>(t, buf);
 }
 
 template <class Src>
 int64_t finish_from(const Tile &t, Buffers &buf) {
+  if constexpr (Src::KEPT != 0)
+    if (t.src == t.dst) return finish_rounded<Src, Src>(t, buf);
   switch (t.dst_dtype) {
     case ZO_FLOAT32: return finish_rounded<Src, Float32>(t, buf);
     case ZO_BFLOAT16: return finish_rounded<Src, BFloat16>(t, buf);
@@ -183,12 +228,16 @@ int64_t run_tile(const zo_pass &pass, const Tile &t) {
     memset(buf.restore, 0, sizeof buf.restore);
     memset(buf.curvature, 0, sizeof buf.curvature);
   }
-  if (t.stochastic && t.dst_dtype != ZO_FLOAT32)
+  if (t.stochastic)
     philox_words(buf.random, (uint64_t)e >> 3, n >> 3, ZO_DOMAIN_ROUNDING, {pass.seed, t.id, pass.update});
-  switch (t.src_dtype) {
+  switch (t.src_dtype + t.residual_bits) {
     case ZO_FLOAT32: return finish_from<Float32>(t, buf);
     case ZO_BFLOAT16: return finish_from<BFloat16>(t, buf);
-    default: return finish_from<Float16>(t, buf);
+    case ZO_BFLOAT16 + 8: return finish_from<Kept<BFloat16, int8_t>>(t, buf);
+    case ZO_BFLOAT16 + 16: return finish_from<Kept<BFloat16, int16_t>>(t, buf);
+    case ZO_FLOAT16: return finish_from<Float16>(t, buf);
+    case ZO_FLOAT16 + 8: return finish_from<Kept<Float16, int8_t>>(t, buf);
+    default: return finish_from<Kept<Float16, int16_t>>(t, buf);
   }
 }
 

@@ -8,11 +8,12 @@ struct Tile {
   const void *src;
   void *dst;
   float *hessian;
+  void *residual;
   int64_t offset, begin, end;  // elements [begin, end) of a tensor whose first element has index `offset`
   int64_t index, n_tensors;    // column of the coefficient matrices, and how many they have
   uint32_t id;
-  int32_t src_dtype, dst_dtype;
-  bool stochastic, curvature;
+  int32_t src_dtype, dst_dtype, residual_bits;
+  bool stochastic, curvature;  // whether results are rounded with random bits, whether H changes
   float keep, remain, hessian_min, hessian_max;  // 1 - decay, 1 - smoothing, limits of H
 };
 

@@ -27,13 +27,15 @@ typedef int32_t vi __attribute__((vector_size(ZO_BYTES)));
 typedef uint32_t vu __attribute__((vector_size(ZO_BYTES)));
 typedef uint64_t vq __attribute__((vector_size(ZO_BYTES)));
 typedef uint16_t vh __attribute__((vector_size(ZO_BYTES / 2)));
+typedef int16_t vs __attribute__((vector_size(ZO_BYTES / 2)));
+typedef int8_t vb __attribute__((vector_size(ZO_BYTES / 4)));
 
 template <class V, class S> ZO_INLINE V splat(S x) { return V{} + x; }
 template <class V> ZO_INLINE V load(const void *p) { V v; memcpy(&v, p, sizeof v); return v; }
 template <class V> ZO_INLINE void store(void *p, V v) { memcpy(p, &v, sizeof v); }
 ZO_INLINE vf as_f(vu x) { return (vf)x; }
 ZO_INLINE vu as_u(vf x) { return (vu)x; }
-ZO_INLINE vu select(vi mask, vu a, vu b) { return ((vu)mask & a) | (~(vu)mask & b); }
+ZO_INLINE vu select(vi mask, vu a, vu b) { return mask ? a : b; }  // a comparison's mask
 
 // 0, 1, 2, ... in 32-bit lanes.
 ZO_INLINE vu iota() {
@@ -105,8 +107,43 @@ ZO_INLINE vf to_float(vu x) {
 #endif
 }
 ZO_INLINE vf to_float(vi x) { return __builtin_convertvector(x, vf); }
+
+// 16 or 8 bits in 32-bit lanes, and the low bits of the lanes back. GCC takes many instructions for most conversions.
+#if defined(__AVX512F__)
+ZO_INLINE vu widen(vh x) { return (vu)_mm512_cvtepu16_epi32((__m256i)x); }
+ZO_INLINE vi widen(vs x) { return (vi)_mm512_cvtepi16_epi32((__m256i)x); }
+ZO_INLINE vi widen(vb x) { return (vi)_mm512_cvtepi8_epi32((__m128i)x); }
+ZO_INLINE void narrow(vu x, vh &low) { low = (vh)_mm512_cvtepi32_epi16((__m512i)x); }
+ZO_INLINE void narrow(vu x, vb &low) { low = (vb)_mm512_cvtepi32_epi8((__m512i)x); }
+#else
+ZO_INLINE void narrow(vu x, vh &low) { low = __builtin_convertvector(x, vh); }
+#if defined(__AVX2__)
+ZO_INLINE vu widen(vh x) { return (vu)_mm256_cvtepu16_epi32((__m128i)x); }
+ZO_INLINE vi widen(vs x) { return (vi)_mm256_cvtepi16_epi32((__m128i)x); }
+ZO_INLINE vi widen(vb x) { return (vi)_mm256_cvtepi8_epi32(_mm_cvtsi64_si128((long long)x)); }
+ZO_INLINE void narrow(vu x, vb &low) {
+  const __m256i bytes = _mm256_shuffle_epi8((__m256i)x, _mm256_set1_epi32(0x0c080400));
+  low = (vb)_mm_cvtsi128_si64(_mm_unpacklo_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1)));
+}
+#else
 ZO_INLINE vu widen(vh x) { return __builtin_convertvector(x, vu); }
-ZO_INLINE vh narrow(vu x) { return __builtin_convertvector(x, vh); }
+ZO_INLINE vi widen(vs x) { return __builtin_convertvector(x, vi); }
+#if defined(__SSE2__)
+ZO_INLINE vi widen(vb x) {
+  const __m128i twice = _mm_unpacklo_epi8(_mm_cvtsi32_si128((int)x), _mm_cvtsi32_si128((int)x));
+  return (vi)_mm_unpacklo_epi16(twice, twice) >> 24;
+}
+ZO_INLINE void narrow(vu x, vb &low) {
+  const __m128i bytes = (__m128i)(x & 0xffu), words = _mm_packs_epi32(bytes, bytes);
+  low = (vb)_mm_cvtsi128_si32(_mm_packus_epi16(words, words));
+}
+#else
+ZO_INLINE vi widen(vb x) { return __builtin_convertvector(x, vi); }
+ZO_INLINE void narrow(vu x, vb &low) { low = __builtin_convertvector(x, vb); }
+#endif
+#endif
+#endif
+template <class V> ZO_INLINE V narrow(vu x) { V low; narrow(x, low); return low; }
 
 // Whether |x| <= limit in every lane (false for NaN).
 ZO_INLINE bool all_within(vf x, float limit) {

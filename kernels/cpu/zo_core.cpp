@@ -1,4 +1,7 @@
 // The C entry points: arguments, instruction set, threads. What a pass computes is in pass.cpp.
+#include <dlfcn.h>
+#include <unistd.h>
+
 #include <atomic>
 #include <cmath>
 #include <cstring>
@@ -12,6 +15,36 @@ namespace {
 
 // Below this many elements a thread's start costs more than it saves (about 20 us against 1 ns an element).
 constexpr int64_t MIN_PER_THREAD = 1 << 16;
+
+// The OpenMP runtime that the process has, torch's say: its waiting threads spin, so threads of our own beside them would
+// fight for the cores. A child of fork() has the runtime without its threads and must leave it alone.
+using Parallel = void (*)(void (*)(void *), void *, unsigned, unsigned);
+const Parallel gomp_parallel = (Parallel)dlsym(RTLD_DEFAULT, "GOMP_parallel");
+const pid_t loaded_in = getpid();
+
+// Calls work(k) for k = 0 .. n - 1 on up to n threads, this one among them; whatever threads there are take what is left.
+template <class Work>
+void on_threads(int64_t n, const Work &work) {
+  struct Job {
+    const Work &work;
+    int64_t n;
+    std::atomic<int64_t> next{0};
+    static void take(void *self) {
+      Job &job = *(Job *)self;
+      for (int64_t k; (k = job.next++) < job.n;) job.work(k);
+    }
+  } job{work, n};
+  std::vector<std::thread> others;
+  if (n > 1 && gomp_parallel && getpid() == loaded_in)
+    gomp_parallel(Job::take, &job, (unsigned)n, 0);
+  else
+    try {
+      for (int64_t k = 1; k < n; k++) others.emplace_back(Job::take, &job);
+    } catch (const std::system_error &) {
+    }
+  Job::take(&job);
+  for (std::thread &t : others) t.join();
+}
 
 const Variant *variant_of(int isa) {
 #if defined(__x86_64__)
@@ -48,6 +81,11 @@ bool partly_overlap(const zo_tensor &t) {
 
 bool valid_dtype(int32_t d) { return d >= ZO_FLOAT32 && d <= ZO_FLOAT16; }
 
+bool valid_residual(const zo_tensor &t) {
+  if (t.residual_bits == 0) return true;
+  return (t.residual_bits == 8 || t.residual_bits == 16) && t.src_dtype != ZO_FLOAT32 && (!t.numel || t.residual);
+}
+
 // Tiles end at multiples of ZO_TILE of the element index, wherever a tensor starts.
 int64_t tiles_of(const zo_tensor &t) {
   return t.numel ? (t.offset + t.numel + ZO_TILE - 1) / ZO_TILE - t.offset / ZO_TILE : 0;
@@ -65,7 +103,7 @@ bool touches(const zo_pass &p, const zo_tensor &t, int64_t i, int64_t n) {
 
 }  // namespace
 
-extern "C" int zo_run(const zo_pass *pass, const zo_tensor *tensors, int64_t n_tensors, int64_t counters[2]) {
+extern "C" int zo_run(const zo_pass *pass, const zo_tensor *tensors, int64_t n_tensors, int64_t *counters) {
   if (!pass || !counters || n_tensors < 0 || (n_tensors && !tensors)) return ZO_BAD_ARGUMENT;
   const zo_pass &p = *pass;
   if (p.n_streams < 0 || (p.n_streams && n_tensors && (!p.streams || !p.coeffs)) || p.threads < 1 ||
@@ -77,7 +115,7 @@ extern "C" int zo_run(const zo_pass *pass, const zo_tensor *tensors, int64_t n_t
     const zo_tensor &t = tensors[i];
     if (t.numel < 0 || t.offset < 0 || t.numel > MAX_INDEX || t.offset > MAX_INDEX || !valid_dtype(t.src_dtype) || !valid_dtype(t.dst_dtype) ||
         (t.numel && (!t.src || !t.dst)) || (p.curvature && t.numel && !t.hessian) ||
-        partly_overlap(t))
+        !valid_residual(t) || partly_overlap(t))
       return ZO_BAD_ARGUMENT;
   }
   const int64_t matrix = p.n_streams * n_tensors;
@@ -92,43 +130,32 @@ extern "C" int zo_run(const zo_pass *pass, const zo_tensor *tensors, int64_t n_t
     first_tile.push_back(first_tile.back() + (touches(p, tensors[i], i, n_tensors) ? tiles_of(tensors[i]) : 0));
   const int64_t tiles = first_tile.back();
   const Variant &variant = *variant_of(current_isa);
-  std::atomic<int64_t> saturated{0};
 
-  const auto work = [&](int64_t from, int64_t to) {
-    int64_t count = 0, i = 0;
+  // All threads or one: OpenMP ends the threads that a smaller team leaves out, and starts them again.
+  const int64_t threads = tiles * ZO_TILE >= 2 * MIN_PER_THREAD ? p.threads : 1;
+  on_threads(threads, [&](int64_t k) {
+    const int64_t from = tiles * k / threads, to = tiles * (k + 1) / threads;
+    int64_t i = 0;
     for (int64_t tile = from; tile < to; tile++) {
       while (first_tile[i + 1] <= tile) i++;
       const zo_tensor &t = tensors[i];
       const int64_t start = (t.offset / ZO_TILE + tile - first_tile[i]) * ZO_TILE - t.offset;
       Tile x = {};
-      x.src = t.src, x.dst = t.dst, x.hessian = t.hessian, x.offset = t.offset;
+      x.src = t.src, x.dst = t.dst, x.hessian = t.hessian, x.residual = t.residual, x.offset = t.offset;
       x.begin = start < 0 ? 0 : start;
       x.end = start + ZO_TILE < t.numel ? start + ZO_TILE : t.numel;
       x.index = i, x.n_tensors = n_tensors, x.id = t.id, x.src_dtype = t.src_dtype, x.dst_dtype = t.dst_dtype;
-      x.stochastic = p.rounding == ZO_STOCHASTIC, x.curvature = p.curvature != nullptr;
+      x.residual_bits = t.residual_bits;
+      const bool keeps_all = t.src == t.dst && t.residual_bits == 16;  // what rounding takes: nothing random about it
+      x.stochastic = p.rounding == ZO_STOCHASTIC && t.dst_dtype != ZO_FLOAT32 && !keeps_all;
+      x.curvature = p.curvature != nullptr;
       x.keep = 1.0f - (p.decay ? p.decay[i] : 0.0f);
       x.remain = 1.0f - (p.curvature ? p.smoothing[i] : 0.0f);
       x.hessian_min = p.hessian_min, x.hessian_max = p.hessian_max;
-      count += variant.run_tile(p, x);
+      if (const int64_t saturated = variant.run_tile(p, x))
+        __atomic_fetch_add(&counters[1 + i], saturated, __ATOMIC_RELAXED);
     }
-    saturated += count;
-  };
-
-  const int64_t useful = tiles * ZO_TILE / MIN_PER_THREAD, threads = p.threads < useful ? p.threads : useful;
-  std::vector<std::thread> others;
-  int64_t done = 0;  // tiles handed to other threads; this one takes what is left, also if none can be started
-  try {
-    others.reserve(threads > 1 ? (size_t)threads - 1 : 0);
-    for (int64_t k = 1; k < threads; k++) {
-      const int64_t to = tiles * k / threads;
-      others.emplace_back(work, done, to);
-      done = to;
-    }
-  } catch (const std::system_error &) {
-  }
-  work(done, tiles);
-  for (std::thread &t : others) t.join();
-  counters[1] += saturated;
+  });
   return ZO_OK;
 }
 
