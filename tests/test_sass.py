@@ -60,6 +60,14 @@ def test_the_model_says_memory_bound_until_a_pipe_is_fuller():
     assert sass.predict(idle | {"xu": 16.0}, 0, 20, 4, h200) < 0.25
 
 
+@pytest.mark.parametrize("bits", [8, 16])
+def test_residuals_move_in_whole_registers(bits):
+    """8 elements a thread: 64 or 128 bits of residuals, read and written for each 128 of weights; no local memory."""
+    result = sass.judge(sass.Variant("", Form("rademacher", residual=bits)), 90)
+    assert not result.problems and not result.local
+    assert {f"{op}.E.{w}" for op in ("LDG", "STG") for w in (8 * bits, 128)} == set(result.widths)
+
+
 def test_the_main_forms_keep_their_budgets(tmp_path):
     assert sass.main(["--fast", "--json", str(tmp_path / "sass.json")]) == 0
 

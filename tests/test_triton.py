@@ -91,12 +91,21 @@ def test_the_table_is_made_once_and_again_when_a_tensor_moves():
     assert len(launch._tables) == len(made) + 1
 
 
-@pytest.mark.parametrize("part", ["src", "dst", "hessians", "offset", "id"])
+@pytest.mark.parametrize("part", ["src", "dst", "hessians", "residual", "offset", "id"])
 def test_whatever_the_table_holds_makes_a_new_one(part):
     launch._tables.clear()
     t = [torch.zeros(4, device=DEVICE) for _ in range(6)]
-    first = {"src": [t[0]], "dst": [t[1]], "hessians": [t[2]], "offsets": [0], "ids": [0], "columns": [0]}
-    other = {"src": {"src": [t[3]]}, "dst": {"dst": [t[4]]}, "hessians": {"hessians": [t[5]]},
+    t += [torch.zeros(4, device=DEVICE, dtype=torch.int8) for _ in range(2)]
+    first = {
+        "src": [t[0]],
+        "dst": [t[1]],
+        "hessians": [t[2]],
+        "residuals": [t[6]],
+        "offsets": [0],
+        "ids": [0],
+        "columns": [0],
+    }
+    other = {"src": {"src": [t[3]]}, "dst": {"dst": [t[4]]}, "hessians": {"hessians": [t[5]]}, "residual": {"residuals": [t[7]]},
              "offset": {"offsets": [4]}, "id": {"ids": [1]}}[part]  # fmt: skip
     tables = [launch._table(**arguments, device=t[0].device)[0] for arguments in (first, first | other, first)]
     assert not torch.equal(tables[0], tables[1]) and tables[0] is tables[2]
@@ -107,7 +116,7 @@ def test_the_cache_of_tables_is_bounded(monkeypatch):
     launch._tables.clear()
     kept = [torch.zeros(1, device=DEVICE) for _ in range(6)]
     for t in kept:
-        launch._table([t], [t], [], [0], [0], [0], t.device)
+        launch._table([t], [t], [], [], [0], [0], [0], t.device)
     assert len(launch._tables) == 3
 
 
@@ -117,41 +126,54 @@ def test_rows_and_runs_of_the_table():
         [64, 128, 192],
         [64, 130, 192],
         [0, 0, 0],
+        [48, 0, 200],
         [tile * tiles + 1, 0, 5],
         [0, 0, tile + 136],
         [4, 5, 6],
         [0, 1, 2],
         2,
         2,
+        8,
     )
-    assert rows[0] == [64, 64, 0, 0, tile * tiles + 1, 0, 4, 1]
-    assert rows[1] == [192 - 272, 192 - 272, 0, 136, 141, tile, 6, 5]  # starts 136 elements into the second tile
+    assert rows[0] == [64, 64, 0, 0, tile * tiles + 1, 0, 4, 1, 48]
+    assert rows[1] == [192 - 272, 192 - 272, 0, 136, 141, tile, 6, 5, 200 - 136]  # 136 elements into the second tile
     assert runs == [(0, 0), (0, tiles), (1, 0)]
+
+
+@pytest.mark.parametrize(("bits", "alignment"), [(0, 1), (8, 8), (16, 16)])
+def test_eight_residuals_are_aligned_to_their_size(bits, alignment):
+    for at in range(2 * alignment):
+        rows, _ = launch.tile_rows([64], [64], [0], [at], [9], [0], [0], [3], 2, 2, bits)
+        assert rows[0][7] == 6 + (at % alignment == 0)
 
 
 def test_a_tensor_of_more_than_2_31_elements_has_int64_rows_and_runs():
     n = 2**33 + 3
-    rows, runs = launch.tile_rows([2**40], [2**40], [0], [n], [2**35 + 1], [0], [0], 2, 2)
+    rows, runs = launch.tile_rows([2**40], [2**40], [0], [0], [n], [2**35 + 1], [0], [0], 2, 2, 0)
     assert rows[0][4] == n + 1 and runs[-1][1] * passes.TILE < n + 1 <= (runs[-1][1] + passes.TILES) * passes.TILE
     assert len(runs) == -(-(n + 1) // (passes.TILE * passes.TILES))
 
 
+@pytest.mark.parametrize("bits", [0, 8, 16])
 @pytest.mark.parametrize("width", [3, 130, 1024, 1500])
 @pytest.mark.parametrize(
     ("distribution", "k"), [("gaussian", 1), ("gaussian", 2), ("rademacher", 1), ("rademacher", 9)]
 )
-def test_gathered_rows_are_those_of_the_whole_matrix(width, distribution, k):
-    src = torch.randn(12, width, generator=torch.Generator().manual_seed(1)).to(DEVICE, torch.bfloat16)
+def test_gathered_rows_are_those_of_the_whole_matrix(width, distribution, k, bits):
+    g = torch.Generator().manual_seed(1)
+    src = torch.randn(12, width, generator=g).to(DEVICE, torch.bfloat16)
+    rest = torch.randint(-100, 100, (12, width) if bits else (0,), generator=g)
+    rest = (rest << bits // 2).to(DEVICE, torch.int16) if bits == 16 else rest.to(DEVICE, torch.int8)
     rows = torch.tensor([7, 0, 11, 7], device=DEVICE)
     streams, coeffs = torch.arange(k, device=DEVICE), torch.linspace(0.01, -0.02, k, device=DEVICE)[:, None]
     key = {"seed": SEED, "distribution": distribution, "counters": torch.zeros(2, dtype=torch.int64, device=DEVICE)}
     whole, got = torch.empty_like(src), torch.full((4, width), torch.nan, dtype=torch.bfloat16, device=DEVICE)
-    reference.run_pass([src], [whole], [], [5], [2**33 + 3], streams, coeffs, **key)
-    backend.run_rows(src, rows, got, 5, 2**33 + 3, streams, coeffs, **key)
+    reference.run_pass([src], [whole], [], [5], [2**33 + 3], streams, coeffs, residuals=[rest], **key)
+    backend.run_rows(src, rows, got, 5, 2**33 + 3, streams, coeffs, residual=rest, **key)
     assert not got.isnan().any() and ((got - whole[rows]).float().abs() <= 2.0**-7 * whole[rows].float().abs()).all()
     assert (got != whole[rows]).float().mean() <= 0.02
     expected = torch.empty_like(got)
-    reference.run_rows(src, rows, expected, 5, 2**33 + 3, streams, coeffs, **key)
+    reference.run_rows(src, rows, expected, 5, 2**33 + 3, streams, coeffs, residual=rest, **key)
     assert torch.equal(expected, whole[rows])
 
 
@@ -163,3 +185,51 @@ def test_gathered_rows_with_a_coefficient_that_is_not_finite_are_a_counted_no_op
         coeffs = torch.full((1, 1), torch.nan, device=DEVICE)
         module.run_rows(src, rows, dst, 0, 0, streams, coeffs, seed=1, distribution="gaussian", counters=counters)
         assert counters.tolist() == [1, 0] and not dst.any()
+
+
+def both(weights, rests, decay, into, update):
+    """What a pass without noise makes of weights and residuals, by the backend and by the reference."""
+    made = []
+    for module in (backend, reference):
+        w, r, counters = weights.clone(), rests.clone(), torch.zeros(2, dtype=torch.int64, device=DEVICE)
+        dst = torch.full_like(w, torch.nan, dtype=into) if into else w
+        streams, coeffs = torch.zeros(0, dtype=torch.int64, device=DEVICE), torch.zeros(0, 1, device=DEVICE)
+        module.run_pass(
+            [w], [dst], [], [1], [], streams, coeffs, seed=SEED, distribution="gaussian", counters=counters,
+            decay=torch.full((1,), decay, device=DEVICE), residuals=[r],
+            update=torch.tensor([3], device=DEVICE) if update else None,
+        )  # fmt: skip
+        nan = dst.isnan()
+        made.append([nan, dst.where(~nan, 1.5), r, counters])
+    return zip(*made, strict=True)
+
+
+@pytest.mark.parametrize("update", [False, True])
+@pytest.mark.parametrize("bits", [0, 8, 16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_weight_with_residuals_that_no_pass_makes_too(dtype, bits, update):
+    weights = torch.arange(-(1 << 15), 1 << 15, device=DEVICE).to(torch.int16).view(dtype)
+    rests = torch.zeros(0, dtype=torch.int8, device=DEVICE)
+    if bits:
+        ends = torch.tensor([-(1 << (bits - 1)), -1, (1 << (bits - 1)) - 1], device=DEVICE)
+        rests = ends.to(torch.int8 if bits == 8 else torch.int16).repeat_interleave(1 << 16)
+        weights = weights.repeat(len(ends))
+    for into, decay in ((torch.float32, 0.0), (None, 0.3)):
+        assert all(torch.equal(x, y) for x, y in both(weights, rests, decay, into, update)), (into, decay)
+
+
+def test_saturated_elements_are_counted_for_their_tensor_whatever_launch_it_is_in():
+    limit = {t: torch.finfo(t).max for t in (torch.bfloat16, torch.float16)}
+    weights = [torch.full((n,), limit[t], dtype=t, device=DEVICE) for n, t in
+               ((5, torch.bfloat16), (2000, torch.float16), (0, torch.bfloat16), (1030, torch.bfloat16))]  # fmt: skip
+    rests = [torch.zeros(w.shape if i != 0 else 0, dtype=torch.int8, device=DEVICE) for i, w in enumerate(weights)]
+    counters = torch.zeros(5, dtype=torch.int64, device=DEVICE)
+    coeffs = torch.full((1, 4), 1e36, device=DEVICE)
+    backend.run_pass(
+        weights, weights, [], [0, 1, 2, 3], [], torch.tensor([1], device=DEVICE), coeffs, seed=SEED,
+        distribution="rademacher", counters=counters, residuals=rests,
+    )  # fmt: skip
+    up = [int((reference.rademacher(torch.arange(w.numel()), tensor_id=i, stream=1, seed=SEED) > 0).sum())
+          for i, w in enumerate(weights)]  # fmt: skip
+    assert counters.tolist() == [0, up[0], 2000, 0, up[3]]  # no float16 is as large as the noise
+    assert not any(r.any() for r in rests[1:2])

@@ -29,6 +29,7 @@ class Form:
     hessian: int = 0
     stochastic: bool = False
     decay: bool = False
+    residual: int = 0  # bits; written where the pass is in place, without dst
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def compile_pass(form: Form, capability: int) -> Compiled:
     dtype = {str(t).removeprefix("torch."): d for t, d in launch._DTYPES.items()}
     constants: dict[str, Any] = passes.constants(
         dtype[form.src], dtype[form.dst or form.src], launch._DISTRIBUTIONS[form.distribution], form.hessian,
-        form.stochastic, form.decay, form.k,
+        form.stochastic, form.decay, form.k, form.residual, not form.dst,
     )  # fmt: skip
     pointers = {"table": "*i64", "runs": "*i32", "go": "*i32", "streams": "*i64", "update": "*i64", "counters": "*i64"}
     pointers |= {"digits": "*i8", "totals": "*i32"}

@@ -13,7 +13,7 @@ import triton
 
 from . import passes, sums
 
-_CACHED = 1024  # tables kept: a shadow engine needs one a module; one is 64 bytes a tensor and 8 a run of tiles
+_CACHED = 1024  # tables kept: a shadow engine needs one a module; one is 72 bytes a tensor and 8 a run of tiles
 
 _DTYPES = {torch.float32: triton.language.float32, torch.bfloat16: triton.language.bfloat16,
            torch.float16: triton.language.float16}  # fmt: skip
@@ -45,29 +45,33 @@ _tables: OrderedDict[_Key, tuple[Tensor, Tensor]] = OrderedDict()
 
 
 def tile_rows(
-    src: Sequence[int], dst: Sequence[int], hessians: Sequence[int], sizes: Sequence[int], offsets: Sequence[int],
-    ids: Sequence[int], columns: Sequence[int], src_bytes: int, dst_bytes: int,
+    src: Sequence[int], dst: Sequence[int], hessians: Sequence[int], residuals: Sequence[int], sizes: Sequence[int],
+    offsets: Sequence[int], ids: Sequence[int], columns: Sequence[int], src_bytes: int, dst_bytes: int, residual_bits: int,
 ) -> tuple[list[list[int]], list[tuple[int, int]]]:  # fmt: skip
     """Rows of the table and (row, first tile) of each program, from addresses and element counts; empty ones left out."""
     rows, runs = [], []
-    for s, d, h, n, offset, tensor_id, column in zip(src, dst, hessians, sizes, offsets, ids, columns, strict=True):
+    for s, d, h, r, n, offset, tensor_id, column in zip(
+        src, dst, hessians, residuals, sizes, offsets, ids, columns, strict=True
+    ):
         if not n:
             continue
         shift = offset % passes.TILE  # addresses are those of the element where the first tile starts
         s, d, h = s - shift * src_bytes, d - shift * dst_bytes, h - shift * 4 if h else 0
-        aligned = s % 16 == d % 16 == h % 16 == 0
-        rows.append([s, d, h, shift, shift + n, offset - shift, tensor_id, column * 2 + aligned])
+        r -= shift * residual_bits // 8
+        aligned = s % 16 == d % 16 == h % 16 == r % (residual_bits or 1) == 0  # 8 elements of a residual are its bits
+        rows.append([s, d, h, shift, shift + n, offset - shift, tensor_id, column * 2 + aligned, r])
         tiles = -(-(shift + n) // passes.TILE)
         runs += [(len(rows) - 1, first) for first in range(0, tiles, passes.TILES)]
     return rows, runs
 
 
-def _table(src: list[Tensor], dst: list[Tensor], hessians: list[Tensor], offsets: list[int], ids: list[int],
-           columns: list[int], device: torch.device) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _table(src: list[Tensor], dst: list[Tensor], hessians: list[Tensor], residuals: list[Tensor], offsets: list[int],
+           ids: list[int], columns: list[int], device: torch.device) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The table on the device, made when these tensors are first seen: addresses and sizes are all it depends on."""
-    addresses = [[t.data_ptr() for t in tensors] for tensors in (src, dst, hessians)]
+    addresses = [[t.data_ptr() for t in tensors] for tensors in (src, dst, hessians, residuals)]
     sizes = [t.numel() for t in src]
-    kind = (device, src[0].dtype, dst[0].dtype)
+    bits = 8 * residuals[0].element_size() if residuals else 0
+    kind = (device, src[0].dtype, dst[0].dtype, bits)
     key = (kind, *map(tuple, (*addresses, sizes, offsets, ids, columns)))
     if (found := _tables.get(key)) is not None:
         _tables.move_to_end(key)
@@ -75,11 +79,11 @@ def _table(src: list[Tensor], dst: list[Tensor], hessians: list[Tensor], offsets
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("zo_core: these tensors are new: run the pass once on them before capturing a CUDA graph")
     rows, runs = tile_rows(
-        addresses[0], addresses[1], addresses[2] or [0] * len(src), sizes, offsets, ids, columns,
-        src[0].element_size(), dst[0].element_size(),
+        addresses[0], addresses[1], addresses[2] or [0] * len(src), addresses[3] or [0] * len(src), sizes, offsets, ids,
+        columns, src[0].element_size(), dst[0].element_size(), bits,
     )  # fmt: skip
     made = (
-        torch.tensor(rows, dtype=torch.int64).view(-1, 8).to(device),
+        torch.tensor(rows, dtype=torch.int64).view(-1, passes.ROW.value).to(device),
         torch.tensor(runs, dtype=torch.int32).view(-1, 2).to(device),
     )
     _tables[key] = made
@@ -136,8 +140,9 @@ def _run_pass(
     smoothing: Tensor | None = None,
     hessian_min: float = 0.0,
     hessian_max: float = math.inf,
+    residuals: Sequence[Tensor] = (),
 ) -> None:
-    """The pass of ``bindings.ops``, one launch a pair of dtypes after a small one that looks at the scalars."""
+    """The pass of ``bindings.ops``, one launch a kind of tensor after a small one that looks at the scalars."""
     if not src:
         return
     count, device = len(src), streams.device
@@ -147,22 +152,24 @@ def _run_pass(
     )
     go = torch.empty(1 + count, dtype=torch.int32, device=device)
     none = counters  # stands where a form of the kernel reads nothing
+    moves = any(s.data_ptr() != d.data_ptr() for s, d in zip(src, dst, strict=True))
     passes.gate_kernel[(1,)](
         coeffs, none if restore is None else restore, none if curvature is None else curvature,
         none if decay is None else decay, none if smoothing is None else smoothing, go, counters, count,
-        streams.numel(), any(s.data_ptr() != d.data_ptr() for s, d in zip(src, dst, strict=True)), decay is not None,
-        curvature is not None, 512, **options(4),
+        streams.numel(), moves, decay is not None, curvature is not None, 512, **options(4),
     )  # fmt: skip
     summed = passes.use_sums(_DISTRIBUTIONS[distribution], int(bool(hessians)), streams.numel())
     digits, totals, scales, n_steps = _digits(coeffs, none, summed)
-    groups: dict[tuple[torch.dtype, torch.dtype], list[int]] = {}
+    groups: dict[tuple[torch.dtype, torch.dtype, int], list[int]] = {}
     for i, (s, d) in enumerate(zip(src, dst, strict=True)):
-        groups.setdefault((s.dtype, d.dtype), []).append(i)
-    for (src_dtype, dst_dtype), members in groups.items():
+        bits = 8 * residuals[i].element_size() if residuals and residuals[i].numel() else 0
+        groups.setdefault((s.dtype, d.dtype, bits), []).append(i)
+    for (src_dtype, dst_dtype, bits), members in groups.items():
         table, runs = _table(
             [src[i] for i in members],
             [dst[i] for i in members],
             [hessians[i] for i in members] if hessians else [],
+            [residuals[i] for i in members] if bits else [],
             [offsets[i] if offsets else 0 for i in members],
             [tensor_ids[i] for i in members],
             members,
@@ -178,6 +185,7 @@ def _run_pass(
             **passes.constants(
                 _DTYPES[src_dtype], _DTYPES[dst_dtype], _DISTRIBUTIONS[distribution],
                 2 if curvature is not None else int(bool(hessians)), update is not None, decay is not None, streams.numel(),
+                bits, not moves,
             ),
             **options(),
         )  # fmt: skip
@@ -185,7 +193,7 @@ def _run_pass(
 
 def _run_rows(
     src: Tensor, rows: Tensor, dst: Tensor, tensor_id: int, offset: int, streams: Tensor, coeffs: Tensor, *, seed: int,
-    distribution: str, counters: Tensor,
+    distribution: str, counters: Tensor, residual: Tensor | None = None,
 ) -> None:  # fmt: skip
     """``perturb_rows`` of ``bindings.ops``: rows of ``src`` that ``rows`` names, into the rows of ``dst``."""
     if not dst.numel():
@@ -197,15 +205,16 @@ def _run_rows(
     digits, totals, scales, steps = _digits(coeffs, none, summed)
     width = src.shape[1]
     tiles = -(-width // passes.TILE) + 1  # a row may start anywhere in its first tile
+    bits = 8 * residual.element_size() if residual is not None and residual.numel() else 0
     passes.rows_kernel[(rows.numel() * tiles,)](
-        src, rows, dst, go, streams, digits, totals, scales, coeffs, counters, tiles, width, _int32(tensor_id),
-        offset, _int32(seed), _int32(seed >> 32), k, steps, _DISTRIBUTIONS[distribution], k == 1, summed, passes.TILE,
+        src, rows, dst, residual if bits else none, go, streams, digits, totals, scales, coeffs, counters, tiles, width, _int32(tensor_id),
+        offset, _int32(seed), _int32(seed >> 32), k, steps, _DISTRIBUTIONS[distribution], bits, k == 1, summed, passes.TILE,
         **options(),
     )  # fmt: skip
 
 
 def run_pass(*args: Any, **options: Any) -> None:
-    """The pass of ``bindings.ops``, arguments already checked: one launch a pair of dtypes, and two small ones before."""
+    """The pass of ``bindings.ops``, arguments already checked: one launch a kind of tensor, and two small ones before."""
     with _on(args[5].device):
         _run_pass(*args, **options)
 

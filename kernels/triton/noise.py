@@ -23,19 +23,28 @@ _W1 = tl.constexpr(0xBB67AE85)
 
 
 @triton.jit
+def _product(x, M: tl.constexpr):
+    """The 64-bit product of uint32: one IMAD.WIDE, where Triton's own comes with an addition of 0 to its upper word."""
+    if not INTERPRET and x.type.is_block():
+        return tl.inline_asm_elementwise(f"mul.wide.u32 $0, $1, {M};", "=l,r", [x], tl.uint64, is_pure=True, pack=1)
+    else:
+        return x.to(tl.uint64) * M
+
+
+@triton.jit
 def philox(c0, c1, c2, c3, k0, k1, ROUNDS: tl.constexpr = 7):
     """The four Philox4x32 words of a counter; all uint32, scalars or tensors.
 
-    A 64-bit product is one IMAD.WIDE where mul + umulhi are two instructions. Words that are scalars stay so as long
-    as they can: with a scalar c1, c2, c3 a block costs 25 instructions and not 28.
+    Words that are scalars stay so as long as they can: with a scalar c1, c2, c3 a block costs 25 instructions and not
+    28. The ANDs are free in SASS, but Triton counts them: without, it makes the signs of float32 twice.
     """
     for _ in tl.static_range(ROUNDS):
-        p0 = c0.to(tl.uint64) * _M0
-        p1 = c2.to(tl.uint64) * _M1
+        p0 = _product(c0, _M0)
+        p1 = _product(c2, _M1)
         c0 = (p1 >> 32).to(tl.uint32) ^ (c1 ^ k0)
         c2 = (p0 >> 32).to(tl.uint32) ^ (c3 ^ k1)
-        c1 = p1.to(tl.uint32)
-        c3 = p0.to(tl.uint32)
+        c1 = (p1 & 0xFFFFFFFF).to(tl.uint32)
+        c3 = (p0 & 0xFFFFFFFF).to(tl.uint32)
         k0 = (k0.to(tl.uint64) + _W0).to(tl.uint32)
         k1 = (k1.to(tl.uint64) + _W1).to(tl.uint32)
     return c0, c1, c2, c3
@@ -149,14 +158,16 @@ def signed(words, c, SHAPE: tl.constexpr):
 
 @triton.jit
 def rounding_bits(
-    first, tensor_id, update, k0, k1, A: tl.constexpr, B: tl.constexpr, STRIDE_A: tl.constexpr, STRIDE_B: tl.constexpr
-):
+    first, tensor_id, update, k0, k1, A: tl.constexpr, B: tl.constexpr, STRIDE_A: tl.constexpr, STRIDE_B: tl.constexpr,
+):  # fmt: skip
     """16 random bits an element of a tile (A, B, 32), as uint32."""
     a = tl.arange(0, A) * (STRIDE_A // 8)
     b = tl.arange(0, B) * (STRIDE_B // 8)
     lanes = a[:, None, None] + b[None, :, None] + tl.arange(0, 4)[None, None, :]
     w0, w1, w2, w3 = words_of(first >> 3, ROUNDING, lanes.to(tl.uint32), tensor_id, update, k0, k1)
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+    if not INTERPRET:  # or some halves are taken from their products and put together again
+        words = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [words], tl.uint32, is_pure=True, pack=1)
     return tl.reshape(tl.join(words & 0xFFFF, words >> 16), (A, B, 32))
 
 

@@ -1,6 +1,6 @@
 """The pass of ``bindings.ops`` in Triton: one launch for all tensors of a dtype, whatever their number.
 
-A device table has a row of eight int64 for each tensor; a second one names a tensor and a run of tiles for each
+A device table has a row of nine int64 for each tensor; a second one names a tensor and a run of tiles for each
 program. Tiles start at multiples of TILE of the *element index*, so a tile's Philox blocks are the same whatever
 offset a tensor starts at, and their block numbers never carry into the upper word.
 """
@@ -11,12 +11,14 @@ import triton
 import triton.language as tl
 
 from .noise import INTERPRET, RADIUS, gaussian, philox, round_to, rounding_bits, rsqrt, signed, signs
+from .residuals import join_residual, split_residual, to_float32
 from .sums import weighted_signs
 
 # One warp a program: tests that concern a whole tile need no shared memory and no barrier. 32 elements a thread are
 # 64 to 128 bytes in flight, which with 24 to 32 programs a multiprocessor covers the latency of HBM (Little's law:
 # H100 25 bytes/ns/SM x 700 ns = 18 KB; 32 programs x 32 lanes x 64 bytes = 64 KB).
 WARPS = 1
+ROW = tl.constexpr(9)  # int64 of a tensor in the table
 TILE = 1024
 PART = tl.constexpr(128)
 MIN_SUMS = 5
@@ -124,13 +126,22 @@ def _stream(
 
 
 @triton.jit
+def _pointer(address, start, TYPE: tl.constexpr, RESIDUAL: tl.constexpr):
+    """To element ``start`` of a tensor. With residuals: one addition to an address, where to a pointer it is many."""
+    if RESIDUAL:
+        return (address + start * (TYPE.primitive_bitwidth // 8)).to(tl.pointer_type(TYPE))
+    else:
+        return address.to(tl.pointer_type(TYPE)) + start
+
+
+@triton.jit
 def _tile(
-    src, dst, hessian, start, shift, end, first, tensor_id, column, keep, remain, c, r, q, stream, streams, digits, totals, scales, n_steps, coeffs, restore, curvature,
+    src, dst, residual, hessian, start, shift, end, first, tensor_id, column, keep, remain, c, r, q, stream, streams, digits, totals, scales, n_steps, coeffs, restore, curvature,
     update, counters, k0, k1, n_tensors, n_streams, hessian_min, hessian_max,
-    DISTRIBUTION: tl.constexpr, HESSIAN: tl.constexpr, STOCHASTIC: tl.constexpr, HAS_DECAY: tl.constexpr,
-    ONE: tl.constexpr, SUMS: tl.constexpr, CAREFUL: tl.constexpr, TILE: tl.constexpr,
+    DISTRIBUTION: tl.constexpr, HESSIAN: tl.constexpr, RESIDUAL: tl.constexpr, KEEPS: tl.constexpr, STOCHASTIC: tl.constexpr,
+    HAS_DECAY: tl.constexpr, ONE: tl.constexpr, SUMS: tl.constexpr, CAREFUL: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """One tile: elements [start, start + TILE) of pointers whose element 0 has index ``first``, valid in [shift, end).
+    """One tile: elements [start, start + TILE) of a tensor whose element 0 has index ``first``, valid in [shift, end).
 
     Not CAREFUL: the tile is whole and aligned; false, and nothing written, where a result is not a number in range.
     CAREFUL: elements may be missing, unaligned, not finite or out of range.
@@ -145,9 +156,14 @@ def _tile(
     b = tl.arange(0, B) * STRIDE_B
     at = a[:, None, None] + b[None, :, None] + tl.arange(0, 32)[None, None, :]
     mask = (at >= shift - start) & (at < end - start)
-    weight = _load(src + start + at, mask, 0.0, CAREFUL).to(tl.float32)
+    loaded = _load(src + at, mask, 0.0, CAREFUL)
+    if RESIDUAL:
+        left = _load(residual + at, mask, 0, CAREFUL)
+        weight = join_residual(loaded, left, CAREFUL)
+    else:
+        weight = to_float32(loaded)
     if HESSIAN != 0:
-        h = _load(hessian + start + at, mask, 1.0, CAREFUL)
+        h = _load(hessian + at, mask, 1.0, CAREFUL)
 
     noise = _zeros_like(weight)
     back = noise
@@ -200,30 +216,45 @@ def _tile(
         finite = tl.abs(weight) < float("inf")
         beyond = mask & finite & ~(tl.abs(out) <= LIMIT)
         clamped = tl.where(out != out, weight, tl.where(out < 0, -LIMIT, LIMIT))
-        rounded = round_to(tl.where(beyond, clamped, out), random, DTYPE, STOCHASTIC)
-        rounded = tl.where(finite, rounded, round_to(weight, random, DTYPE, False))
-        tl.store(dst + start + at, rounded, mask=mask)
+        out_of = tl.where(beyond, clamped, out)
+        if KEEPS:
+            rounded, rest = split_residual(out_of, random, DTYPE, RESIDUAL, STOCHASTIC)
+            same = beyond & (out != out)  # the bits as they were
+            rounded = tl.where(finite & ~same, rounded, loaded.to(tl.int16, bitcast=True))
+            tl.store(residual + at, tl.where(finite, tl.where(same, left, rest), 0), mask=mask)
+            rounded = rounded.to(DTYPE, bitcast=True)
+        else:
+            rounded = round_to(out_of, random, DTYPE, STOCHASTIC)
+            rounded = tl.where(finite, rounded, round_to(weight, random, DTYPE, False))
+        tl.store(dst + at, rounded, mask=mask)
         if HESSIAN == 2:
-            tl.store(hessian + start + at, h, mask=mask)
-        tl.atomic_add(counters + 1, tl.sum(beyond.to(tl.int32)).to(tl.int64), sem="relaxed")
+            tl.store(hessian + at, h, mask=mask)
+        tl.atomic_add(counters + 1 + column, tl.sum(beyond.to(tl.int32)).to(tl.int64), sem="relaxed")
     ordinary = True
     if not CAREFUL:
         ordinary = _within(out, tl.full((), LIMIT, tl.float32), TILE // 32)
         if ordinary:
-            tl.store(dst + start + at, round_to(out, random, DTYPE, STOCHASTIC))
+            if KEEPS:
+                rounded, rest = split_residual(out, random, DTYPE, RESIDUAL, STOCHASTIC)
+                tl.store(residual + at, rest)
+                rounded = rounded.to(DTYPE, bitcast=True)
+            else:
+                rounded = round_to(out, random, DTYPE, STOCHASTIC)
+            tl.store(dst + at, rounded)
             if HESSIAN == 2:
-                tl.store(hessian + start + at, h)
+                tl.store(hessian + at, h)
     return ordinary
 
 
 @triton.jit
 def _tiles(
-    src, dst, hessian, shift, end, first, tensor_id, column, aligned, begin, stop, streams, digits, totals, scales, n_steps, coeffs, restore, curvature,
+    src, dst, residual, hessian, shift, end, first, tensor_id, column, aligned, begin, stop, streams, digits, totals, scales, n_steps, coeffs, restore, curvature,
     decay, smoothing, update, counters, k0, k1, n_tensors, n_streams, hessian_min, hessian_max,
-    SRC_TYPE: tl.constexpr, DST_TYPE: tl.constexpr, DISTRIBUTION: tl.constexpr, HESSIAN: tl.constexpr,
-    STOCHASTIC: tl.constexpr, HAS_DECAY: tl.constexpr, ONE: tl.constexpr, SUMS: tl.constexpr, TILE: tl.constexpr,
+    SRC_TYPE: tl.constexpr, DST_TYPE: tl.constexpr, DISTRIBUTION: tl.constexpr, HESSIAN: tl.constexpr, RESIDUAL: tl.constexpr,
+    KEEPS: tl.constexpr, STOCHASTIC: tl.constexpr, HAS_DECAY: tl.constexpr, ONE: tl.constexpr, SUMS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Tiles [begin, stop) of one tensor. ``src``, ``dst``, ``hessian`` are addresses."""
+    """Tiles [begin, stop) of one tensor. ``src``, ``dst``, ``residual``, ``hessian`` are addresses."""
+    REST_TYPE: tl.constexpr = tl.int8 if RESIDUAL == 8 else tl.int16
     keep, remain = 1.0, 1.0
     if HAS_DECAY:
         keep = 1 - tl.load(decay + column)
@@ -240,14 +271,16 @@ def _tiles(
     one = tl.full((), 1, tl.int64)  # the interpreter's loop variables are Python integers
     rest = ((one << (whole - begin)) - 1) | ((one << (stop - begin)) - (one << (whole_stop - begin)))
     for t in range(whole, whole_stop):
+        start = one * t * TILE
         # An address from a table has no known alignment: the hint, on the pointer, gives 128-bit accesses.
         ordinary = _tile(
-            tl.multiple_of(src.to(tl.pointer_type(SRC_TYPE)), 16),
-            tl.multiple_of(dst.to(tl.pointer_type(DST_TYPE)), 16),
-            tl.multiple_of(hessian.to(tl.pointer_type(tl.float32)), 16),
-            tl.multiple_of(one * t * TILE, TILE), shift, end, first, tensor_id, column, keep, remain, c, r, q, stream, streams, digits, totals, scales, n_steps,
+            tl.multiple_of(_pointer(src, start, SRC_TYPE, RESIDUAL), 16),
+            tl.multiple_of(_pointer(dst, start, DST_TYPE, RESIDUAL), 16),
+            tl.multiple_of(_pointer(residual, start, REST_TYPE, RESIDUAL), 8 if RESIDUAL == 8 else 16),
+            tl.multiple_of(_pointer(hessian, start, tl.float32, RESIDUAL), 16),
+            tl.multiple_of(start, TILE), shift, end, first, tensor_id, column, keep, remain, c, r, q, stream, streams, digits, totals, scales, n_steps,
             coeffs, restore, curvature, update, counters, k0, k1, n_tensors, n_streams, hessian_min, hessian_max,
-            DISTRIBUTION, HESSIAN, STOCHASTIC, HAS_DECAY, ONE, SUMS, False, TILE,
+            DISTRIBUTION, HESSIAN, RESIDUAL, KEEPS, STOCHASTIC, HAS_DECAY, ONE, SUMS, False, TILE,
         )  # fmt: skip
         if not ordinary:
             rest |= one << (t - begin)
@@ -256,13 +289,15 @@ def _tiles(
         for t in range(begin, stop):
             if (rest >> (t - begin)) & 1 != 0:
                 for part in range(TILE // PART):
+                    start = one * t * TILE + part * PART
                     _tile(
-                        src.to(tl.pointer_type(SRC_TYPE)),
-                        dst.to(tl.pointer_type(DST_TYPE)),
-                        hessian.to(tl.pointer_type(tl.float32)),
-                        one * t * TILE + part * PART, shift, end, first, tensor_id, column, keep, remain, c, r, q, stream, streams, digits, totals, scales, n_steps,
+                        _pointer(src, start, SRC_TYPE, RESIDUAL),
+                        _pointer(dst, start, DST_TYPE, RESIDUAL),
+                        _pointer(residual, start, REST_TYPE, RESIDUAL),
+                        _pointer(hessian, start, tl.float32, RESIDUAL),
+                        start, shift, end, first, tensor_id, column, keep, remain, c, r, q, stream, streams, digits, totals, scales, n_steps,
                         coeffs, restore, curvature, update, counters, k0, k1, n_tensors, n_streams, hessian_min, hessian_max,
-                        DISTRIBUTION, HESSIAN, STOCHASTIC, HAS_DECAY, ONE, SUMS, True, PART,
+                        DISTRIBUTION, HESSIAN, RESIDUAL, KEEPS, STOCHASTIC, HAS_DECAY, ONE, SUMS, True, PART,
                     )  # fmt: skip
 
 
@@ -271,11 +306,11 @@ def pass_kernel(
     table, runs, go, streams, digits, totals, scales, n_steps, coeffs, restore, curvature, decay, smoothing, update, counters, k0, k1, n_tensors,
     n_streams, hessian_min, hessian_max,
     SRC_TYPE: tl.constexpr, DST_TYPE: tl.constexpr, DISTRIBUTION: tl.constexpr, HESSIAN: tl.constexpr,
-    STOCHASTIC: tl.constexpr, HAS_DECAY: tl.constexpr, ONE: tl.constexpr, SUMS: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
+    RESIDUAL: tl.constexpr, KEEPS: tl.constexpr, STOCHASTIC: tl.constexpr, HAS_DECAY: tl.constexpr, ONE: tl.constexpr, SUMS: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """A program works on up to TILES tiles of one tensor: ``runs`` names the row of ``table`` and the first tile."""
     run = tl.program_id(0).to(tl.int64) * 2
-    row = table + tl.load(runs + run).to(tl.int64) * 8
+    row = table + tl.load(runs + run).to(tl.int64) * ROW
     begin = tl.load(runs + run + 1).to(tl.int64)
     column = tl.load(row + 7)
     aligned = (column & 1) != 0
@@ -284,17 +319,17 @@ def pass_kernel(
         end = tl.load(row + 4)
         stop = tl.minimum(begin + TILES, tl.cdiv(end, TILE))
         _tiles(
-            tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3), end, tl.load(row + 5),
+            tl.load(row), tl.load(row + 1), tl.load(row + 8), tl.load(row + 2), tl.load(row + 3), end, tl.load(row + 5),
             tl.load(row + 6).to(tl.uint32), column, aligned, begin, stop, streams, digits, totals, scales, n_steps, coeffs, restore, curvature,
             decay, smoothing, update, counters, k0, k1, n_tensors, n_streams, hessian_min, hessian_max,
-            SRC_TYPE, DST_TYPE, DISTRIBUTION, HESSIAN, STOCHASTIC, HAS_DECAY, ONE, SUMS, TILE,
+            SRC_TYPE, DST_TYPE, DISTRIBUTION, HESSIAN, RESIDUAL, KEEPS, STOCHASTIC, HAS_DECAY, ONE, SUMS, TILE,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["n_tiles", "width", "tensor_id", "offset", "k0", "k1", "n_streams", "n_steps"])
 def rows_kernel(
-    src, rows, dst, go, streams, digits, totals, scales, coeffs, counters, n_tiles, width, tensor_id, offset, k0, k1,
-    n_streams, n_steps, DISTRIBUTION: tl.constexpr, ONE: tl.constexpr, SUMS: tl.constexpr, TILE: tl.constexpr,
+    src, rows, dst, residual, go, streams, digits, totals, scales, coeffs, counters, n_tiles, width, tensor_id, offset, k0, k1,
+    n_streams, n_steps, DISTRIBUTION: tl.constexpr, RESIDUAL: tl.constexpr, ONE: tl.constexpr, SUMS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """A program makes one tile of one gathered row: a row is a tensor that starts at its own offset in the matrix."""
     j = (tl.program_id(0) // n_tiles).to(tl.int64)
@@ -306,13 +341,14 @@ def rows_kernel(
     DST_TYPE: tl.constexpr = dst.dtype.element_ty
     from_at = src.to(tl.int64) + (row * width - shift) * (SRC_TYPE.primitive_bitwidth // 8)
     to_at = dst.to(tl.int64) + (j * width - shift) * (DST_TYPE.primitive_bitwidth // 8)
+    rest_at = residual.to(tl.int64) + (row * width - shift) * (RESIDUAL // 8)
     zero = tl.full((), 0, tl.int64)
     if (tl.load(go) != 0) & (t * TILE < shift + width):
         _tiles(
-            from_at, to_at, zero, shift, shift + width, at - shift, tensor_id.to(tl.uint32, bitcast=True), zero,
-            ((from_at | to_at) & 15) == 0, t, t + 1, streams, digits, totals, scales, n_steps, coeffs, coeffs, coeffs,
+            from_at, to_at, rest_at, zero, shift, shift + width, at - shift, tensor_id.to(tl.uint32, bitcast=True), zero,
+            (((from_at | to_at) & 15) == 0) & ((rest_at & (RESIDUAL - 1 if RESIDUAL else 0)) == 0), t, t + 1, streams, digits, totals, scales, n_steps, coeffs, coeffs, coeffs,
             coeffs, coeffs, counters, counters, k0, k1, 1, n_streams, 0.0, 0.0,
-            SRC_TYPE, DST_TYPE, DISTRIBUTION, 0, False, False, ONE, SUMS, TILE,
+            SRC_TYPE, DST_TYPE, DISTRIBUTION, 0, RESIDUAL, False, False, False, ONE, SUMS, TILE,
         )  # fmt: skip
 
 
@@ -344,10 +380,19 @@ def use_sums(distribution: int, hessian: int, k: int) -> bool:
 
 
 def constants(
-    src: Any, dst: Any, distribution: int, hessian: int, stochastic: bool, decay: bool, k: int
+    src: Any,
+    dst: Any,
+    distribution: int,
+    hessian: int,
+    stochastic: bool,
+    decay: bool,
+    k: int,
+    residual: int,
+    keeps: bool,
 ) -> dict[str, Any]:
-    """The compile-time arguments of ``pass_kernel`` for a call with k streams."""
+    """The compile-time arguments of ``pass_kernel`` for a call with k streams; a pass in place ``keeps`` its residuals."""
+    stochastic = stochastic and dst != tl.float32 and not (keeps and residual == 16)
     return {
-        "SRC_TYPE": src, "DST_TYPE": dst, "DISTRIBUTION": distribution, "HESSIAN": hessian,
-        "STOCHASTIC": stochastic and dst != tl.float32, "HAS_DECAY": decay, "ONE": k == 1, "SUMS": use_sums(distribution, hessian, k), "TILE": TILE, "TILES": TILES,
+        "SRC_TYPE": src, "DST_TYPE": dst, "DISTRIBUTION": distribution, "HESSIAN": hessian, "RESIDUAL": residual,
+        "KEEPS": keeps and residual > 0, "STOCHASTIC": stochastic, "HAS_DECAY": decay, "ONE": k == 1, "SUMS": use_sums(distribution, hessian, k), "TILE": TILE, "TILES": TILES,
     }  # fmt: skip
