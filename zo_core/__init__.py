@@ -5,10 +5,10 @@ from pathlib import Path
 if not (Path(__file__).parent / "kernels").is_dir():  # a plain checkout: kernels/ and bindings/ are beside us
     __path__.append(str(Path(__file__).parent.parent))
 
-from . import noise
+from . import losses, noise
 from .noise import backend_info
 from .optim.base import ZOOptimizer
 from .optim.mezo import MeZO
 
-__all__ = ["MeZO", "ZOOptimizer", "backend_info", "noise"]
+__all__ = ["MeZO", "ZOOptimizer", "backend_info", "losses", "noise"]
 __version__ = "0.1.0"

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional as F
 
+from zo_core import losses
 from zo_core.integrations.assets import names
 from zo_core.noise import permutation
 
@@ -306,7 +307,7 @@ class Scorer:
 
     def loss(self, batch: Batch) -> torch.Tensor:
         """Mean cross-entropy over the label words, a float32 scalar."""
-        return F.cross_entropy(self(batch), batch.labels)
+        return losses.cross_entropy(self(batch), batch.labels)
 
 
 @dataclass(frozen=True)
