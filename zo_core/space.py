@@ -1,7 +1,8 @@
-"""The trainable tensors of an optimizer as one space: names, ids in the noise, and the pass over all of them."""
+"""The trainable tensors of an optimizer as one space: names, ids in the noise, and the passes over them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,8 @@ class ParamSpace:
     tensors: list[Tensor]
     seed: int
     distribution: str
-    counters: Tensor  # int64 (2,): no-op passes, saturated elements
+    counters: Tensor  # int64 (1 + T,): no-op passes, saturated elements of each tensor
+    residuals: list[Tensor] = field(default_factory=list)  # low-order bits of 16-bit tensors, or empty
 
     def update_(
         self, probes: Sequence[Probe], coeffs: Tensor, decay: Tensor | None = None, update: Tensor | None = None
@@ -39,13 +41,45 @@ class ParamSpace:
             [],
             torch.cat(list(probes)) if probes else torch.empty(0, dtype=torch.int64, device=coeffs.device),
             coeffs,
-            seed=ops.signed64(self.seed),
-            distribution=self.distribution,
             counters=self.counters,
             decay=decay,
             update=update,
+            residuals=self.residuals or None,
+            **self._noise(),
+        )
+
+    def perturb(
+        self, which: Sequence[int], sources: list[Tensor], out: list[Tensor], probe: Probe, coeffs: Tensor,
+        counters: Tensor,
+    ) -> None:  # fmt: skip
+        """Out <- round(theta + coeffs z(probe)), of n of the tensors, which are only read.
+
+        Args:
+            which: their numbers.
+            sources: their values (``tensors``, under whatever name).
+            out: n tensors of their shapes, of any of the three dtypes.
+            probe: the stream.
+            coeffs: float32 (1, n).
+            counters: int64 (1 + n,).
+        """
+        residuals = [self.residuals[i] for i in which] if self.residuals else []
+        ops.backend_for(probe.device).run_pass(  # what torch.ops.zo_core.perturb calls when it has checked all of this
+            sources, out, [], which, [], probe, coeffs, counters=counters, residuals=residuals, seed=self.seed,
+            distribution=self.distribution,
+        )  # fmt: skip
+
+    def perturb_rows(
+        self, i: int, source: Tensor, rows: Tensor, out: Tensor, probe: Probe, coeffs: Tensor, counters: Tensor
+    ) -> None:
+        """As ``perturb``, of the rows (int64, (n,)) of one matrix, into the n rows of ``out``; rows are not checked."""
+        residual = self.residuals[i] if self.residuals and self.residuals[i].numel() else None
+        torch.ops.zo_core.perturb_rows(
+            source, rows, out, i, 0, probe, coeffs, counters=counters, residual=residual, **self._noise()
         )
 
     def full(self, c: float) -> Tensor:
         """A row of coefficients: c for every tensor, float32 (1, T)."""
         return torch.full((1, len(self.tensors)), c, dtype=torch.float32, device=self.counters.device)
+
+    def _noise(self) -> dict[str, Any]:
+        return {"seed": ops.signed64(self.seed), "distribution": self.distribution}

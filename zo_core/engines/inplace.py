@@ -1,48 +1,27 @@
 """The papers' way: the weights are written to be probed, in one fused pass where they walk to and fro."""
 
-import signal
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from types import FrameType
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from ..space import ParamSpace, Probe
-
-
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Hold back Ctrl-C and all signals that Python code handles: weights and what is known of them change together."""
-    if threading.current_thread() is not threading.main_thread():  # which runs all handlers
-        yield
-        return
-    handlers = {int(s): h for s in signal.valid_signals() if callable(h := signal.getsignal(s))}
-    arrived: list[tuple[int, FrameType | None]] = []
-    for number in handlers:
-        signal.signal(number, lambda *args: arrived.append(args))
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        for number, frame in arrived:
-            handlers[number](number, frame)
+from .base import uninterrupted
 
 
 class InPlaceEngine:
     """Evaluates at theta + c z by adding to theta; the way back is fused into whatever comes next.
 
-    MeZO's step is three passes: to +eps z, on to -eps z, and restore and update together. Going back rounds, in
-    the weights' dtype: float32 returns to within an ulp, 16-bit weights drift (docs/architecture.md).
+    For closures that are arbitrary functions of the parameters. MeZO's step is three passes: to +eps z, on to
+    -eps z, and restore and update together. Going back rounds, in the precision of the weights and their residuals:
+    float32 returns to within an ulp, 16-bit weights without a residual drift (docs/precision.md).
     """
 
     def __init__(self, space: ParamSpace) -> None:
         self.space = space
         self.at: tuple[Probe, float] | None = None  # theta + c z is in the weights
 
-    def evaluate(self, closure: Callable[[], object], c: float, probe: Probe | None) -> object:
+    def evaluate(self, closure: Callable[[], Tensor], c: float, probe: Probe | None) -> Tensor:
         """The closure's result at theta + c z(probe); at theta without a probe."""
         self._move((probe, c) if probe is not None and c != 0 else None)
         return closure()
@@ -80,3 +59,7 @@ class InPlaceEngine:
         with uninterrupted():
             self.space.update_(probes, coeffs, decay, update)
             self.at = None
+
+    def memory(self) -> dict[str, int]:
+        """Nothing."""
+        return {}

@@ -92,6 +92,12 @@ class FinetuneConfig(BaseModel):
     weight_decay: float = _option(0.0, "Method", "Weight decay.", ge=0)
     probes: int = _option(1, "Method", "Random directions a step.", ge=1)
     distribution: Literal["gaussian", "rademacher"] = _option("rademacher", "Method", "What directions are drawn from.")
+    residual: Literal["none", "8", "16"] = _option(
+        "8", "Method", "Low-order bits kept beside each 16-bit weight, so that small updates arrive."
+    )
+    engine: Literal["shadow", "inplace"] = _option(
+        "shadow", "Method", "How weights are perturbed: as they are read, or in place."
+    )
     batch_size: int = _option(16, "Method", "Examples a forward.", ge=1)
     dropout: bool = _option(False, "Method", "Train with the model's dropout.")
     seed: int = _option(0, "Method", "Seed of directions and data order.", ge=0, lt=2**63)

@@ -70,7 +70,6 @@ class State:
     best: tuple[float, float] = (-1.0, 0.0)  # validation accuracy, minus loss
     before: dict[str, Any] | None = None  # test part at step 0
     before_correct: list[bool] = field(default_factory=list)
-    forward_seconds: float = 0.0  # of training, inside the closure
     metrics_bytes: int = 0
 
 
@@ -145,6 +144,8 @@ class Run:
             probes=config.probes,
             seed=config.seed,
             distribution=config.distribution,
+            residual=None if config.residual == "none" else int(config.residual),
+            engine=config.engine,
         )
         if config.dropout:  # dropout is the one user of torch's global generator; a checkpoint keeps its state
             torch.set_rng_state(torch.Generator().manual_seed(config.seed).get_state())
@@ -289,15 +290,13 @@ class Run:
         lr = self.optimizer.param_groups[0]["lr"]
         indices = tasks.batch_indices(len(train), config.batch_size, step=state.step, seed=config.seed)
         batch = tasks.collate([train[i] for i in indices], scorer.device)
-        forwards, forward_seconds = 0, 0.0
+        forwards = 0
 
         @torch.no_grad()
         def closure() -> torch.Tensor:
-            nonlocal forwards, forward_seconds
-            forwards, begun = forwards + 1, time.perf_counter()
-            loss = scorer.loss(batch)
-            forward_seconds += time.perf_counter() - begun
-            return loss
+            nonlocal forwards
+            forwards += 1
+            return scorer.loss(batch)
 
         self.session.model.train(config.dropout)
         loss = float(self.optimizer.step(closure))
@@ -305,7 +304,6 @@ class Run:
         state.step += 1
         state.seconds += took
         state.forwards += forwards
-        state.forward_seconds += forward_seconds
         self.log("step", loss=loss, lr=lr, skipped=self.optimizer.skipped)
         return loss
 
@@ -403,10 +401,8 @@ class Run:
                 "evaluation": state.evaluation_seconds,
                 "step": state.seconds / max(1, state.step),
             },
-            # On a GPU a closure returns before its forward has run, so there its time says nothing.
-            "share_outside_forwards": 1 - state.forward_seconds / state.seconds
-            if self.session.scorer.device.type == "cpu" and state.step
-            else None,
+            "saturated": self.optimizer.saturated,
+            "memory_bytes": self.optimizer.memory(),
             "peak_rss_bytes": report.peak_rss(),
             "versions": report.versions(),
             "machine": report.machine(),

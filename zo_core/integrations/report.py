@@ -186,7 +186,7 @@ def summary_table(summary: dict[str, Any]) -> Table:
         return f"{percent(found['accuracy'])}  (95%: {' to '.join(map(percent, found['interval']))})"
 
     low, high = (f"{100 * value:+.1f}" for value in change["interval"])
-    outside, rss = summary["share_outside_forwards"], summary["peak_rss_bytes"]
+    rss, saturated = summary["peak_rss_bytes"], summary["saturated"]
     table = Table(title=f"{summary['config']['model']} on {summary['config']['data']}", show_header=False)
     table.add_row(f"test accuracy before (n {before['n']})", measured(before))
     table.add_row(f"test accuracy after (step {summary['selected_step']})", f"[bold]{measured(after)}[/]")
@@ -194,6 +194,8 @@ def summary_table(summary: dict[str, Any]) -> Table:
     table.add_row("test loss", f"{before['loss']:.4f} -> {after['loss']:.4f}")
     table.add_row("steps", f"{summary['steps']} ({summary['skipped_steps']} skipped), {summary['forwards']} forwards")
     table.add_row("training", f"{clock(summary['seconds']['training'])}, {summary['seconds']['step']:.3f} s a step")
-    table.add_row("of a step, outside forwards", "not measured" if outside is None else percent(outside))
+    if saturated:
+        most = sorted(saturated, key=lambda name: -saturated[name])[:3]
+        table.add_row("beyond the range of the dtype", ", ".join(f"{name} ({saturated[name]} times)" for name in most))
     table.add_row("peak memory", "unknown" if rss is None else f"{rss / 2**30:.2f} GiB")
     return table

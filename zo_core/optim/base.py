@@ -2,6 +2,7 @@
 
 import math
 import warnings
+import zlib
 from collections.abc import Callable, Iterable
 from numbers import Integral, Real
 from typing import Any
@@ -10,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..bindings import ops
-from ..engines.inplace import InPlaceEngine, uninterrupted
+from ..engines.base import Engine, uninterrupted
+from ..engines.inplace import InPlaceEngine
+from ..engines.shadow import ShadowEngine
 from ..kernels.reference import DISTRIBUTIONS
 from ..space import ParamSpace, Probe
 
@@ -33,15 +36,24 @@ class ZOOptimizer(torch.optim.Optimizer):
         probes: number of probes a step averages over.
         seed: 64-bit seed that all noise is a function of.
         distribution: "gaussian" or "rademacher".
-        stochastic_rounding: whether updates of 16-bit weights round stochastically (unbiased), not to nearest.
+        stochastic_rounding: whether updates round stochastically (unbiased), not to nearest, where they round to 16
+            bits or to the 24 of a weight with an 8-bit residual.
+        residual: low-order bits, 8 or 16, that each 16-bit weight keeps in a tensor of this optimizer (1 or 2 bytes a
+            weight), or None. The value that is trained is weight + residual, the weight alone is the value rounded.
+            float32 weights keep none. docs/precision.md says what each costs and saves.
+        engine: "shadow" perturbs what modules read and never writes a weight to probe it; "inplace" writes the
+            weights, for closures that are arbitrary functions of them. None: shadow where a module is known.
+        module: the module whose forwards use the tensors, where ``params`` is not that module itself.
 
     Raises:
         ValueError, TypeError: an argument out of its range, no trainable tensor, or one that the fused pass cannot
             serve (not float32, bfloat16 or float16; not contiguous; on another device; overlapping memory).
     """
 
-    _engine: InPlaceEngine | None = None
+    _engine: Engine | None = None
     _stepping = False
+    _versions: list[tuple[object, ...]] | None = None
+    _dtypes: list[torch.dtype] | None = None
 
     def __init__(
         self,
@@ -54,20 +66,31 @@ class ZOOptimizer(torch.optim.Optimizer):
         seed: int = 0,
         distribution: str = "gaussian",
         stochastic_rounding: bool = True,
+        residual: int | None = 8,
+        engine: str | None = None,
+        module: nn.Module | None = None,
     ) -> None:
         if distribution not in DISTRIBUTIONS:
             raise ValueError(f"distribution: expected one of {list(DISTRIBUTIONS)}, got {distribution!r}")
+        if residual not in (None, 8, 16):
+            raise ValueError(f"residual: expected None, 8 or 16 bits, got {residual!r}")
+        if engine not in (None, "shadow", "inplace"):
+            raise ValueError(f"engine: expected 'shadow', 'inplace' or None, got {engine!r}")
         ops.signed64(seed)
         self.stochastic_rounding = stochastic_rounding
+        self.module = params if isinstance(params, nn.Module) and module is None else module
+        self.engine = engine or ("inplace" if self.module is None else "shadow")
+        if self.engine == "shadow" and self.module is None:
+            raise ValueError("engine: 'shadow' needs the module whose forwards use the tensors: pass module=")
         if isinstance(params, nn.Module):
             params = [{"params": list(params.named_parameters()), "decay_vectors": False}]
         defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "probes": probes, "decay_vectors": True}
         super().__init__(params, defaults)
         device = self._tensors()[0].device
-        self._own = {"seed": seed, "distribution": distribution}
+        self._own = {"seed": seed, "distribution": distribution, "residual": residual, "residuals": [], "hashes": []}
         with torch.inference_mode(False):
-            for name, size in (("stream", 1), ("updates", 1), ("skipped", 1), ("counters", 2)):
-                self._own[name] = torch.zeros(size, dtype=torch.int64, device=device)
+            for name in ("stream", "updates", "skipped", "counters"):
+                self._own[name] = torch.zeros(1, dtype=torch.int64, device=device)
         self._prepare()
 
     # ---- what a method gives -----------------------------------------------------------------------------------
@@ -91,8 +114,9 @@ class ZOOptimizer(torch.optim.Optimizer):
 
         Args:
             closure: returns the loss of the current batch at the current weights, a scalar tensor or a number; no
-                backward. It is called a few times and must do the same each time (dropout does: torch's generators
-                are rewound).
+                backward. It is called a few times (the first step of the shadow engine calls it once more, to see
+                that all weights are read where it expects) and must do the same each time (dropout does: torch's
+                generators are rewound).
 
         Returns:
             The mean or clean loss of the evaluations, 0-dimensional, float32 or float64.
@@ -108,9 +132,14 @@ class ZOOptimizer(torch.optim.Optimizer):
         engine, state = self._prepare(), self._own
         stream, generators = state["stream"].clone(), _Generators(state["stream"].device)
 
-        def losses(c: float, probe: Probe | None = None) -> Tensor:
+        def evaluation() -> Tensor:
             generators.rewind()
-            return _scalar(engine.evaluate(closure, c, probe), stream.device)
+            if torch.is_autocast_cache_enabled():
+                torch.clear_autocast_cache()  # which knows parameters by their identity, not by their values
+            return _scalar(closure(), stream.device)
+
+        def losses(c: float, probe: Probe | None = None) -> Tensor:
+            return engine.evaluate(evaluation, c, probe)
 
         done, self._stepping = False, True
         try:
@@ -134,6 +163,7 @@ class ZOOptimizer(torch.optim.Optimizer):
             raise
         finally:
             self._stepping = False
+            self._versions = self._tensor_versions()
         return loss
 
     def _rates(self) -> tuple[Tensor, Tensor]:
@@ -182,19 +212,60 @@ class ZOOptimizer(torch.optim.Optimizer):
             for name in group.get("param_names", (f"group {i} tensor {j}" for j in range(len(group["params"]))))
         ]
 
-    def _prepare(self) -> InPlaceEngine:
+    def _prepare(self) -> Engine:
         """The engine over the tensors as they are now; they are checked without being touched."""
         state, tensors = self._own, self._tensors()
         device = tensors[0].device
         if state["stream"].device != device:  # the model has moved
-            state.update({k: v.to(device) for k, v in state.items() if isinstance(v, Tensor)})
-            self._engine = None
-        if self._engine is None:
-            space = ParamSpace(self._names(), tensors, state["seed"], state["distribution"], state["counters"])
+            state.update({k: _to(v, device) for k, v in state.items()})
+            self._engine, self._versions = None, self._tensor_versions()
+        if state["residuals"]:
+            self._reset_residuals()
+        if self._engine is None or [p.dtype for p in tensors] != self._dtypes:
+            with torch.inference_mode(False):
+                more = torch.zeros(1 + len(tensors) - len(state["counters"]), dtype=torch.int64, device=device)
+                counters, residuals = torch.cat([state["counters"], more]), state["residuals"]
+                if state["residual"]:  # of new tensors, and of those that have another dtype now
+                    new = [self._no_residual(p) for p in tensors]
+                    pairs = zip(residuals, new, strict=False)
+                    residuals = [r if r.shape == n.shape else n for r, n in pairs] + new[len(residuals) :]
+            space = ParamSpace(self._names(), tensors, state["seed"], state["distribution"], counters, residuals)
             space.update_([], torch.empty(0, len(tensors), dtype=torch.float32, device=device))
+            state["counters"], state["residuals"] = counters, residuals
             self._warn_of_small_eps(space)
-            self._engine = InPlaceEngine(space)
+            shadow = self.engine == "shadow" and self.module is not None
+            self._engine = ShadowEngine(space, self.module) if shadow else InPlaceEngine(space)  # type: ignore[arg-type]
+            self._versions, self._dtypes = self._tensor_versions(), [p.dtype for p in tensors]
         return self._engine
+
+    # ---- residuals ---------------------------------------------------------------------------------------------
+
+    def _no_residual(self, p: Tensor) -> Tensor:
+        dtype = {8: torch.int8, 16: torch.int16}[self._own["residual"]]
+        return torch.zeros(p.shape if p.dtype.itemsize == 2 else 0, dtype=dtype, device=p.device)
+
+    def _tensor_versions(self) -> list[tuple[object, ...]]:
+        return [(p.data_ptr(), p.dtype, -1 if p.is_inference() else p._version) for p in self._tensors()]
+
+    def _reset_residuals(self) -> None:
+        """Zero those of weights that somebody else has written: a loaded checkpoint, say."""
+        state, tensors, versions = self._own, self._tensors(), self._tensor_versions()
+        if self._versions is None:  # since a state was loaded: are these the weights it was saved with?
+            written = [h is not None and h != _hash(p) for p, h in zip(tensors, state["hashes"], strict=False)]
+        else:
+            written = [a != b for a, b in zip(self._versions, versions, strict=False)]
+        names = []
+        for i, (name, wrong) in enumerate(zip(self._names(), written, strict=False)):
+            if wrong:
+                names += [name] if state["residuals"][i].numel() else []
+                state["residuals"][i].zero_()
+        self._versions, state["hashes"] = versions, []
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            warnings.warn(
+                f"{', '.join(names[:3])}{more}: written since the last step; the residuals there start from 0",
+                stacklevel=4,
+            )
 
     @torch.no_grad()
     def _warn_of_small_eps(self, space: ParamSpace) -> None:
@@ -249,9 +320,30 @@ class ZOOptimizer(torch.optim.Optimizer):
         return int(self._own["skipped"])
 
     @property
-    def saturated(self) -> int:
-        """Weights that were beyond their dtype's range and were set to its largest value (waits for the device)."""
-        return int(self._own["counters"][1])
+    def saturated(self) -> dict[str, int]:
+        """By tensor, how often a weight was beyond its dtype's range and set to its largest value (waits for the device)."""
+        counts = self._own["counters"][1:].tolist()
+        return {name: n for name, n in zip(self._names(), counts, strict=True) if n}
+
+    def memory(self) -> dict[str, int]:
+        """Bytes: ``weights`` that are trained, their ``residuals``, and what the engine took beside them, at most so far."""
+        return {
+            "weights": sum(p.nbytes for p in self._tensors()),
+            "residuals": sum(r.nbytes for r in self._own["residuals"]),
+            **(self._engine.memory() if self._engine is not None else {}),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's; with residuals there are hashes of the weights they belong to. Not inside a closure."""
+        if self._stepping:
+            raise RuntimeError("state_dict: called from inside the closure, in the middle of a step")
+        own = dict(self._own)
+        if self._versions is not None:  # else it was loaded, and so were its hashes
+            self._reset_residuals()
+            pairs = zip(self._tensors(), self._own["residuals"], strict=False)
+            own = {**self._own, "hashes": [_hash(p) if r.numel() else None for p, r in pairs]}
+        state: dict[str, Any] = super().state_dict()
+        return {**state, "state": {**state["state"], _STATE: own}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's; the run continues bit for bit. ValueError if it is not a state of such an optimizer."""
@@ -264,12 +356,24 @@ class ZOOptimizer(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
         device = self._tensors()[0].device
         with torch.inference_mode(False):
-            self._own = {k: v.to(device, copy=True) if isinstance(v, Tensor) else v for k, v in self._own.items()}
-        self._engine = None
+            self._own = {k: _to(v, device, copy=True) for k, v in self._own.items()}
+        self._engine = self._versions = None
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: the engine is rebuilt."""
-        return {**super().__getstate__(), "stochastic_rounding": self.stochastic_rounding}
+        own = {name: getattr(self, name) for name in ("stochastic_rounding", "engine", "module")}
+        return {**super().__getstate__(), **own}
+
+
+def _to(x: Any, device: torch.device, copy: bool = False) -> Any:
+    """X, or the tensors of the list x, on a device."""
+    if isinstance(x, list):
+        return [_to(y, device, copy) for y in x]
+    return x.to(device, copy=copy) if isinstance(x, Tensor) else x
+
+
+def _hash(p: Tensor) -> int:
+    return zlib.crc32(p.detach().reshape(-1).view(torch.uint8).cpu().numpy())  # type: ignore[arg-type]
 
 
 def _check_options(group: dict[str, Any], eps: float, probes: int) -> None:

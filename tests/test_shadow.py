@@ -1,0 +1,460 @@
+"""The shadow engine: what the in-place engine computes, with weights that are never written to be probed."""
+
+import copy
+import os
+import signal
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from models import ARCHITECTURES, IDS, make
+from torch import nn
+
+import zo_core
+from zo_core.engines import shadow
+
+ARCHITECTURE = pytest.mark.parametrize("name", ARCHITECTURES)
+HELD = {"recurrent"}  # these read weights elsewhere, and say so
+OTHER_KERNELS = {"nested", "mamba"}  # where torch chooses other 16-bit kernels for weights that are not parameters
+
+
+def optimizer(model, engine="shadow", **options):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*(read elsewhere|less than the spacing).*")
+        return zo_core.MeZO(
+            model, **{"lr": 1e-3, "eps": 1e-2, "seed": 3, "engine": engine, "residual": None, **options}
+        )
+
+
+def bits(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def unchanged(model, before):
+    assert all(type(p) is nn.Parameter for m in model.modules() for p in m._parameters.values() if p is not None)
+    return all(torch.equal(p.view(torch.uint8), before[n].view(torch.uint8)) for n, p in model.named_parameters())
+
+
+def at(opt, loss, c, probe):
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*read elsewhere.*")
+        return opt._prepare().evaluate(loss, c, probe)
+
+
+@ARCHITECTURE
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_losses_are_those_of_perturbed_weights_and_weights_stay(name, dtype):
+    model, loss = make(name, dtype)
+    before = bits(model)
+    shadow = optimizer(model)
+    probe = shadow.draw(1)[0]
+    expected = {}
+    for c in (1e-2, -1e-2):  # in place from the same weights each time: going on from one to the other rounds
+        other, other_loss = make(name, dtype)
+        expected[c] = at(optimizer(other, "inplace"), other_loss, c, probe)
+    assert dtype != torch.float32 or expected[1e-2] != expected[-1e-2]
+    for c in (1e-2, -1e-2, 1e-2):
+        seen = at(shadow, loss, c, probe)
+        loose = name in OTHER_KERNELS and dtype != torch.float32
+        assert torch.allclose(seen, expected[c], rtol=2e-3) if loose else torch.equal(seen, expected[c])
+        assert unchanged(model, before)
+    with torch.no_grad():
+        assert torch.equal(at(shadow, loss, 0.0, None), loss())
+    assert (shadow.memory()["held"] > 0) == (name in HELD)
+
+
+@ARCHITECTURE
+def test_an_exception_at_any_module_boundary_leaves_every_bit(name):
+    model, loss = make(name, torch.bfloat16)
+    opt = optimizer(model, weight_decay=0.5)
+    before, calls, stop = bits(model), [], [None]
+
+    def hook(module, *_):
+        calls.append(module)
+        if len(calls) == stop[0]:
+            raise {0: RuntimeError, 1: KeyboardInterrupt, 2: torch.OutOfMemoryError}[len(calls) % 3]
+
+    for module in model.modules():
+        module.register_forward_pre_hook(hook)
+        module.register_forward_hook(hook)
+    probe = opt.draw(1)[0]
+    at(opt, loss, 1e-2, probe)  # the comparison of the first evaluation is behind us
+    calls.clear()
+    at(opt, loss, 1e-2, probe)
+    for stop[0] in range(1, len(calls) + 1):
+        del calls[:]
+        stream = opt.state_dict()["state"]["zo"]["stream"].clone()
+        with pytest.raises((RuntimeError, KeyboardInterrupt, torch.OutOfMemoryError)):
+            opt.step(loss)
+        assert unchanged(model, before)
+        assert torch.equal(opt.state_dict()["state"]["zo"]["stream"], stream)
+    stop[0] = None
+    opt.step(loss)
+    assert not unchanged(model, before) and opt.updates == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGALRM])
+@pytest.mark.parametrize("where", ["_perturb", "_stand_in", "restore", "update_"])
+@pytest.mark.parametrize("nth", [1, 3])
+def test_a_signal_anywhere_in_a_step_is_all_or_nothing(monkeypatch, number, where, nth):
+    class Stop(BaseException):
+        pass
+
+    def stop(*_):
+        raise Stop
+
+    (model, loss), (other, other_loss) = make("llama", torch.bfloat16), make("llama", torch.bfloat16)
+    before = bits(model)
+    opt, whole = optimizer(model), optimizer(other)
+    whole.step(other_loss)
+    engine, calls = opt._prepare(), []
+    target = engine.space if where == "update_" else engine
+    original = getattr(target, where)
+
+    def interrupted(*args, **kwargs):
+        result = original(*args, **kwargs)
+        calls.append(0)
+        if len(calls) == (1 if where == "update_" else nth):
+            os.kill(os.getpid(), number)
+        return result
+
+    monkeypatch.setattr(target, where, interrupted)
+    previous = signal.signal(number, stop)
+    try:
+        with pytest.raises(Stop):
+            opt.step(loss)
+    finally:
+        signal.signal(number, previous)
+    assert unchanged(model, bits(other) if opt.updates else before)
+
+
+def test_no_drift_in_many_probes():
+    model, loss = make("llama", torch.bfloat16)
+    before, opt = bits(model), optimizer(model, lr=0.0, probes=4, residual=None)
+    for _ in range(50):
+        opt.step(loss)
+    assert unchanged(model, before)
+
+
+@pytest.mark.parametrize("least", [0, shadow._LEAST])
+def test_scratch_is_at_most_twice_the_largest_tensors_read_together(monkeypatch, least):
+    monkeypatch.setattr(shadow, "_LEAST", least)
+    for name in ("llama", "gpt2", "mixtral"):
+        model, loss = make(name)
+        opt = optimizer(model)
+        for _ in range(3):
+            opt.step(loss)
+        largest = max(sum(p.nbytes + 64 for p in m._parameters.values() if p is not None) for m in model.modules())
+        memory = opt.memory()
+        assert 0 < memory["scratch"] <= 2 * max(largest, shadow._LEAST) and memory["held"] == 0
+        assert memory["weights"] == sum(p.nbytes for p in model.parameters())
+
+
+def test_an_embedding_perturbs_only_rows_looked_up(monkeypatch):
+    model = nn.Sequential(nn.Embedding(1000, 8), nn.Linear(8, 1))
+    opt = optimizer(model)
+    for _ in range(2):
+        opt.step(lambda: model(torch.tensor([[3, 999, 3]])).sum())
+    assert opt.memory()["scratch"] < 1000
+    with pytest.raises(IndexError, match=r"0\.weight"):
+        opt.step(lambda: model(torch.tensor([[1000]])).sum())
+
+
+def test_tensors_read_elsewhere_are_named_once():
+    model, loss = make("recurrent")
+    with pytest.warns(UserWarning, match=r"lstm\.weight_ih_l0.*read elsewhere"):
+        opt = zo_core.MeZO(model, lr=1e-3)
+    with pytest.warns(UserWarning, match=r"^head\.weight, head\.bias: read elsewhere"):
+        opt.step(loss)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        opt.step(loss)
+
+
+def test_a_metric_that_swallows_not_a_number_is_still_compared():
+    model, _ = make("recurrent")
+    opt = optimizer(model)
+
+    def metric():
+        return float(model(IDS).argmax(-1).float().mean())  # of not-a-number, 0
+
+    with pytest.warns(UserWarning, match=r"head\.weight"):
+        opt.step(metric)
+
+
+def test_a_closure_that_is_never_the_same_is_not_blamed():
+    model, loss = make("llama")
+    opt, values = optimizer(model), iter(range(1, 100))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        opt.step(lambda: loss() * next(values))
+    assert opt.memory()["held"] == 0
+
+
+def test_an_error_of_the_closure_s_own_in_the_comparison_is_raised():
+    model, loss = make("llama")
+    opt, calls = optimizer(model), []
+
+    def closure():
+        calls.append(0)
+        if len(calls) == 2:
+            raise ValueError("mine")
+        return loss()
+
+    with pytest.raises(ValueError, match="mine"):
+        opt.step(closure)
+
+
+@pytest.mark.parametrize("way", ["Module.compile", "torch.compile"])
+def test_compiled_modules_are_perturbed(way):
+    (model, loss), probe = make("nested"), torch.tensor([5])
+    expected = float(at(optimizer(model, "inplace"), loss, 1e-2, probe))
+    model, loss = make("nested")
+    used = model
+    if way == "Module.compile":
+        model.compile(backend="eager")
+    else:
+        used = torch.compile(model, backend="eager")
+    with pytest.warns(UserWarning, match="compiled"):
+        opt = zo_core.MeZO(used, lr=1e-3, eps=1e-2, seed=3)
+    before = bits(model)
+
+    def compiled():
+        return nn.functional.cross_entropy(used(IDS).flatten(0, 1).float(), IDS.flatten())
+
+    for _ in range(2):
+        assert float(at(opt, compiled, 1e-2, probe)) == pytest.approx(expected, rel=1e-5)
+        assert float(at(opt, compiled, -1e-2, probe)) != pytest.approx(expected, rel=1e-5)
+    assert unchanged(model, before)
+
+
+def test_a_compiled_function_over_the_model_is_refused():
+    model, loss = make("nested")
+    before = bits(model)
+    with pytest.raises(RuntimeError, match=r"embed\.weight is perturbed as it is read.*engine='inplace'"):
+        optimizer(model).step(torch.compile(loss, backend="eager"))
+    assert unchanged(model, before)
+
+
+def test_generate_inside_the_closure():
+    model, _ = make("llama")
+    opt, before = optimizer(model, lr=0.0), bits(model)
+    plain = model.generate(IDS[:, :4], max_new_tokens=5, do_sample=False)
+    outputs = []
+
+    def reward():
+        outputs.append(model.generate(IDS[:, :4], max_new_tokens=5, do_sample=False))
+        return float((outputs[-1] == plain).float().mean())
+
+    opt.step(reward)
+    assert unchanged(model, before) and len(outputs) >= 2
+
+
+def test_frozen_weights_are_neither_copied_nor_touched():
+    model, loss = make("llama")
+    for name, p in model.named_parameters():
+        p.requires_grad_("norm" in name)
+    before = bits(model)
+    opt = optimizer(model)
+    opt.step(loss)
+    assert opt.memory()["scratch"] < 1000
+    after = bits(model)
+    assert {n for n in before if not torch.equal(before[n], after[n])} == {n for n in before if "norm" in n}
+
+
+def test_parameters_answer_for_themselves_inside_a_closure():
+    model = nn.Sequential(nn.Linear(4, 4))
+    opt, seen = optimizer(model), []
+
+    def closure():
+        w = model[0].weight
+        assert isinstance(w, nn.Parameter) and w.requires_grad and w.is_leaf and w.shape == (4, 4) and len(w) == 4
+        assert next(model.parameters()).device.type == "cpu" and model[0].weight.dtype == torch.float32
+        assert sum(p.numel() for p in model.parameters()) == 20
+        addresses = {w.data_ptr(), model[0].bias.data_ptr()}
+        assert len(addresses) == 2
+        kept.append(w)
+        seen.append(w.clone())
+        return w.square().sum()
+
+    kept = []
+    opt.step(closure)
+    assert not torch.equal(seen[0], seen[-1])
+    assert torch.equal(kept[0].clone(), model[0].weight)  # after the step it is the parameter
+
+
+def test_writing_a_weight_in_the_closure_is_refused():
+    model = nn.Sequential(nn.Linear(4, 4))
+    before = bits(model)
+    for write in (
+        lambda w: w.zero_(), lambda w: w.__setitem__(0, 1.0), lambda w: torch.add(w, 1, out=w), lambda w: nn.init.ones_(w),
+    ):  # fmt: skip
+        with pytest.raises(RuntimeError, match=r"writes 0\.weight during an evaluation"):
+            optimizer(model).step(lambda write=write: (write(model[0].weight), 1.0)[1])
+    assert unchanged(model, before)
+
+
+def test_inference_mode_and_autocast_inside_the_closure():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1))
+    x, probe = torch.randn(5, 8), torch.tensor([2])
+
+    def loss():
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            return model(x).float().square().mean()
+
+    expected = at(optimizer(copy.deepcopy(model), "shadow"), loss, 0.0, probe)
+    other = copy.deepcopy(model)
+    opt = optimizer(other, "inplace")
+    opt._prepare()._move((probe, 1e-2))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = other(x).float().square().mean()
+    opt = optimizer(model)
+    assert torch.equal(at(opt, loss, 1e-2, probe), expected)
+    assert opt.memory()["scratch"] <= 2 * (8 * 8 * 2 + 8 * 2 + 128)  # made in bfloat16 at once
+
+
+def test_the_engine_must_be_known_and_have_a_module():
+    model, loss = make("llama")
+    with pytest.raises(ValueError, match="engine"):
+        zo_core.MeZO(model, lr=1e-3, engine="magic")
+    with pytest.raises(ValueError, match="module="):
+        zo_core.MeZO(model.parameters(), lr=1e-3, engine="shadow")
+    groups = [{"params": list(model.parameters())}]
+    assert zo_core.MeZO(groups, lr=1e-3).engine == "inplace"
+    before = bits(model)
+    opt = zo_core.MeZO(groups, lr=0.0, module=model)
+    opt.step(loss)
+    assert opt.engine == "shadow" and unchanged(model, before)
+
+
+class Keeps(nn.Module):
+    """Keeps references to weights in the ways that a module can."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.a, self.bn = nn.Linear(16, 16), nn.BatchNorm1d(16)
+        self.kept = {"dict": {"x": [self.a.weight]}, "view": self.a.weight.t(), "detached": self.a.weight.detach()}.get(
+            how
+        )
+        if how == "frozen tie":
+            self.b = nn.Linear(16, 16)
+            self.b.weight = nn.Parameter(self.a.weight.data, requires_grad=False)
+        if how == "closure":
+            weight = self.a.weight
+            self.read = lambda: weight
+        self.how = how
+
+    def forward(self, x):
+        w = {"dict": lambda: self.kept["x"][0], "view": lambda: self.kept.t(), "detached": lambda: self.kept,
+             "frozen tie": lambda: self.b.weight, "closure": lambda: self.read()}[self.how]()  # fmt: skip
+        return self.bn(self.a(x) + nn.functional.linear(x, w))
+
+
+@pytest.mark.parametrize("how", ["dict", "view", "detached", "frozen tie", "closure"])
+def test_weights_that_are_kept_elsewhere_are_perturbed_there_too(how):
+    with torch.random.fork_rng():
+        torch.random.default_generator.manual_seed(0)
+        model, x = Keeps(how), torch.randn(8, 16)
+    twin = Keeps(how)
+    twin.load_state_dict(model.state_dict())
+    opt, other, before, probe = optimizer(model), optimizer(twin, "inplace"), bits(model), torch.tensor([4])
+    for c in (1e-2, -1e-2):
+        expected = at(other, lambda: (twin(x) - 1).square().mean(), c, probe)
+        assert torch.allclose(at(opt, lambda: (model(x) - 1).square().mean(), c, probe), expected, rtol=1e-5)
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    assert opt.memory()["held"] > 0 and model.bn.running_mean.isfinite().all()
+
+
+def test_a_flat_metric_is_compared_again_when_it_moves():
+    model, _ = make("recurrent")
+    opt = optimizer(model)
+    for _ in range(2):
+        opt.step(lambda: 0.0)
+    with pytest.warns(UserWarning, match=r"head\.weight"):
+        opt.step(lambda: model(IDS).square().mean())
+
+
+def test_modules_in_threads():
+    model = nn.ModuleList([nn.Linear(64, 64) for _ in range(8)])
+    x, opt, probe = torch.randn(4, 64), optimizer(model), torch.tensor([1])
+    with ThreadPoolExecutor(8) as pool:
+
+        def loss():
+            with torch.no_grad():
+                return sum(pool.map(lambda layer: torch.no_grad()(layer)(x).square().mean(), model))
+
+        results = [at(opt, loss, 1e-2, probe) for _ in range(40)]
+    assert all(torch.equal(r, results[0]) for r in results)
+
+
+def test_parameters_keep_their_attributes_and_subclasses_are_held():
+    class Scaled(nn.Parameter):
+        pass
+
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[0].weight.scale = 3.0
+    model[1].weight = Scaled(model[1].weight.detach().clone())
+    opt, seen = optimizer(model), []
+    opt.step(lambda: (seen.append((model[0].weight.scale, type(model[1].weight))), model(torch.ones(2, 4)).sum())[1])
+    assert set(seen) == {(3.0, Scaled)}
+
+
+def test_other_tensor_subclasses_have_their_say():
+    class Doubled(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            with torch._C.DisableTorchFunctionSubclass():
+                return 2 * func(*args, **(kwargs or {}))
+
+    model, x = nn.Linear(3, 3), torch.ones(3, 3).as_subclass(Doubled)
+    opt, seen = optimizer(model, lr=0.0, eps=1e-6), []
+    opt.step(lambda: (seen.append(float((model.weight * x).sum())), 1.0)[1])
+    assert seen[0] == pytest.approx(float((model.weight * x).sum()), abs=1e-3)
+
+
+def test_a_parameter_that_is_tied_inside_a_closure_is_a_parameter_afterwards():
+    model = nn.Sequential(nn.Linear(4, 4))
+
+    def closure():
+        if len(model) == 1:
+            model.append(nn.Linear(4, 4))
+            model[1].weight = model[0].weight
+        return model(torch.ones(2, 4)).sum()
+
+    opt = optimizer(model)
+    opt.step(closure)
+    assert model[1].weight is model[0].weight and type(model[1].weight) is nn.Parameter
+
+
+def test_a_replaced_parameter_is_named():
+    model = nn.Sequential(nn.Linear(4, 4))
+    opt = optimizer(model)
+    opt.step(lambda: model(torch.ones(2, 4)).sum())
+    model[0].weight = nn.Parameter(torch.zeros(4, 4))
+    with pytest.warns(UserWarning, match=r"0\.weight: no longer a parameter"):
+        opt.step(lambda: model(torch.ones(2, 4)).sum())
+
+
+def test_autocast_around_the_step_sees_each_probe():
+    for engine in ("shadow", "inplace"):
+        model, x = nn.Sequential(nn.LSTM(8, 8), nn.Linear(8, 1)), torch.randn(5, 8)
+        opt, seen = optimizer(model, engine), []
+        with torch.autocast("cpu", torch.bfloat16):
+            opt.step(lambda: (seen.append(float(model[1](model[0](x)[0]).float().square().mean())), seen[-1])[1])  # noqa: B023
+        assert seen[0] != seen[-1]
+
+
+def test_what_cannot_be_served_says_so():
+    model, x = nn.Sequential(nn.Embedding(9, 4, max_norm=1.0), nn.Linear(4, 1)), torch.tensor([1])
+    with pytest.raises(RuntimeError, match=r"embedding writes 0\.weight"):
+        optimizer(model).step(lambda: model(x).sum())
+    model = nn.Sequential(nn.Linear(4, 1))
+    with pytest.raises(RuntimeError, match="torch.func.*engine='inplace'"):
+        optimizer(model).step(lambda: torch.func.grad(lambda v: model(v).sum())(torch.ones(4)).sum())
+    with pytest.raises(RuntimeError, match=r"wrote one of 0\.weight"):
+        optimizer(model).step(lambda: (model[0].weight.detach().mul_(2), 1.0)[1])
+    opt = optimizer(model)
+    with pytest.raises(RuntimeError, match="state_dict"):
+        opt.step(lambda: (opt.state_dict(), 1.0)[1])
+    assert all(type(p) is nn.Parameter for p in model.parameters())

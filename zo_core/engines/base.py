@@ -1,0 +1,55 @@
+"""What an optimizer asks of an engine, and what engines share."""
+
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Protocol
+
+from torch import Tensor
+
+from ..space import ParamSpace, Probe
+
+_SIGNALS = tuple(map(int, signal.valid_signals()))
+
+
+class Engine(Protocol):
+    """How a perturbation reaches a forward pass."""
+
+    space: ParamSpace
+
+    def evaluate(self, closure: Callable[[], Tensor], c: float, probe: Probe | None) -> Tensor:
+        """The closure's result at theta + c z(probe); at theta without a probe."""
+        ...
+
+    def update(self, probes: Sequence[Probe], coeffs: Tensor, decay: Tensor, update: Tensor | None) -> None:
+        """Theta <- (1 - decay) theta + sum_k coeffs[k] z_k; arguments as in ``ParamSpace.update_``."""
+        ...
+
+    def restore(self) -> None:
+        """Go back to theta, wherever an evaluation was left."""
+        ...
+
+    def memory(self) -> dict[str, int]:
+        """Bytes that this engine holds beside the weights, the most so far."""
+        ...
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Hold back Ctrl-C and all signals that Python code handles: weights and what is known of them change together."""
+    if threading.current_thread() is not threading.main_thread():  # which runs all handlers
+        yield
+        return
+    handlers = {number: h for number in _SIGNALS if callable(h := signal.getsignal(number))}
+    arrived: list[tuple[int, FrameType | None]] = []
+    for number in handlers:
+        signal.signal(number, lambda *args: arrived.append(args))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number, frame in arrived:
+            handlers[number](number, frame)

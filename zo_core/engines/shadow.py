@@ -1,0 +1,477 @@
+"""Probes that never touch the weights: a parameter that is read during an evaluation answers with a perturbed copy.
+
+While a closure runs, a stand-in has each trainable tensor's place in its modules. A torch function that is given
+stand-ins gets theta + c z, made at that moment in scratch memory, and the parameters stay as they are: nothing to
+restore, whatever happens. An embedding gets only the rows it looks up.
+"""
+
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..space import ParamSpace, Probe
+from .base import uninterrupted
+
+_PROPERTIES = set(
+    "shape dtype device layout ndim requires_grad is_leaf grad grad_fn names nbytes itemsize retains_grad output_nr "
+    "_version is_cpu is_cuda is_mps is_xpu is_meta is_nested is_sparse is_quantized is_mkldnn _backward_hooks".split()
+)
+_METHODS = set(
+    "requires_grad_ size dim ndimension numel nelement element_size stride storage_offset is_contiguous is_floating_point is_complex "
+    "is_signed is_inference get_device __len__ __hash__ is_same_size has_names is_conj is_neg".split()
+)
+_ADDRESSES = {"data_ptr", "untyped_storage", "storage", "numpy", "__array__", "__dlpack__", "_typed_storage"}
+_MUTATORS = {"__setitem__", *(f"__i{op}__" for op in "add sub mul truediv floordiv mod pow and or xor".split())}
+_AUTOCAST = {functional.linear, torch.matmul, torch.mm, torch.bmm, torch.addmm}  # autocast casts all they are given
+_ALIGNMENT = 64
+_AHEAD = 32 << 20  # bytes of copies made in one pass: few calls, and what a last-level cache holds
+_LEAST = 256 << 10  # bytes of scratch that are worth a shorter step, however small the layers
+_CHECKS = 64  # evaluations, at most, that finding tensors read outside their modules may take
+_FLAT = 8  # times that the comparison is made again while the closure's result does not change
+_OUTSIDE = "weights change in opt.step only: write them outside it, or use engine='inplace'"
+_PATTERN = 0x3C  # of bytes: 0.0115 in float32 and bfloat16, 1.06 in float16
+
+
+class StandIn(Tensor):
+    """In place of a parameter: its values are those of theta + c z, all else is the parameter's."""
+
+    _engine: "ShadowEngine"
+    _number: int
+    _parameter: Tensor
+    _is_param = True  # isinstance(x, nn.Parameter)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Call func with what the stand-ins stand for."""
+        stands, nested = [], bool(kwargs)
+        for a in args:
+            if type(a) is cls:
+                stands.append(a)
+            elif type(a) in (tuple, list):
+                nested = True
+        if nested or not stands:
+            stands, nested = [], True
+            _map((args, kwargs), lambda s: stands.append(s))
+        engine, name = stands[0]._engine, getattr(func, "__name__", "")
+        if name in ("__get__", "__set__"):
+            about = func.__self__.__name__ in _PROPERTIES  # type: ignore[attr-defined]
+        else:
+            about = name in _METHODS
+        if about or not engine.evaluating:
+            args, kwargs = _map((args, kwargs), lambda s: s._parameter)
+        elif (rows := engine.call(func, name, stands, args, kwargs or {})) is not None:
+            return rows
+        else:
+            dtype = torch.get_autocast_dtype(engine.device.type) if _casts(func, engine) else None
+            copies = engine.read(stands, dtype, keep=name in _ADDRESSES)
+            if nested:
+                args, kwargs = _map((args, kwargs), lambda s: copies[s._number])
+            else:
+                args = tuple([copies[a._number] if type(a) is cls else a for a in args])
+        return func(*args, **(kwargs or {}))
+
+
+def _map(x: Any, f: Callable[[StandIn], Any]) -> Any:
+    """X with f of each stand-in inside lists, tuples and dicts."""
+    if isinstance(x, StandIn):
+        return f(x)
+    if isinstance(x, tuple | list):
+        items = [_map(y, f) for y in x]
+        return type(x)(*items) if hasattr(x, "_fields") else tuple(items) if isinstance(x, tuple) else items
+    return {k: _map(v, f) for k, v in x.items()} if type(x) is dict else x
+
+
+def _mutates(name: str) -> bool:
+    return name == "__set__" or name in _MUTATORS or (name.endswith("_") and not name.endswith("__"))
+
+
+def _casts(func: Callable[..., Any], engine: "ShadowEngine") -> bool:
+    return func in _AUTOCAST and torch.is_autocast_enabled(engine.device.type)
+
+
+_Key = tuple[int, torch.dtype]  # a tensor's number, and the dtype its copy has
+
+
+class _Slot:
+    """Scratch memory that is handed out in tensors; free again when none of them, nor a view of one, is alive."""
+
+    def __init__(self, nbytes: int, device: torch.device) -> None:
+        with torch.inference_mode(False):
+            self.bytes = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        self._storage = self.bytes.untyped_storage()._cdata
+        self.layouts: dict[tuple[_Key, ...], dict[_Key, Tensor]] = {}
+        self.content: dict[_Key, Tensor] = {}  # one of the layouts, when it has been written
+        self.version = 0  # of the memory, when it had been written
+        self._own = self._users()
+
+    def _users(self) -> int:
+        return int(torch._C._storage_Use_Count(self._storage))
+
+    def free(self) -> bool:
+        return self._users() == self._own
+
+    def view(self, at: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """A tensor from byte ``at`` on."""
+        return self.bytes[at : at + shape.numel() * dtype.itemsize].view(dtype).view(shape).detach()
+
+    def layout(self, keys: tuple[_Key, ...], shapes: Sequence[torch.Size]) -> dict[_Key, Tensor]:
+        """Tensors for these keys, one after the other; made when they are first asked for."""
+        if (found := self.layouts.get(keys)) is None:
+            found, at, others = {}, 0, self._users() - self._own
+            for key, shape in zip(keys, shapes, strict=True):
+                found[key] = self.view(at, shape, key[1])
+                at += _aligned(shape.numel() * key[1].itemsize)
+            if len(self.layouts) >= 2 * len(shapes) + 1024:
+                self.layouts.clear()  # no order of reading repeats
+            self.layouts[keys] = found
+            self._own = self._users() - others
+        return found
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+
+
+class ShadowEngine:
+    """Evaluates at theta + c z without writing theta: bit-identical weights after any number of probes.
+
+    Copies live in two scratch buffers, each as large as the largest tensors that one torch function was given
+    (``memory``). At the first evaluation the closure is called once more, with other numbers where the parameters are: a
+    tensor whose change shows is read past its stand-in. It is perturbed in place instead, for the whole of each
+    evaluation, and put back from a copy; a warning names it.
+    """
+
+    def __init__(self, space: ParamSpace, module: nn.Module) -> None:
+        self.space, self.module = space, module
+        self.device = space.counters.device
+        self._lock = threading.RLock()  # modules may run in threads of their own
+        self._kept: list[Tensor] = []  # copies whose address was asked for
+        self._slots: list[_Slot] = []  # least recently used first
+        with torch.inference_mode(False):
+            self._uncounted = torch.zeros_like(space.counters)  # a probe that saturates harms no weight
+        self._next: dict[_Key, _Key] = {}  # what was read after what
+        self._last: _Key | None = None
+        self._largest = 0  # bytes that one function needed
+        self._held: dict[int, Tensor] = {}  # tensors that are perturbed in place, and their values
+        self._absent: set[int] = set()  # tensors that the module no longer has
+        self._peak = 0
+        self._checks = _FLAT  # comparisons that may still be made
+        self._flat: Tensor | None = None  # the result that did not change
+        self._sources: list[Tensor] = []  # the weights during an evaluation
+        self._places: list[dict[str, Any]] = []  # the modules' parameters, where stand-ins are
+        self._written = False  # held tensors are perturbed
+        self._probe: Probe | None = None
+        self._coeffs = space.full(0.0)
+        self._hold(_out_of_reach(module, space.tensors))
+
+    # ---- the engine --------------------------------------------------------------------------------------------
+
+    def evaluate(self, closure: Callable[[], Tensor], c: float, probe: Probe | None) -> Tensor:
+        """The closure's result at theta + c z(probe); at theta without a probe."""
+        if probe is None or c == 0:
+            return closure()
+        result = self._run(closure, c, probe)
+        if self._checks and self._reads_elsewhere(closure, c, probe, result):
+            result = self._run(closure, c, probe)
+        return result
+
+    def update(self, probes: Sequence[Probe], coeffs: Tensor, decay: Tensor, update: Tensor | None) -> None:
+        """Theta <- (1 - decay) theta + sum_k coeffs[k] z_k in one pass; arguments as in ``ParamSpace.update_``."""
+        with uninterrupted():
+            self.space.update_(probes, coeffs, decay, update)
+
+    @property
+    def evaluating(self) -> bool:
+        """Whether theta + c z is what parameters answer with."""
+        return self._probe is not None
+
+    def restore(self) -> None:
+        """Put the parameters back in their places, and what was perturbed in place back to its value."""
+        if not self._sources:
+            return
+        for p, source in zip(self.space.tensors, self._sources, strict=True):
+            if p.data_ptr() != source.data_ptr():
+                p.data = source
+        for i, value in self._held.items() if self._written else ():
+            self._sources[i].copy_(value)
+        for parameters in (*(m._parameters for m in self.module.modules()), *self._places):
+            for name, p in parameters.items():
+                if type(p) is StandIn:
+                    parameters[name] = p._parameter  # type: ignore[unreachable]
+        self._places, self._sources, self._probe, self._kept, self._written = [], [], None, [], False
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of scratch, the most so far, and of the copies of tensors that are read outside their modules."""
+        return {"scratch": self._peak, "held": sum(t.nbytes for t in self._held.values())}
+
+    # ---- one evaluation ----------------------------------------------------------------------------------------
+
+    def _run(self, closure: Callable[[], Tensor], c: float, probe: Probe, changed: Sequence[int] = ()) -> Tensor:
+        with self._standing_in(c, probe, changed):
+            result = closure()
+            for slot in self._slots:
+                if slot.content and slot.bytes._version != slot.version:
+                    names = ", ".join(self.space.names[i] for i, _ in slot.content)
+                    raise RuntimeError(f"closure: it wrote one of {names} during an evaluation; {_OUTSIDE}")
+            return result
+
+    @contextmanager
+    def _standing_in(self, c: float, probe: Probe, changed: Sequence[int]) -> Iterator[None]:
+        """The parameters' places taken for theta + c z; ``changed`` ones hold other numbers themselves."""
+        tensors = self.space.tensors
+        for slot in self._slots:
+            slot.content = {}
+        self._last = None
+        try:
+            with uninterrupted():
+                self._sources = [p.data for p in tensors]
+                self._probe, self._coeffs = probe, self.space.full(c)
+                if self._held:
+                    which = list(self._held)
+                    for i in which:
+                        self._held[i].copy_(self._sources[i])
+                    self._written = True
+                    self._perturb(which, list(self._held.values()), [self._sources[i] for i in which])
+                for i, t in self._others(changed).items():
+                    tensors[i].data = t
+                stands = {id(p): self._stand_in(i) for i, p in enumerate(tensors) if i not in self._held}
+                placed = set(self._held)
+                for module in self.module.modules():
+                    parameters: dict[str, Any] = module._parameters
+                    for name, p in parameters.items():
+                        if (stand := stands.get(id(p))) is not None:
+                            parameters[name] = stand
+                            self._places.append(parameters)
+                            placed.add(stand._number)
+                if len(placed) < len(tensors):
+                    self._say_absent(set(range(len(tensors))) - placed)
+            yield
+        finally:
+            with uninterrupted():
+                self.restore()
+
+    def _say_absent(self, absent: set[int]) -> None:
+        if absent := absent - self._absent:
+            self._absent |= absent
+            warnings.warn(
+                f"{', '.join(self.space.names[i] for i in sorted(absent)[:5])}: no longer a parameter of the module, so that "
+                "probes do not reach it; if it was replaced, make a new optimizer",
+                stacklevel=2,
+            )
+
+    def _stand_in(self, i: int) -> StandIn:
+        p = self.space.tensors[i]
+        stand = Tensor._make_subclass(StandIn, p.data, p.requires_grad and not p.is_inference())
+        stand.__dict__.update(p.__dict__)
+        stand._engine, stand._number, stand._parameter = self, i, p
+        return stand
+
+    def _perturb(self, which: Sequence[int], sources: list[Tensor], out: list[Tensor]) -> None:
+        """Write theta + c z of these tensors."""
+        assert self._probe is not None
+        n = len(which)
+        self.space.perturb(which, sources, out, self._probe, self._coeffs[:, :n], self._uncounted[: 1 + n])
+
+    def call(
+        self, func: Callable[..., Any], name: str, stands: list[StandIn], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor | None:
+        """Refuse a call that cannot be served; an embedding's rows; None for what copies serve."""
+        parameter = self.space.names[stands[0]._number]
+        if torch.compiler.is_compiling():
+            raise RuntimeError(
+                f"{parameter} is perturbed as it is read, which a compiled function cannot see: compile the module before "
+                "it is given to the optimizer, or use engine='inplace'"
+            )
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            raise RuntimeError(f"{parameter} is read under a transform of torch.func: use engine='inplace'")
+        written = args[:1] if _mutates(name) else kwargs.get("out")
+        if func is functional.embedding and isinstance(args[1], StandIn):
+            if kwargs.get("max_norm") is not None:
+                written = args[1]
+            elif args[0].numel() < args[1]._parameter.shape[0]:
+                return self.read_rows(args[1], args[0])
+        found: list[StandIn] = []
+        _map(written, lambda s: found.append(s))
+        if found:
+            raise RuntimeError(
+                f"closure: {name} writes {self.space.names[found[0]._number]} during an evaluation; {_OUTSIDE}"
+            )
+        return None
+
+    def read(
+        self, stands: Sequence[StandIn], dtype: torch.dtype | None = None, keep: bool = False
+    ) -> dict[int, Tensor]:
+        """Perturbed copies by number, in their own dtype or this one; kept until the evaluation ends, if asked."""
+        keys = [(s._number, dtype or s._parameter.dtype) for s in stands]
+        with self._lock:
+            for key in keys:
+                if self._last is not None and self._last != key:
+                    self._next[self._last] = key
+                self._last = key
+            for slot in self._slots:
+                if keys[0] in slot.content and all(k in slot.content for k in keys):
+                    break
+            else:
+                slot = self._fill(keys)
+            if slot in self._slots and slot is not self._slots[-1]:  # the one used last is the last to be taken again
+                self._slots.append(self._slots.pop(0))
+            # Leaves with requires_grad, and no views: matmul then folds a batch into rows, as it does for parameters.
+            copies = {k[0]: slot.content[k].detach().requires_grad_() for k in keys}
+            self._kept += copies.values() if keep else ()
+            return copies
+
+    def _fill(self, keys: list[_Key]) -> _Slot:
+        """Make copies, and those of what was read next the last time while there is room: fewer, longer passes."""
+        wanted = dict.fromkeys(keys)
+        end = sum(map(self._bytes, wanted))
+        self._largest = max(self._largest, end)
+        room, following = max(_LEAST, min(_AHEAD, self._largest)), self._next.get(keys[-1])
+        while following and following not in wanted and (end := end + self._bytes(following)) <= room:
+            wanted[following] = None
+            following = self._next.get(following)
+        layout, shapes = tuple(wanted), [self._sources[i].shape for i, _ in wanted]
+        slot = self._slot(sum(map(self._bytes, layout)))
+        slot.content, copies = {}, slot.layout(layout, shapes)
+        self._perturb([i for i, _ in layout], [self._sources[i] for i, _ in layout], list(copies.values()))
+        slot.content, slot.version = copies, slot.bytes._version
+        return slot
+
+    def _bytes(self, key: _Key) -> int:
+        return _aligned(self._sources[key[0]].numel() * key[1].itemsize)
+
+    def read_rows(self, stand: StandIn, index: Tensor) -> Tensor:
+        """Perturbed rows of a matrix, in the shape that an embedding returns."""
+        assert self._probe is not None
+        source, rows = self._sources[stand._number], index.reshape(-1).to(torch.int64)
+        inside = ((rows >= 0) & (rows < source.shape[0])).all()
+        if rows.is_cuda:
+            torch._assert_async(inside)  # no wait for the device, as torch's own check
+        elif not inside:
+            raise IndexError(f"embedding: index out of range in {self.space.names[stand._number]}")
+        out = torch.empty(rows.numel(), source.shape[1], dtype=source.dtype, device=source.device)
+        counters = self._uncounted[:2]
+        self.space.perturb_rows(stand._number, source, rows, out, self._probe, self._coeffs[:, :1], counters)
+        return out.view(*index.shape, -1)
+
+    def _slot(self, nbytes: int) -> _Slot:
+        """Scratch of this size: the one of the two buffers that was free longest, else memory of its own."""
+        free = next((s for s in self._slots if s.free()), None) if len(self._slots) == 2 else None
+        if free is not None and free.bytes.nbytes >= nbytes:
+            return free
+        if free is not None:
+            self._slots.remove(free)
+            del free  # before there is a larger one
+        slot = _Slot(nbytes, self.device)
+        self._peak = max(self._peak, sum(s.bytes.nbytes for s in (*self._slots, slot)))
+        if len(self._slots) < 2:
+            self._slots.insert(0, slot)
+        return slot
+
+    # ---- tensors that are read elsewhere -----------------------------------------------------------------------
+
+    def _hold(self, which: Sequence[int]) -> None:
+        if which:
+            with torch.inference_mode(False):
+                self._held |= {i: torch.empty_like(self.space.tensors[i].data) for i in which}
+            names = [self.space.names[i] for i in which]
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            size = sum(self._held[i].nbytes for i in which)
+            warnings.warn(
+                f"{', '.join(names[:5])}{more}: read elsewhere than as attributes of their modules (compiled or scripted "
+                "code, another object that keeps them). They are perturbed in place and put back from a copy, "
+                f"{size / 2**20:.1f} MiB",
+                stacklevel=2,
+            )
+
+    def _others(self, which: Sequence[int]) -> dict[int, Tensor]:
+        """Other numbers in the shape of these tensors, for the time of an evaluation."""
+        slot = max((s for s in self._slots if s.free()), key=lambda s: s.bytes.nbytes, default=None)
+        if slot is not None and which:
+            slot.bytes.fill_(_PATTERN)
+        out = {}
+        for i in which:
+            source = self._sources[i]
+            if slot is not None and source.nbytes <= slot.bytes.nbytes:
+                out[i] = slot.view(0, source.shape, source.dtype)
+            else:  # larger than anything that was read as a whole
+                out[i] = torch.full((), 0.0115, dtype=source.dtype, device=source.device).expand(source.shape)
+        return out
+
+    def _reads_elsewhere(self, closure: Callable[[], Tensor], c: float, probe: Probe, result: Tensor) -> bool:
+        """Whether tensors were found that the closure reads past the stand-ins; they are held from now on."""
+        if self._flat is not None and result != self._flat:  # the closure tells probes apart
+            self._checks = min(self._checks, 0 if self._checks == _FLAT - 1 else 1)  # at last: compare once more
+        if not self._checks or not result.isfinite():
+            return False
+        self._checks, self._flat = self._checks - 1, result
+        noise: Tensor | None = None  # of a closure that is not the same each time
+
+        def shows(which: Sequence[int]) -> bool:
+            nonlocal noise
+            try:
+                seen = self._run(closure, c, probe, which)
+            except Exception as error:
+                error.add_note(
+                    "zo_core: raised while the shadow engine looked for weights that are read past it, by calling the "
+                    "closure with other numbers there; engine='inplace' does without"
+                )
+                raise
+            if torch.equal(seen, result):
+                return False
+            if noise is None:
+                noise = (self._run(closure, c, probe) - result).abs()
+            return not bool((seen - result).abs() <= 10 * noise)
+
+        found: list[int] = []
+        groups = [[i for i in range(len(self.space.tensors)) if i not in self._held]]
+        for _ in range(_CHECKS):
+            if not groups:
+                break
+            group = groups.pop(0)
+            if group and shows(group):
+                half = len(group) // 2
+                groups += [group[:half], group[half:]] if half else []
+                found += [] if half else group
+        found = sorted({*found, *(i for group in groups for i in group)})  # what was not looked at is not trusted
+        self._hold(found)
+        return bool(found)
+
+
+def _out_of_reach(module: nn.Module, tensors: Sequence[Tensor]) -> list[int]:
+    """Numbers of the tensors that stand-ins in their modules cannot reach, as far as the structure shows."""
+    numbers = {id(p): i for i, p in enumerate(tensors)}
+    memory: dict[int, list[int]] = {}
+    for i, p in enumerate(tensors):
+        if p.numel() and not p.is_meta:
+            memory.setdefault(p.untyped_storage().data_ptr(), []).append(i)
+    inside: set[int] = set()
+    out = {i for i, p in enumerate(tensors) if type(p) not in (nn.Parameter, Tensor)}
+    for m in module.modules():
+        inside |= {numbers[id(p)] for p in m._parameters.values() if id(p) in numbers}
+        frozen = [p for p in m._parameters.values() if p is not None and id(p) not in numbers]
+        others = [v for k, v in vars(m).items() if k not in ("_parameters", "_modules", "_buffers")]
+        for t in (*frozen, *m._buffers.values(), *_tensors(others)):
+            if id(t) in numbers:  # lists such as an LSTM's _flat_weights
+                out.add(numbers[id(t)])
+            elif isinstance(t, Tensor) and t.layout is torch.strided and not t.is_meta:
+                out |= set(memory.get(t.untyped_storage().data_ptr(), ()))  # a view of a weight, say
+        if "_orig_mod" in m._modules or m._compiled_call_impl or isinstance(m, torch.jit.ScriptModule):
+            out |= {numbers[id(p)] for p in m.parameters() if id(p) in numbers}
+    return sorted(out | (set(numbers.values()) - inside))
+
+
+def _tensors(x: Any, depth: int = 4) -> Iterator[Tensor]:
+    """Tensors in nested lists, tuples and dicts."""
+    if isinstance(x, Tensor):
+        yield x
+    elif depth and isinstance(x, list | tuple | set | dict):
+        for y in x.values() if isinstance(x, dict) else x:
+            yield from _tensors(y, depth - 1)
