@@ -41,6 +41,7 @@ format: setup  ## rewrite to the style
 bench: setup  ## passes and whole steps against the published way, as JSON in bench/results
 	$(BIN)/python -m bench.passes --json bench/results/passes.json
 	$(BIN)/python -m bench.step --json bench/results/step.json
+	$(BIN)/python -m bench.step --autocast --json bench/results/step_autocast.json
 
 clean:  ## remove what make made, but not runs
 	rm -rf $(VENV) build dist *.egg-info bindings/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -19,12 +19,14 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 RED, NO_GPU = 1, 3
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = ((16, 32), (16, 64), (4, 256), (16, 256))  # batch x length of the whole steps
+ENGINES = ("shadow", "inplace")
 STEP_MODELS = ("OPT-1.3B", "Llama-3-8B", "OPT-13B")
 
 
@@ -144,7 +146,7 @@ def gate(bench: Bench) -> bool:
         backend.run_pass(
             tensors, tensors, [], list(range(len(tensors))), options.pop("offsets", []), torch.arange(k, device=d), coeffs,
             seed=cases.SEED, distribution=distribution,
-            counters=options.pop("counters", torch.zeros(2, dtype=torch.int64, device=d)), **options,
+            counters=options.pop("counters", torch.zeros(1 + len(tensors), dtype=torch.int64, device=d)), **options,
         )  # fmt: skip
 
     for case in cases.CASES[:: 9 if bench.smoke else 1]:
@@ -193,12 +195,14 @@ def gate(bench: Bench) -> bool:
     def graph() -> None:
         stale = [torch.zeros(m, device=d, dtype=torch.bfloat16) for m in (n, 3, 1024)]
         fresh = [t.clone() for t in stale]
-        counters, update = torch.zeros(2, dtype=torch.int64, device=d), torch.tensor([4], device=d)
+        stale += [torch.zeros_like(t, dtype=torch.int8) for t in stale]  # their residuals
+        fresh += [t.clone() for t in stale[3:]]
+        counters, update = torch.zeros(4, dtype=torch.int64, device=d), torch.tensor([4], device=d)
         streams, coeffs = torch.tensor([1], device=d), torch.full((1, 3), 0.01, device=d)
 
         def work(tensors: list[Any]) -> None:
-            backend.run_pass(tensors, tensors, [], [0, 1, 2], [], streams, coeffs, seed=1, distribution="gaussian",
-                             counters=counters, update=update)  # fmt: skip
+            backend.run_pass(tensors[:3], tensors[:3], [], [0, 1, 2], [], streams, coeffs, seed=1, distribution="gaussian",
+                             counters=counters, update=update, residuals=tensors[3:])  # fmt: skip
 
         work(stale)
         captured = torch.cuda.CUDAGraph()
@@ -213,17 +217,47 @@ def gate(bench: Bench) -> bool:
             work(fresh)
         assert all(torch.equal(a, b) for a, b in zip(stale, fresh, strict=True)), "a replayed graph differs"
 
-    def rows() -> None:
+    def rows(bits: int) -> None:
         src = torch.randn(50, 4096 if not bench.smoke else 130, device=d).bfloat16()
+        rest = (
+            torch.randint(-(1 << (bits - 1)), 1 << (bits - 1), src.shape, device=d).to(getattr(torch, f"int{bits}"))
+            if bits
+            else None
+        )
         names = torch.tensor([3, 49, 0, 3], device=d)
         dst = src[names].clone()
-        key = {"seed": 5, "distribution": "gaussian", "counters": torch.zeros(2, dtype=torch.int64, device=d)}
+        key = {
+            "seed": 5,
+            "distribution": "gaussian",
+            "counters": torch.zeros(2, dtype=torch.int64, device=d),
+            "residual": rest,
+        }
         args = 7, 0, torch.tensor([2], device=d), torch.full((1, 1), 0.1, device=d)
         backend.run_rows(src, names, dst, *args, **key)
         expected = torch.empty_like(dst)
         reference.run_rows(src, names, expected, *args, **key)
         assert ((dst - expected).float().abs() <= 2.0**-7 * expected.float().abs() + 1e-6).all()
         assert (dst != expected).float().mean() <= 0.02
+
+    def encoding(dtype: Any, bits: int, update: bool) -> None:
+        """Every 16-bit weight with residuals of all kinds, also those that no pass makes, and values of all magnitudes."""
+        residual = getattr(torch, f"int{bits}")
+        ends = [-(1 << (bits - 1)), -1, 0, 1, (1 << (bits - 1)) - 1]
+        weights = torch.arange(-(1 << 15), 1 << 15, device=d).to(torch.int16).view(dtype).repeat(len(ends))
+        rests = torch.tensor(ends, device=d).to(residual).repeat_interleave(1 << 16)
+        streams, counters = torch.empty(0, dtype=torch.int64, device=d), torch.zeros(2, dtype=torch.int64, device=d)
+        options: dict[str, Any] = {"update": torch.tensor([3], device=d)} if update else {}
+
+        def of(module: Any, into: Any, decay: float) -> list[Any]:
+            w, r, c = weights.clone(), rests.clone(), counters.clone()
+            dst = w if into is None else torch.empty_like(w, dtype=into)
+            module.run_pass([w], [dst], [], [1], [], streams, streams.float()[:, None], seed=9, distribution="gaussian",
+                            counters=c, residuals=[r], decay=torch.full((1,), decay, device=d), **options)  # fmt: skip
+            return [dst.where(~dst.isnan(), 1.5), dst.isnan(), r, c]
+
+        for into, decay in ((torch.float32, 0.0), (dtype, 0.0), (None, 0.5), (None, 1e-30)):
+            got, expected = of(backend, into, decay), of(reference, into, decay)
+            assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True)), f"into {into}, decay {decay}"
 
     def huge() -> None:
         m = 2**31 + 4099
@@ -239,7 +273,12 @@ def gate(bench: Bench) -> bool:
             check(f"launch shapes {distribution} K={k}", partial(launch_shapes, distribution, k))
     for k in (5, 8, 40) if bench.smoke else (5, 8, 13, 40, 160, 200):
         check(f"sums K={k}", partial(many_streams, k))
-    check("rows", rows)
+    for bits in (0, 8, 16):
+        check(f"rows, residual of {bits} bits", partial(rows, bits))
+    for dtype, bits, update in [
+        (t, b, u) for t in (torch.bfloat16, torch.float16) for b in (8, 16) for u in (False, True)
+    ]:
+        check(f"encoding {dtype} + {bits} bits{' stochastic' * update}", partial(encoding, dtype, bits, update))
     if not bench.smoke:
         check("graph", graph)
         check("2^31 elements", huge)
@@ -261,14 +300,15 @@ def passes_against_copy(bench: Bench) -> None:
     from bench.gpu_models import NAMES, shapes
 
     d = bench.device
-    counters = torch.zeros(2, dtype=torch.int64, device=d)
     update = torch.tensor([1], device=d)
+
+    counts = torch.zeros(1 + max(map(len, [shapes(m, bench.smoke) for m in NAMES])), dtype=torch.int64, device=d)
 
     def run(weights: list[Any], distribution: str, k: int, dst: list[Any] | None = None, **options: Any) -> None:
         hessians = options.pop("hessians", [])
         streams = options.pop("streams")
         backend.run_pass(weights, dst or weights, hessians, list(range(len(weights))), [], streams, options.pop("coeffs"),
-                         seed=1, distribution=distribution, counters=counters, **options)  # fmt: skip
+                         seed=1, distribution=distribution, counters=counts[: 1 + len(weights)], **options)  # fmt: skip
 
     def add(model: str, form: str, dtype: str, moved: int, timed: dict[str, float], copy: float) -> None:
         gbps = moved / timed["ms"] / 1e6
@@ -306,6 +346,7 @@ def passes_against_copy(bench: Bench) -> None:
                 coeffs = torch.full((k, count), 1e-6, device=d)
                 return {"streams": torch.arange(k, device=d), "coeffs": coeffs}
 
+            both = ("gaussian", "rademacher")
             forms: tuple[tuple[str, str, int, dict[str, Any]], ...] = (
                 ("gaussian", "gaussian", 1, {}),
                 ("gaussian stochastic", "gaussian", 1, {"update": update}),
@@ -316,14 +357,24 @@ def passes_against_copy(bench: Bench) -> None:
                 ("rademacher K=40", "rademacher", 40, {}),
                 ("rademacher K=160", "rademacher", 160, {}),
             )
+            if dtype is not torch.float32:
+                forms += tuple((f"{z} + 8 stochastic", z, 1, {"residuals": torch.int8, "update": update}) for z in both)
+                forms += tuple((f"{z} + 16", z, 1, {"residuals": torch.int16}) for z in both)
             for form, distribution, k, options in forms:
-                if bench.smoke and (k > 8 or (model != "one tensor" and form != "gaussian")):
+                if bench.smoke and (
+                    k > 8 or (model != "one tensor" and form not in ("gaussian", "gaussian + 8 stochastic"))
+                ):
                     continue
                 if "stochastic" in form and dtype is torch.float32:
                     continue
                 scalar = scalars(k)
+                if rest := options.get("residuals"):
+                    options["residuals"] = [torch.zeros_like(w, dtype=rest) for w in weights]
                 work: Callable[[], object] = partial(run, weights, distribution, k, **scalar, **options)
-                add(model, form, name, moved, bench.time(work), copy)
+                kept = sum(2 * r.nbytes for r in options.get("residuals", ()))
+                add(model, form, name, moved + kept, bench.time(work), copy)
+                options.clear()
+                del work
             if model == "one tensor":
                 hessians = [torch.ones(s, device=d) for s in sizes]
                 scalar = scalars(1)
@@ -366,7 +417,7 @@ def whole_steps(bench: Bench) -> None:
 
     from bench import published
     from bench.gpu_models import batch, build
-    from zo_core import MeZO
+    from zo_core import MeZO, losses
 
     for name in STEP_MODELS[: 1 if bench.smoke else None]:
         if not bench.has_time(f"steps {name}", 45):
@@ -375,7 +426,6 @@ def whole_steps(bench: Bench) -> None:
         params: list[Any] = list(model.parameters())
         bytes_of_weights = sum(p.numel() * p.element_size() for p in params)
         copies = 3 * 2 * bytes_of_weights / bench.result["copy_gbps"] / 1e6
-        optimizer = MeZO(model, lr=1e-7, eps=1e-3, seed=1)
         for size, length in SETTINGS[: 1 if bench.smoke else None]:
             if not bench.has_time(f"steps {name} {size}x{length}", 15):
                 continue
@@ -383,8 +433,7 @@ def whole_steps(bench: Bench) -> None:
 
             def loss(model: Any = model, ids: Any = ids) -> Any:
                 with torch.inference_mode():
-                    logits = model(input_ids=ids, use_cache=False).logits
-                    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+                    return losses.causal_lm_loss(model(input_ids=ids, use_cache=False).logits, ids)
 
             def peak(work: Callable[[], object]) -> int:
                 if bench.smoke:
@@ -399,23 +448,28 @@ def whole_steps(bench: Bench) -> None:
             row: dict[str, Any] = {"model": name, "batch": size, "length": length, "weights": bytes_of_weights}
             inference = peak(loss)
             forward = bench.time(loss, 0.5)["ms"]
-            ours = bench.time(partial(optimizer.step, loss), 1.0)
             row |= {"forwards": 2 * forward, "three_copies": copies, "inference_bytes": inference}
-            row["ours"] = {**ours, "outside": ours["ms"] - 2 * forward, "of_bound": ours["ms"] / (2 * forward + copies),
-                           "memory": peak(partial(optimizer.step, loss)) / inference}  # fmt: skip
+            for engine in ENGINES:  # made anew each time: the published way replaces the tensors' memory
+                step = partial(MeZO(model, lr=1e-7, eps=1e-3, seed=1, engine=engine, residual=None).step, loss)
+                ours = bench.time(step, 1.0)
+                row[engine] = {**ours, "outside": ours["ms"] - 2 * forward, "of_bound": ours["ms"] / (2 * forward + copies),
+                               "memory": peak(step) / inference}  # fmt: skip
+                del step
             published_step = partial(published.mezo_step, params, loss, 1, 1e-7, 1e-3)
             theirs = bench.time(published_step, 1.0)
             perturb = bench.time(partial(published.perturb, params, 1, 1, 1e-6))["ms"]
             update = bench.time(partial(published.update, params, 1, 1e-9, 1.0))["ms"]
             row["published"] = {**theirs, "outside": theirs["ms"] - 2 * forward, "perturb": perturb, "update": update,
                                 "memory": peak(published_step) / inference}  # fmt: skip
-            optimizer = MeZO(model, lr=1e-7, eps=1e-3, seed=1)  # the published way replaces the tensors' memory
             bench.result["steps"].append(row)
             say(
-                f"  {name:<11} {size:>3}x{length:<4} forwards {2 * forward:8.1f} ms  published {theirs['ms']:8.1f}  ours "
-                f"{ours['ms']:8.1f}  ({theirs['ms'] / ours['ms']:.2f}x; {row['ours']['of_bound']:.2f} of forwards + 3 copies)"
+                f"  {name:<11} {size:>3}x{length:<4} forwards {2 * forward:8.1f} ms  published {theirs['ms']:8.1f}"
+                + "".join(
+                    f"  {e} {row[e]['ms']:8.1f} ({theirs['ms'] / row[e]['ms']:.2f}x; {row[e]['of_bound']:.2f} of forwards + 3 copies)"
+                    for e in ENGINES
+                )
             )
-        del model, params, optimizer
+        del model, params
         if not bench.smoke:
             torch.cuda.empty_cache()
 
@@ -447,13 +501,13 @@ def report(results: Sequence[dict[str, Any]]) -> str:
             f"| {p['model']} | {p['form']} | {p['dtype']} | {p['ms']:.3f} | {p['gbps']:.0f} | {p['of_copy']:.1%} |"
             for p in r["passes"]
         ]
-        lines += ["", "| model | batch x length | two forwards, ms | published, ms | ours, ms | faster | of forwards + 3 copies "
-                  "| outside, published | outside, ours | memory, published | memory, ours |",
-                  "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|"]  # fmt: skip
-        for s in r["steps"]:
-            o, p = s["ours"], s["published"]
+        lines += ["", "| model | batch x length | engine | two forwards, ms | published, ms | ours, ms | faster "
+                  "| of forwards + 3 copies | outside, published | outside, ours | memory, published | memory, ours |",
+                  "|---|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|"]  # fmt: skip
+        for s, engine in product(r["steps"], ENGINES):
+            o, p = s[engine], s["published"]
             lines.append(
-                f"| {s['model']} | {s['batch']}x{s['length']} | {s['forwards']:.1f} | {p['ms']:.1f} | {o['ms']:.1f} "
+                f"| {s['model']} | {s['batch']}x{s['length']} | {engine} | {s['forwards']:.1f} | {p['ms']:.1f} | {o['ms']:.1f} "
                 f"| {p['ms'] / o['ms']:.2f}x | {o['of_bound']:.2f} | {p['outside']:.1f} | {o['outside']:.1f} "
                 f"| {p['memory']:.3f} | {o['memory']:.3f} |"
             )
