@@ -161,6 +161,25 @@ def test_an_embedding_perturbs_only_rows_looked_up(monkeypatch):
         opt.step(lambda: model(torch.tensor([[1000]])).sum())
 
 
+@pytest.mark.parametrize("name", ["llama", "recurrent"])
+def test_tensors_that_a_probe_leaves_out_cost_nothing(monkeypatch, name):
+    (model, loss), (twin, twin_loss), probe = make(name), make(name), torch.tensor([6])
+    opt, other, before = optimizer(model), optimizer(twin, "inplace"), bits(model)
+    at(opt, loss, 1e-2, probe)  # the comparison is behind us
+    engine, count, seen = opt._prepare(), len(before), []
+    original = engine._perturb
+    monkeypatch.setattr(engine, "_perturb", lambda which, *rest: (seen.extend(which), original(which, *rest))[1])
+    for leave_out in (range(3, count), [0], range(count)):
+        del seen[:]
+        with torch.no_grad():
+            got = engine.evaluate(loss, 1e-2, probe, leave_out)
+            expected = other._prepare().evaluate(twin_loss, 1e-2, probe, leave_out)
+            other._prepare().restore()
+        assert torch.allclose(got, expected, rtol=1e-5) and not set(seen) & set(leave_out)
+        assert unchanged(model, before)
+    assert torch.equal(got, loss())
+
+
 def test_tensors_read_elsewhere_are_named_once():
     model, loss = make("recurrent")
     with pytest.warns(UserWarning, match=r"lstm\.weight_ih_l0.*read elsewhere"):
@@ -306,7 +325,7 @@ def test_inference_mode_and_autocast_inside_the_closure():
     expected = at(optimizer(copy.deepcopy(model), "shadow"), loss, 0.0, probe)
     other = copy.deepcopy(model)
     opt = optimizer(other, "inplace")
-    opt._prepare()._move((probe, 1e-2))
+    opt._prepare()._move((probe, opt._prepare().space.full(1e-2)))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         expected = other(x).float().square().mean()
     opt = optimizer(model)

@@ -1,6 +1,6 @@
 """The trainable tensors of an optimizer as one space: names, ids in the noise, and the passes over them."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,9 +77,12 @@ class ParamSpace:
             source, rows, out, i, 0, probe, coeffs, counters=counters, residual=residual, **self._noise()
         )
 
-    def full(self, c: float) -> Tensor:
-        """A row of coefficients: c for every tensor, float32 (1, T)."""
-        return torch.full((1, len(self.tensors)), c, dtype=torch.float32, device=self.counters.device)
+    def full(self, c: float, leave_out: Collection[int] = ()) -> Tensor:
+        """A row of coefficients: c for every tensor but those left out, float32 (1, T)."""
+        row = torch.full((1, len(self.tensors)), c, dtype=torch.float32, device=self.counters.device)
+        if leave_out:
+            row[0, list(leave_out)] = 0.0
+        return row
 
     def _noise(self) -> dict[str, Any]:
         return {"seed": ops.signed64(self.seed), "distribution": self.distribution}

@@ -2,7 +2,7 @@
 
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Protocol
@@ -19,8 +19,10 @@ class Engine(Protocol):
 
     space: ParamSpace
 
-    def evaluate(self, closure: Callable[[], Tensor], c: float, probe: Probe | None) -> Tensor:
-        """The closure's result at theta + c z(probe); at theta without a probe."""
+    def evaluate(
+        self, closure: Callable[[], Tensor], c: float, probe: Probe | None, leave_out: Collection[int] = ()
+    ) -> Tensor:
+        """The closure's result at theta + c z(probe), z = 0 in tensors left out; at theta without a probe."""
         ...
 
     def update(self, probes: Sequence[Probe], coeffs: Tensor, decay: Tensor, update: Tensor | None) -> None:

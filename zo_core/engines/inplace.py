@@ -1,6 +1,6 @@
 """The papers' way: the weights are written to be probed, in one fused pass where they walk to and fro."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -19,24 +19,26 @@ class InPlaceEngine:
 
     def __init__(self, space: ParamSpace) -> None:
         self.space = space
-        self.at: tuple[Probe, float] | None = None  # theta + c z is in the weights
+        self.at: tuple[Probe, Tensor] | None = None  # theta + row z is in the weights, row of (1, T) coefficients
 
-    def evaluate(self, closure: Callable[[], Tensor], c: float, probe: Probe | None) -> Tensor:
-        """The closure's result at theta + c z(probe); at theta without a probe."""
-        self._move((probe, c) if probe is not None and c != 0 else None)
+    def evaluate(
+        self, closure: Callable[[], Tensor], c: float, probe: Probe | None, leave_out: Collection[int] = ()
+    ) -> Tensor:
+        """The closure's result at theta + c z(probe), z = 0 in tensors left out; at theta without a probe."""
+        self._move((probe, self.space.full(c, leave_out)) if probe is not None and c != 0 else None)
         return closure()
 
     def restore(self) -> None:
         """Go back to theta."""
         self._move(None)
 
-    def _move(self, to: tuple[Probe, float] | None) -> None:
-        steps = [(probe, sign * c) for sign, place in ((-1, self.at), (1, to)) if place for probe, c in [place]]
+    def _move(self, to: tuple[Probe, Tensor] | None) -> None:
+        steps = [(probe, sign * row) for sign, place in ((-1, self.at), (1, to)) if place for probe, row in [place]]
         if len(steps) == 2 and steps[0][0] is steps[1][0]:
             steps = [(steps[0][0], steps[0][1] + steps[1][1])]
         with uninterrupted():
             if steps:
-                self.space.update_([p for p, _ in steps], torch.cat([self.space.full(c) for _, c in steps]))
+                self.space.update_([p for p, _ in steps], torch.cat([row for _, row in steps]))
             self.at = to
 
     def update(self, probes: Sequence[Probe], coeffs: Tensor, decay: Tensor, update: Tensor | None) -> None:
@@ -49,8 +51,8 @@ class InPlaceEngine:
             update: stream of the stochastic rounding, or None for nearest.
         """
         if self.at is not None:
-            probe, c = self.at
-            back = ((decay - 1) * c).unsqueeze(0)
+            probe, row = self.at
+            back = (decay - 1) * row
             found = [k for k, p in enumerate(probes) if p is probe]
             if found:
                 coeffs = coeffs.index_add(0, torch.tensor(found, device=coeffs.device), back)

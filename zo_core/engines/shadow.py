@@ -7,7 +7,7 @@ restore, whatever happens. An embedding gets only the rows it looks up.
 
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -167,17 +167,21 @@ class ShadowEngine:
         self._flat: Tensor | None = None  # the result that did not change
         self._sources: list[Tensor] = []  # the weights during an evaluation
         self._places: list[dict[str, Any]] = []  # the modules' parameters, where stand-ins are
-        self._written = False  # held tensors are perturbed
+        self._written: list[int] = []  # held tensors that are perturbed
+        self._left_out: frozenset[int] = frozenset()  # of the probe
         self._probe: Probe | None = None
         self._coeffs = space.full(0.0)
         self._hold(_out_of_reach(module, space.tensors))
 
     # ---- the engine --------------------------------------------------------------------------------------------
 
-    def evaluate(self, closure: Callable[[], Tensor], c: float, probe: Probe | None) -> Tensor:
-        """The closure's result at theta + c z(probe); at theta without a probe."""
+    def evaluate(
+        self, closure: Callable[[], Tensor], c: float, probe: Probe | None, leave_out: Collection[int] = ()
+    ) -> Tensor:
+        """The closure's result at theta + c z(probe), z = 0 in tensors left out; at theta without a probe."""
         if probe is None or c == 0:
             return closure()
+        self._left_out = frozenset(leave_out)
         result = self._run(closure, c, probe)
         if self._checks and self._reads_elsewhere(closure, c, probe, result):
             result = self._run(closure, c, probe)
@@ -200,13 +204,13 @@ class ShadowEngine:
         for p, source in zip(self.space.tensors, self._sources, strict=True):
             if p.data_ptr() != source.data_ptr():
                 p.data = source
-        for i, value in self._held.items() if self._written else ():
-            self._sources[i].copy_(value)
+        for i in self._written:
+            self._sources[i].copy_(self._held[i])
         for parameters in (*(m._parameters for m in self.module.modules()), *self._places):
             for name, p in parameters.items():
                 if type(p) is StandIn:
                     parameters[name] = p._parameter  # type: ignore[unreachable]
-        self._places, self._sources, self._probe, self._kept, self._written = [], [], None, [], False
+        self._places, self._sources, self._probe, self._kept, self._written = [], [], None, [], []
 
     def memory(self) -> dict[str, int]:
         """Bytes of scratch, the most so far, and of the copies of tensors that are read outside their modules."""
@@ -234,16 +238,15 @@ class ShadowEngine:
             with uninterrupted():
                 self._sources = [p.data for p in tensors]
                 self._probe, self._coeffs = probe, self.space.full(c)
-                if self._held:
-                    which = list(self._held)
+                if which := [i for i in self._held if i not in self._left_out]:
                     for i in which:
                         self._held[i].copy_(self._sources[i])
-                    self._written = True
-                    self._perturb(which, list(self._held.values()), [self._sources[i] for i in which])
+                    self._written = which
+                    self._perturb(which, [self._held[i] for i in which], [self._sources[i] for i in which])
                 for i, t in self._others(changed).items():
                     tensors[i].data = t
-                stands = {id(p): self._stand_in(i) for i, p in enumerate(tensors) if i not in self._held}
-                placed = set(self._held)
+                placed = {*self._held, *self._left_out}  # or need no place
+                stands = {id(p): self._stand_in(i) for i, p in enumerate(tensors) if i not in placed}
                 for module in self.module.modules():
                     parameters: dict[str, Any] = module._parameters
                     for name, p in parameters.items():
@@ -334,8 +337,14 @@ class ShadowEngine:
         end = sum(map(self._bytes, wanted))
         self._largest = max(self._largest, end)
         room, following = max(_LEAST, min(_AHEAD, self._largest)), self._next.get(keys[-1])
-        while following and following not in wanted and (end := end + self._bytes(following)) <= room:
-            wanted[following] = None
+        for _ in self._sources:
+            if following is None or following in wanted:
+                break
+            if following[0] not in self._left_out:
+                end += self._bytes(following)
+                if end > room:
+                    break
+                wanted[following] = None
             following = self._next.get(following)
         layout, shapes = tuple(wanted), [self._sources[i].shape for i, _ in wanted]
         slot = self._slot(sum(map(self._bytes, layout)))
@@ -431,7 +440,7 @@ class ShadowEngine:
             return not bool((seen - result).abs() <= 10 * noise)
 
         found: list[int] = []
-        groups = [[i for i in range(len(self.space.tensors)) if i not in self._held]]
+        groups = [[i for i in range(len(self.space.tensors)) if i not in self._held and i not in self._left_out]]
         for _ in range(_CHECKS):
             if not groups:
                 break

@@ -3,7 +3,7 @@
 import math
 import warnings
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from numbers import Integral, Real
 from typing import Any
 
@@ -138,8 +138,8 @@ class ZOOptimizer(torch.optim.Optimizer):
                 torch.clear_autocast_cache()  # which knows parameters by their identity, not by their values
             return _scalar(closure(), stream.device)
 
-        def losses(c: float, probe: Probe | None = None) -> Tensor:
-            return engine.evaluate(evaluation, c, probe)
+        def losses(c: float, probe: Probe | None = None, leave_out: Collection[int] = ()) -> Tensor:
+            return engine.evaluate(evaluation, c, probe, leave_out)
 
         done, self._stepping = False, True
         try:
