@@ -151,6 +151,15 @@ def test_scratch_is_at_most_twice_the_largest_tensors_read_together(monkeypatch,
         assert memory["weights"] == sum(p.nbytes for p in model.parameters())
 
 
+def test_scratch_is_free_again_when_layouts_are_forgotten(monkeypatch):
+    monkeypatch.setattr(shadow, "_LAYOUTS", 1)
+    model, loss = make("llama")
+    opt, probe = optimizer(model), torch.tensor([1])
+    results = [at(opt, loss, 1e-2, probe) for _ in range(6)]
+    assert all(torch.equal(r, results[0]) for r in results)
+    assert all(slot.free() for slot in opt._prepare()._slots)
+
+
 def test_an_embedding_perturbs_only_rows_looked_up(monkeypatch):
     model = nn.Sequential(nn.Embedding(1000, 8), nn.Linear(8, 1))
     opt = optimizer(model)

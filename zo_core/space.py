@@ -12,6 +12,11 @@ from .bindings import ops
 Probe = Tensor  # int64 (1,): a stream number, on the device of the weights; a probe is known by its identity
 
 
+def some(names: Sequence[str], most: int = 3) -> str:
+    """The first of these names, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 @dataclass
 class ParamSpace:
     """T tensors, numbered in order, and the noise that runs through them."""

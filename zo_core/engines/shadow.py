@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..space import ParamSpace, Probe
+from ..space import ParamSpace, Probe, some
 from .base import uninterrupted
 
 _PROPERTIES = set(
@@ -32,6 +32,7 @@ _AUTOCAST = {functional.linear, torch.matmul, torch.mm, torch.bmm, torch.addmm} 
 _ALIGNMENT = 64
 _AHEAD = 32 << 20  # bytes of copies made in one pass: few calls, and what a last-level cache holds
 _LEAST = 256 << 10  # bytes of scratch that are worth a shorter step, however small the layers
+_LAYOUTS = 1024  # of a buffer that are remembered
 _CHECKS = 64  # evaluations, at most, that finding tensors read outside their modules may take
 _FLAT = 8  # times that the comparison is made again while the closure's result does not change
 _OUTSIDE = "weights change in opt.step only: write them outside it, or use engine='inplace'"
@@ -129,7 +130,7 @@ class _Slot:
             for key, shape in zip(keys, shapes, strict=True):
                 found[key] = self.view(at, shape, key[1])
                 at += _aligned(shape.numel() * key[1].itemsize)
-            if len(self.layouts) >= 2 * len(shapes) + 1024:
+            if len(self.layouts) >= _LAYOUTS:
                 self.layouts.clear()  # no order of reading repeats
             self.layouts[keys] = found
             self._own = self._users() - others
@@ -265,7 +266,7 @@ class ShadowEngine:
         if absent := absent - self._absent:
             self._absent |= absent
             warnings.warn(
-                f"{', '.join(self.space.names[i] for i in sorted(absent)[:5])}: no longer a parameter of the module, so that "
+                f"{some([self.space.names[i] for i in sorted(absent)], 5)}: no longer a parameter of the module, so that "
                 "probes do not reach it; if it was replaced, make a new optimizer",
                 stacklevel=2,
             )
@@ -348,7 +349,8 @@ class ShadowEngine:
             following = self._next.get(following)
         layout, shapes = tuple(wanted), [self._sources[i].shape for i, _ in wanted]
         slot = self._slot(sum(map(self._bytes, layout)))
-        slot.content, copies = {}, slot.layout(layout, shapes)
+        slot.content = {}  # first: what it held must not count as the new layout's
+        copies = slot.layout(layout, shapes)
         self._perturb([i for i, _ in layout], [self._sources[i] for i, _ in layout], list(copies.values()))
         slot.content, slot.version = copies, slot.bytes._version
         return slot
@@ -391,10 +393,9 @@ class ShadowEngine:
             with torch.inference_mode(False):
                 self._held |= {i: torch.empty_like(self.space.tensors[i].data) for i in which}
             names = [self.space.names[i] for i in which]
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
             size = sum(self._held[i].nbytes for i in which)
             warnings.warn(
-                f"{', '.join(names[:5])}{more}: read elsewhere than as attributes of their modules (compiled or scripted "
+                f"{some(names, 5)}: read elsewhere than as attributes of their modules (compiled or scripted "
                 "code, another object that keeps them). They are perturbed in place and put back from a copy, "
                 f"{size / 2**20:.1f} MiB",
                 stacklevel=2,

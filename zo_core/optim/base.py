@@ -15,7 +15,7 @@ from ..engines.base import Engine, uninterrupted
 from ..engines.inplace import InPlaceEngine
 from ..engines.shadow import ShadowEngine
 from ..kernels.reference import DISTRIBUTIONS
-from ..space import ParamSpace, Probe
+from ..space import ParamSpace, Probe, some
 
 Params = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 Losses = Callable[..., Tensor]  # losses(c, probe) is the loss at theta + c z(probe); losses(0.0) at theta
@@ -261,9 +261,8 @@ class ZOOptimizer(torch.optim.Optimizer):
                 state["residuals"][i].zero_()
         self._versions, state["hashes"] = versions, []
         if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             warnings.warn(
-                f"{', '.join(names[:3])}{more}: written since the last step; the residuals there start from 0",
+                f"{some(names)}: written since the last step; the residuals there start from 0",
                 stacklevel=4,
             )
 
@@ -276,10 +275,8 @@ class ZOOptimizer(torch.optim.Optimizer):
                 if 0 < rms < math.inf and self.eps < 2.0 ** math.floor(math.log2(rms)) * torch.finfo(p.dtype).eps:
                     small.append(name)
         if small:
-            more = f" and {len(small) - 3} more" if len(small) > 3 else ""
             warnings.warn(
-                f"eps={self.eps} is less than the spacing of its numbers around the RMS of {', '.join(small[:3])}"
-                f"{more}: such probes are mostly rounding. Use a larger eps or float32 weights.",
+                f"eps={self.eps} is less than the spacing of its numbers around the RMS of {some(small)}: such probes are mostly rounding. Use a larger eps or float32 weights.",
                 stacklevel=5,
             )
 
@@ -337,13 +334,13 @@ class ZOOptimizer(torch.optim.Optimizer):
         """As torch's; with residuals there are hashes of the weights they belong to. Not inside a closure."""
         if self._stepping:
             raise RuntimeError("state_dict: called from inside the closure, in the middle of a step")
-        own = dict(self._own)
+        hashes = self._own["hashes"]
         if self._versions is not None:  # else it was loaded, and so were its hashes
             self._reset_residuals()
             pairs = zip(self._tensors(), self._own["residuals"], strict=False)
-            own = {**self._own, "hashes": [_hash(p) if r.numel() else None for p, r in pairs]}
+            hashes = [_hash(p) if r.numel() else None for p, r in pairs]
         state: dict[str, Any] = super().state_dict()
-        return {**state, "state": {**state["state"], _STATE: own}}
+        return {**state, "state": {**state["state"], _STATE: {**self._own, "hashes": hashes}}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's; the run continues bit for bit. ValueError if it is not a state of such an optimizer."""
