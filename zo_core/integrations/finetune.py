@@ -37,7 +37,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 import zo_core
 from zo_core.integrations import report, tasks
-from zo_core.integrations.config import METHODS, FinetuneConfig, RunError, stored_config
+from zo_core.integrations.config import FinetuneConfig, RunError, stored_config
 from zo_core.integrations.session import Session, first_line, prepare
 from zo_core.integrations.tasks import Evaluation
 
@@ -136,17 +136,7 @@ class Run:
         self.session, self.config, self.console = session, config, console
         self.state, self.signum = State(), 0
         self.folder, self.checkpoint = config.output, config.output / "checkpoint"
-        self.optimizer = getattr(zo_core, METHODS[config.method])(
-            session.model,
-            lr=config.lr,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            probes=config.probes,
-            seed=config.seed,
-            distribution=config.distribution,
-            residual=None if config.residual == "none" else int(config.residual),
-            engine=config.engine,
-        )
+        self.optimizer = config.optimizer(session.model)
         if config.dropout:  # dropout is the one user of torch's global generator; a checkpoint keeps its state
             torch.set_rng_state(torch.Generator().manual_seed(config.seed).get_state())
 
