@@ -273,20 +273,17 @@ class Run:
 
     def step(self) -> float:
         """One optimizer step; returns its loss."""
-        config, state, scorer = self.config, self.state, self.session.scorer
-        start, train = time.perf_counter(), self.session.parts["train"]
+        config, state = self.config, self.state
+        start, forwards = time.perf_counter(), 0
         for group in self.optimizer.param_groups:
             group["lr"] = config.lr_at(config.progress(state.step, state.seconds))
         lr = self.optimizer.param_groups[0]["lr"]
-        indices = tasks.batch_indices(len(train), config.batch_size, step=state.step, seed=config.seed)
-        batch = tasks.collate([train[i] for i in indices], scorer.device)
-        forwards = 0
+        loss_of_batch = self.session.loss_of(state.step)
 
-        @torch.no_grad()
         def closure() -> torch.Tensor:
             nonlocal forwards
             forwards += 1
-            return scorer.loss(batch)
+            return loss_of_batch()
 
         self.session.model.train(config.dropout)
         loss = float(self.optimizer.step(closure))
