@@ -11,8 +11,9 @@ from typing import Any, ClassVar, TypedDict
 import torch
 from torch import Tensor, nn
 
-from .. import layers, scaling
+from .. import layers, scaling, sharding
 from ..bindings import ops
+from ..distributed import Exchange, Parallel
 from ..engines.base import Engine, uninterrupted
 from ..engines.inplace import InPlaceEngine
 from ..engines.shadow import ShadowEngine
@@ -39,6 +40,7 @@ class Options(TypedDict, total=False):
     residual: int | None
     engine: str | None
     module: nn.Module | None
+    processes: Parallel | None
 
 
 class Shared:
@@ -93,13 +95,16 @@ class ZOOptimizer(torch.optim.Optimizer):
             weight), or None. The value that is trained is weight + residual, the weight alone is the value rounded.
             float32 weights keep none. docs/precision.md says what each costs and saves.
         engine: "shadow" perturbs what modules read and never writes a weight to probe it; "inplace" writes the
-            weights, for closures that are arbitrary functions of them. None: shadow where a module is known.
+            weights, for closures that are arbitrary functions of them, and for sharded ones (DTensors). None: shadow
+            where a module is known and no weight is sharded.
         module: the module whose forwards use the tensors, where ``params`` is not that module itself.
+        processes: how the processes of ``torch.distributed`` share a step (docs/distributed.md); None: each is alone.
         method: further options of the method, each a ``Shared`` of its class.
 
     Raises:
         ValueError, TypeError: an argument out of its range, no trainable tensor, or one that the fused pass cannot
             serve (not float32, bfloat16 or float16; not contiguous; on another device; overlapping memory).
+        RuntimeError: ``processes`` without ``torch.distributed``.
     """
 
     _default: ClassVar[dict[str, Any]] = {"probes": 1, "distribution": "gaussian", "rho": 0.0, "hessian": None}
@@ -110,10 +115,12 @@ class ZOOptimizer(torch.optim.Optimizer):
     rho = Shared(0.0, math.nextafter(1.0, 0.0))
 
     _engine: Engine | None = None
+    _exchange: Exchange | None = None
+    _units: Sequence[Any] = ()  # parts of the module that FSDP2 gathers
     _blocks: Sequence[set[int]] = ()
     _stepping = False
     _versions: list[tuple[object, ...]] | None = None
-    _dtypes: list[torch.dtype] | None = None
+    _seen: list[tuple[object, ...]] | None = None
 
     def __init__(
         self,
@@ -132,6 +139,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         residual: int | None = 8,
         engine: str | None = None,
         module: nn.Module | None = None,
+        processes: Parallel | None = None,
         method: Mapping[str, float] | None = None,
     ) -> None:
         given: dict[str, Any] = {"probes": probes, "distribution": distribution, "rho": rho, "hessian": hessian}
@@ -148,13 +156,15 @@ class ZOOptimizer(torch.optim.Optimizer):
         ops.signed64(seed)
         self.stochastic_rounding, self.blocks = stochastic_rounding, blocks
         self.module = params if isinstance(params, nn.Module) and module is None else module
-        self.engine = engine or ("inplace" if self.module is None else "shadow")
-        if self.engine == "shadow" and self.module is None:
+        if engine == "shadow" and self.module is None:
             raise ValueError("engine: 'shadow' needs the module whose forwards use the tensors: pass module=")
         if isinstance(params, nn.Module):
             params = [{"params": list(params.named_parameters()), "decay_vectors": False}]
         shared = {"eps": eps, "probes": probes, "rho": rho, **(method or {})}
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "decay_vectors": True, **shared})
+        sharded = any(map(sharding.is_sharded, self._parameters()))
+        self.engine, self.processes = engine or ("inplace" if self.module is None or sharded else "shadow"), processes
+        self._check_processes(sharded, hessian)
         device = self._tensors()[0].device
         self._own = {"seed": seed, "distribution": distribution, "residual": residual, "residuals": [], "hashes": []}
         self._own |= {"hessian": hessian, "hessians": [], "steps": 0, "carry": torch.zeros(0, device=device)}
@@ -200,18 +210,31 @@ class ZOOptimizer(torch.optim.Optimizer):
         if self._stepping:
             raise RuntimeError("step: called from inside its own closure, where the weights are perturbed")
         engine, state = self._prepare(), self._own
+        if self.processes is not None:
+            self._exchange = self._exchange or Exchange(self.processes)
+            self._exchange.compare(self)
         stream, generators = state["stream"].clone(), _Generators(state["stream"].device)
 
         def evaluation() -> Tensor:
             generators.rewind()
             if torch.is_autocast_cache_enabled():
                 torch.clear_autocast_cache()  # which knows parameters by their identity, not by their values
+            sharding.reshard(self._units)
             return _scalar(closure(), stream.device)
 
         left_out = self._left_out()
 
+        def evaluate(c: float, probe: Probe | None) -> Tensor:
+            return engine.evaluate(evaluation, c, probe, left_out)
+
+        def pass_by(c: float, probe: Probe | None) -> None:
+            if isinstance(engine, InPlaceEngine):  # going there and back rounds, as it does in other processes
+                engine.evaluate(lambda: stream, c, probe, left_out)
+
         def losses(points: Sequence[tuple[float, Probe | None]]) -> Tensor:
-            return torch.stack([engine.evaluate(evaluation, c, probe, left_out) for c, probe in points])
+            if self._exchange is None:
+                return torch.stack([evaluate(c, probe) for c, probe in points])
+            return self._exchange.losses(evaluate, pass_by, points, state["steps"])
 
         done, self._stepping = False, True
         try:
@@ -245,6 +268,7 @@ class ZOOptimizer(torch.optim.Optimizer):
             raise
         finally:
             self._stepping = False
+            sharding.reshard(self._units)
             self._versions = self._tensor_versions()
         return found.loss
 
@@ -253,7 +277,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         rho = self.param_groups[0]["rho"]
         if rho and not self._blocks:
             found = layers.find_blocks(self.module, self.blocks)
-            self._blocks = layers.tensors_of(found, self._tensors(), self.module)
+            self._blocks = layers.tensors_of(found, self._parameters(), self.module)
         return layers.left_out(self._blocks, rho, seed=self.seed, step=self._own["steps"])
 
     def _rates(self) -> tuple[Tensor, Tensor]:
@@ -302,8 +326,31 @@ class ZOOptimizer(torch.optim.Optimizer):
                 if group[name] != (first := self.param_groups[0][name]):
                     raise ValueError(f"{name}: expected {first} as in the first group, got {group[name]}")
 
-    def _tensors(self) -> list[Tensor]:
+    def _check_processes(self, sharded: bool, hessian: str | None) -> None:
+        if sharded and (self.processes is None or self.module is None):
+            raise ValueError(
+                "params: they are sharded (DTensors): pass processes=zo_core.distributed.Parallel(), so that all shards take "
+                "one step, and the module (module=), so that its forwards gather them anew"
+            )
+        probes = self.processes.grid()[1] if self.processes is not None else 1
+        if sharded and self.engine == "shadow":
+            raise ValueError("engine: 'shadow' cannot serve sharded weights (DTensors): leave it out, or 'inplace'")
+        if probes > 1 and self.engine == "inplace":
+            raise ValueError(
+                f"processes: expected probes=1 with engine='inplace', got {probes}: the way to a probe and back rounds, so "
+                "that weights would differ between processes that go to different ones"
+            )
+        if sharded and hessian == "factored":
+            raise ValueError(
+                "hessian: 'factored' needs whole rows and columns, these weights are sharded: use 'diagonal'"
+            )
+
+    def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
+
+    def _tensors(self) -> list[Tensor]:
+        """Their memory in this process: shards of those that are sharded."""
+        return [sharding.local(p) for p in self._parameters()]
 
     def _names(self) -> list[str]:
         return [
@@ -314,6 +361,7 @@ class ZOOptimizer(torch.optim.Optimizer):
 
     def _prepare(self) -> Engine:
         """The engine over the tensors as they are now; they are checked without being touched."""
+        sharding.reshard(self._units)
         state, tensors = self._own, self._tensors()
         device = tensors[0].device
         if state["stream"].device != device:  # the model has moved
@@ -321,7 +369,12 @@ class ZOOptimizer(torch.optim.Optimizer):
             self._engine, self._versions = None, self._tensor_versions()
         if state["residuals"]:
             self._reset_residuals()
-        if self._engine is None or [p.dtype for p in tensors] != self._dtypes:
+        if self._engine is None or self._look(tensors) != self._seen:
+            if sharded := any(map(sharding.is_sharded, self._parameters())):
+                self._units = sharding.prepare(self.module)
+                tensors = self._tensors()
+                runs = [sharding.runs_of(n, p) for n, p in zip(self._names(), self._parameters(), strict=True)]
+            pieces = sharding.Pieces(runs, device) if sharded else None
             with torch.inference_mode(False):
                 more = torch.zeros(1 + len(tensors) - len(state["counters"]), dtype=torch.int64, device=device)
                 counters, residuals = torch.cat([state["counters"], more]), state["residuals"]
@@ -333,7 +386,15 @@ class ZOOptimizer(torch.optim.Optimizer):
                 if kind := state["hessian"]:
                     hessians = hessians + [scaling.identity(p, kind) for p in tensors[len(hessians) :]]
             space = ParamSpace(
-                self._names(), tensors, state["seed"], state["distribution"], counters, residuals, kind, hessians
+                self._names(),
+                tensors,
+                state["seed"],
+                state["distribution"],
+                counters,
+                residuals,
+                kind,
+                hessians,
+                pieces,
             )
             space.update_([], torch.empty(0, len(tensors), dtype=torch.float32, device=device))
             state |= {"counters": counters, "residuals": residuals, "hessians": hessians}
@@ -342,8 +403,13 @@ class ZOOptimizer(torch.optim.Optimizer):
             self._warn_of_small_eps(space)
             shadow = self.engine == "shadow" and self.module is not None
             self._engine = ShadowEngine(space, self.module) if shadow else InPlaceEngine(space)  # type: ignore[arg-type]
-            self._versions, self._dtypes = self._tensor_versions(), [p.dtype for p in tensors]
+            self._versions, self._seen = self._tensor_versions(), self._look(tensors)
         return self._engine
+
+    def _look(self, tensors: Sequence[Tensor]) -> list[tuple[object, ...]]:
+        """What an engine is made for: dtypes, and the memory of shards, which the space of weights holds on to."""
+        pairs = zip(tensors, self._parameters(), strict=True)
+        return [(t.dtype, None if t is p else t.data_ptr()) for t, p in pairs]
 
     # ---- residuals ---------------------------------------------------------------------------------------------
 
@@ -425,6 +491,12 @@ class ZOOptimizer(torch.optim.Optimizer):
         counts = self._own["counters"][1:].tolist()
         return {name: n for name, n in zip(self._names(), counts, strict=True) if n}
 
+    @property
+    def exchanged(self) -> dict[str, int]:
+        """Bytes that this process sent to and received from others: in the last ``step``, and in ``all``."""
+        found = self._exchange
+        return {"step": found.step, "all": found.total} if found is not None else {"step": 0, "all": 0}
+
     def memory(self) -> dict[str, int]:
         """Bytes: ``weights`` that are trained, their ``residuals``, ``hessians``, and what the engine took beside them, at most so far."""
         return {
@@ -459,10 +531,12 @@ class ZOOptimizer(torch.optim.Optimizer):
         with torch.inference_mode(False):
             self._own = {k: _to(v, device, copy=True) for k, v in self._own.items()}
         self._engine = self._versions = None
+        if self._exchange is not None:
+            self._exchange.compared = False
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: the engine is rebuilt."""
-        own = {name: getattr(self, name) for name in ("stochastic_rounding", "blocks", "engine", "module")}
+        own = {name: getattr(self, name) for name in ("stochastic_rounding", "blocks", "engine", "module", "processes")}
         return {**super().__getstate__(), **own}
 
 
