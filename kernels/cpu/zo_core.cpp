@@ -101,20 +101,20 @@ bool touches(const zo_pass &p, const zo_tensor &t, int64_t i, int64_t n) {
   return false;
 }
 
-bool valid(const zo_pass &p, const zo_tensor *tensors, int64_t n_tensors) {
+int check(const zo_pass &p, const zo_tensor *tensors, int64_t n_tensors) {
   if (p.n_streams < 0 || (p.n_streams && n_tensors && (!p.streams || !p.coeffs)) || p.threads < 1 ||
       (p.distribution != ZO_GAUSSIAN && p.distribution != ZO_RADEMACHER) ||
       (p.rounding != ZO_NEAREST && p.rounding != ZO_STOCHASTIC) || (p.curvature && (!p.restore || !p.smoothing)) ||
       (p.restore && !p.curvature))
-    return false;
-  for (int64_t i = 0; p.curvature && i < n_tensors; i++)
-    if (tensors[i].numel && !tensors[i].hessian) return false;
-  return true;
-}
-
-bool valid(const zo_tensor &t) {
-  return t.numel >= 0 && t.offset >= 0 && t.numel <= MAX_INDEX && t.offset <= MAX_INDEX && valid_dtype(t.src_dtype) &&
-         valid_dtype(t.dst_dtype) && (!t.numel || (t.src && t.dst)) && valid_residual(t) && !partly_overlap(t);
+    return ZO_BAD_ARGUMENT;
+  for (int64_t i = 0; i < n_tensors; i++) {
+    const zo_tensor &t = tensors[i];
+    if (t.numel < 0 || t.offset < 0 || t.numel > MAX_INDEX || t.offset > MAX_INDEX || !valid_dtype(t.src_dtype) || !valid_dtype(t.dst_dtype) ||
+        (t.numel && (!t.src || !t.dst)) || (p.curvature && t.numel && !t.hessian) ||
+        !valid_residual(t) || partly_overlap(t))
+      return ZO_BAD_ARGUMENT;
+  }
+  return ZO_OK;
 }
 
 bool finite(const zo_pass &p, int64_t n_tensors) {
@@ -125,10 +125,8 @@ bool finite(const zo_pass &p, int64_t n_tensors) {
 
 // The passes one after the other, all of them over a tile before the next tile.
 int run(const zo_pass *passes, int64_t n_passes, const zo_tensor *tensors, int64_t n_tensors, int64_t *counters) {
-  for (int64_t i = 0; i < n_tensors; i++)
-    if (!valid(tensors[i])) return ZO_BAD_ARGUMENT;
   for (int64_t s = 0; s < n_passes; s++)
-    if (!valid(passes[s], tensors, n_tensors)) return ZO_BAD_ARGUMENT;
+    if (check(passes[s], tensors, n_tensors) != ZO_OK) return ZO_BAD_ARGUMENT;
   std::vector<const zo_pass *> steps;
   for (int64_t s = 0; s < n_passes; s++)
     if (finite(passes[s], n_tensors))
