@@ -6,9 +6,10 @@ if not (Path(__file__).parent / "kernels").is_dir():  # a plain checkout: kernel
     __path__.append(str(Path(__file__).parent.parent))
 
 from . import losses, noise
+from .journal import Journal, JournalError, replay
 from .noise import backend_info
 from .optim.base import ZOOptimizer
 from .optim.mezo import MeZO
 
-__all__ = ["MeZO", "ZOOptimizer", "backend_info", "losses", "noise"]
+__all__ = ["Journal", "JournalError", "MeZO", "ZOOptimizer", "backend_info", "losses", "noise", "replay"]
 __version__ = "0.1.0"

@@ -14,6 +14,7 @@ from ..bindings import ops
 from ..engines.base import Engine, uninterrupted
 from ..engines.inplace import InPlaceEngine
 from ..engines.shadow import ShadowEngine
+from ..journal import Journal
 from ..kernels.reference import DISTRIBUTIONS
 from ..space import ParamSpace, Probe, some
 
@@ -50,6 +51,7 @@ class ZOOptimizer(torch.optim.Optimizer):
             serve (not float32, bfloat16 or float16; not contiguous; on another device; overlapping memory).
     """
 
+    journal: Journal | None = None  # where each step leaves a record, if set
     _engine: Engine | None = None
     _stepping = False
     _versions: list[tuple[object, ...]] | None = None
@@ -144,12 +146,15 @@ class ZOOptimizer(torch.optim.Optimizer):
         done, self._stepping = False, True
         try:
             probes, coeffs, loss = self.estimate(losses)
-            lr, decay = self._rates()
+            lr, decay = rates = self._rates()
             steps = coeffs.float().unsqueeze(1) * -lr
             usable = loss.isfinite() & steps.isfinite().all() & decay.isfinite().all()
             steps, decay = (torch.where(usable, x, 0.0) for x in (steps, decay))  # a NaN costs a step, no weight
             number = state["updates"] + state["skipped"]  # of the rounding: skipped steps restore, and round as well
             with uninterrupted():
+                if self.journal is not None:  # before the weights move: without its record a step does not happen
+                    self.journal.write_step(number, probes, coeffs, *rates, moved=usable, loss=loss,
+                                            stochastic=self.stochastic_rounding)  # fmt: skip
                 engine.update(probes, steps, decay, number if self.stochastic_rounding else None)
                 state["updates"] += usable
                 state["skipped"] += ~usable
