@@ -16,11 +16,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from zo_core import journal as format_of
 from zo_core.bindings import ops
 
 import zo_core
 from zo_core import Journal, JournalError
+from zo_core import journal as format_of
 
 
 def network(dtype: torch.dtype = torch.float32) -> nn.Sequential:
