@@ -81,6 +81,50 @@ def test_replay_is_the_run_bit_for_bit(backend, monkeypatch, tmp_path, distribut
     assert same(model, base)
 
 
+class Blocks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        layers = network()
+        self.first, self.last = layers[0], layers[3]
+        self.blocks = nn.ModuleList(copy.deepcopy(nn.Sequential(layers[1], nn.Linear(33, 33))) for _ in range(4))
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for p in self.blocks.parameters():
+                p.normal_(0, 0.1, generator=generator)
+
+    def forward(self, x):
+        x = self.first(x)
+        for block in self.blocks:
+            x = x + block(x).tanh()
+        return self.last(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("LeZO", {"rho": 0.5, "weight_decay": 0.1}),
+        ("FZOO", {}),
+        ("FZOO", {"reuse": True, "probes": 3, "rho": 0.5}),
+        ("SPSA", {"probes": 3}),
+        ("HiZOO", {"smoothing": 1e-2}),
+        ("HiZOO", {"smoothing": 1e-2, "rho": 0.5, "probes": 2, "weight_decay": 0.1}),
+        ("HiZOO", {"smoothing": 1e-2, "hessian": "factored", "rho": 0.5}),
+    ],
+)
+def test_runs_of_every_method_are_made_again(tmp_path, method, options, dtype):
+    model, base = Blocks().to(dtype), Blocks().to(dtype)
+    opt = getattr(zo_core, method)(model, lr=1e-3, eps=1e-2, seed=5, **options)
+    opt.journal = Journal.create(tmp_path / "run.zoj", opt)
+    for step in range(8):
+        opt.step(loss_of(model) if step != 2 else lambda: float("nan"))
+    records = list(opt.journal)
+    assert len({r.left_out for r in records}) > 1 or not options.get("rho")
+    assert opt.updates == 7 and not same(model, base)
+    zo_core.replay(base, tmp_path / "run.zoj")
+    assert same(model, base)
+
+
 def test_any_step_of_many_can_be_made_again(tmp_path):
     model, states = network(), []
     opt = run(tmp_path / "run.zoj", model, steps=0)

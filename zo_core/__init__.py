@@ -9,7 +9,24 @@ from . import losses, noise
 from .journal import Journal, JournalError, replay
 from .noise import backend_info
 from .optim.base import ZOOptimizer
+from .optim.fzoo import FZOO
+from .optim.hizoo import HiZOO
+from .optim.lezo import LeZO
 from .optim.mezo import MeZO
+from .optim.spsa import SPSA
 
-__all__ = ["Journal", "JournalError", "MeZO", "ZOOptimizer", "backend_info", "losses", "noise", "replay"]
+__all__ = [
+    "FZOO",
+    "SPSA",
+    "HiZOO",
+    "Journal",
+    "JournalError",
+    "LeZO",
+    "MeZO",
+    "ZOOptimizer",
+    "backend_info",
+    "losses",
+    "noise",
+    "replay",
+]
 __version__ = "0.1.0"

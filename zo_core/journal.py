@@ -24,10 +24,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from . import scaling
 from .bindings import native, ops
+from .estimators import Estimate
 from .kernels.reference import DISTRIBUTIONS
 from .noise import VERSION as NOISE_VERSION
-from .space import Probe, some
+from .space import ParamSpace, some
 
 if TYPE_CHECKING:
     from .optim.base import ZOOptimizer
@@ -73,6 +75,7 @@ class Header:
     seed: int
     distribution: str
     residual: int  # bits, 0 for none
+    hessian: str  # one of scaling.KINDS, "" for none
     engine: str
     options: dict[str, Any]  # of the method, as they were at the start; for the reader, replay needs none
     base: str
@@ -95,7 +98,7 @@ class Header:
         return cls(
             library=__version__, noise=NOISE_VERSION, backend=backend_of(tensors[0].device),
             method=type(optimizer).__name__, seed=own["seed"], distribution=own["distribution"],
-            residual=own["residual"] or 0, engine=optimizer.engine,
+            residual=own["residual"] or 0, hessian=own["hessian"] or "", engine=optimizer.engine,
             options=options | {"stochastic_rounding": optimizer.stochastic_rounding}, base=hash_of(tensors),
             tensors=tuple(described),
         )  # fmt: skip
@@ -122,6 +125,7 @@ class Header:
             "seed": type(header.seed) is int and 0 <= header.seed < 1 << 64,
             "distribution": header.distribution in list(DISTRIBUTIONS),
             "residual": type(header.residual) is int and header.residual in (0, *RESIDUALS),
+            "hessian": header.hessian in ("", *scaling.KINDS),
             "options": isinstance(header.options, dict),
             "tensors": bool(header.tensors) and all(map(_sound, header.tensors)) and kinds == set(range(len(kinds))),
             "names": len({t.name for t in header.tensors if isinstance(t.name, str)}) == len(header.tensors),
@@ -285,7 +289,7 @@ class Journal:
             FileExistsError: the file is there.
         """
         path = Path(path)
-        if steps := optimizer.updates + optimizer.skipped:
+        if steps := int(optimizer._own["steps"]):
             raise JournalError(f"optimizer: expected one that has not stepped, got {steps} steps; resume goes on")
         if path.exists():
             raise FileExistsError(f"{path} exists: Journal.resume goes on with it, or remove it")
@@ -309,8 +313,8 @@ class Journal:
         """
         journal = cls(path, writable=True)
         try:
-            now, steps = Header.of(optimizer), optimizer.updates + optimizer.skipped
-            journal.header.compare(now, "tensors", "method", "seed", "distribution", "residual", "engine")
+            now, steps = Header.of(optimizer), int(optimizer._own["steps"])
+            journal.header.compare(now, "tensors", "method", "seed", "distribution", "residual", "hessian", "engine")
             if not steps:
                 journal.header.compare(now, "base")
             if steps > len(journal):
@@ -364,40 +368,38 @@ class Journal:
         self._ends.append(end + len(data))
 
     def write_step(
-        self, step: Tensor, probes: Sequence[Probe], coeffs: Tensor, lr: Tensor, decay: Tensor, *, moved: Tensor,
-        stochastic: bool, loss: Tensor, left_out: Collection[int] = (), curvature: Tensor | None = None,
-        smoothing: float = 0.0,
+        self, step: Tensor, found: Estimate, lr: Tensor, decay: Tensor, *, moved: Tensor, stochastic: bool,
+        left_out: Collection[int] = (), smoothing: float | None = None,
     ) -> None:  # fmt: skip
         """``write`` of what an optimizer has at hand; waits for its device.
 
         Args:
             step: int64, one element.
-            probes: K streams, one after the other.
-            coeffs: (K,), of -lr along the probes.
+            found: where the step goes, along K probes.
             lr: float32 (T,), learning rate of each tensor.
             decay: float32 (T,), learning rate times weight decay of each tensor.
             moved: bool, whether the step moves the weights.
             stochastic: whether it rounds stochastically.
-            loss: 0-dimensional.
             left_out: numbers of the tensors that the step leaves out.
-            curvature: (K,), of methods that scale by a Hessian.
-            smoothing: with curvature.
+            smoothing: of a Hessian that learns from the step's curvature.
 
         Raises:
             JournalError: the optimizer's tensors or groups, or the way it draws probes, are not the journal's.
         """
-        streams = torch.cat(list(probes)).tolist() if probes else [0]
-        if streams != list(range(streams[0], streams[0] + max(1, len(probes)))):
+        streams = torch.cat(found.probes).tolist() if found.probes else [0]
+        if streams != list(range(streams[0], streams[0] + len(streams))):
             raise JournalError(f"probes: expected streams one after the other, got {streams[:4]}")
         pairs, tensors = torch.stack((lr, decay)).cpu().numpy(), self.header.tensors
         rates = [t.rates for t in tensors]
         kinds = pairs[:, [rates.index(kind) for kind in range(self.header.kinds)]] if len(lr) == len(tensors) else None
         if kinds is None or not np.array_equal(kinds[:, rates], pairs, equal_nan=True):
             raise JournalError("optimizer: its tensors or groups are not those that the journal was made for")
+        curvature = found.curvature if smoothing is not None else None
         self.write(
             Record(
-                int(step), streams[0], coeffs.float().cpu().numpy(), kinds[0], kinds[1], bool(moved), stochastic,
-                float(loss), frozenset(left_out), None if curvature is None else curvature.float().cpu().numpy(), smoothing,
+                int(step), streams[0], found.coeffs.float().cpu().numpy(), kinds[0], kinds[1], bool(moved), stochastic,
+                float(found.loss), frozenset(left_out),
+                None if curvature is None else curvature.float().cpu().numpy(), smoothing or 0.0,
             )
         )  # fmt: skip
 
@@ -495,24 +497,26 @@ def replay(
 
 
 class _Player:
-    """Steps that wait to be made in one call."""
+    """Makes steps, many in one pass where there is no Hessian."""
 
     def __init__(self, header: Header, tensors: list[Tensor]) -> None:
-        self.header, self.tensors, self.waiting = header, tensors, list[Record]()
-        device = tensors[0].device
-        self.counters = torch.zeros(1 + len(tensors), dtype=torch.int64, device=device)
+        device, bits = tensors[0].device, header.residual
+        self.waiting: list[Record] = []
         self.rates = torch.tensor([t.rates for t in header.tensors], device=device)
-        self.residuals: list[Tensor] | None = None
-        if header.residual:
-            self.residuals = [
-                torch.zeros(t.shape if t.dtype.itemsize == 2 else 0, dtype=RESIDUALS[header.residual], device=device)
-                for t in tensors
-            ]
+        self.space = ParamSpace(
+            [t.name for t in header.tensors], tensors, header.seed, header.distribution,
+            torch.zeros(1 + len(tensors), dtype=torch.int64, device=device),
+            [
+                torch.zeros(t.shape if t.dtype.itemsize == 2 else 0, dtype=RESIDUALS[bits], device=device)
+                for t in tensors if bits
+            ],
+            header.hessian or None, [scaling.identity(t, header.hessian) for t in tensors if header.hessian],
+        )  # fmt: skip
 
     def add(self, record: Record) -> bool:
         """Take one more step; whether those before it were made."""
         first = self.waiting[0] if self.waiting else record
-        most = min(_STEPS, _REPLAYED // (len(self.tensors) * max(1, len(first.coeffs))))
+        most = 1 if self.space.hessian else min(_STEPS, _REPLAYED // (len(self.rates) * max(1, len(first.coeffs))))
         alike = len(first.coeffs) == len(record.coeffs) and first.stochastic == record.stochastic
         full = not alike or len(self.waiting) >= max(1, most)
         if full:
@@ -526,22 +530,27 @@ class _Player:
         if not self.waiting:
             return
         records, self.waiting, device = self.waiting, [], self.rates.device
-        lr, decay = (
-            torch.from_numpy(np.stack(x)).to(device)[:, self.rates]
-            for x in zip(*((r.lr, r.decay) for r in records), strict=True)
-        )
-        coeffs = torch.from_numpy(np.stack([r.coeffs for r in records])).to(device).unsqueeze(2) * -lr.unsqueeze(1)
-        for s, record in enumerate(records):
-            if record.left_out:
-                coeffs[s, :, list(record.left_out)] = 0.0
-                decay[s, list(record.left_out)] = 0.0
-        first = torch.tensor([r.stream for r in records], device=device).unsqueeze(1)
-        torch.ops.zo_core.replay_(
-            self.tensors, list(range(len(self.tensors))), [], first + torch.arange(coeffs.shape[1], device=device),
-            coeffs, seed=ops.signed64(self.header.seed), distribution=self.header.distribution, counters=self.counters,
-            decay=decay, updates=torch.tensor([r.step for r in records], device=device) if records[0].stochastic else None,
-            residuals=self.residuals,
-        )  # fmt: skip
+
+        def stacked(rows: list[np.ndarray]) -> Tensor:
+            return torch.from_numpy(np.stack(rows)).to(device)
+
+        lr, decay = stacked([r.lr for r in records]), stacked([r.decay for r in records])
+        moves = torch.ones(len(records), len(self.rates), dtype=torch.bool, device=device)
+        for row, record in zip(moves, records, strict=True):
+            row[list(record.left_out)] = False
+        coeffs = stacked([r.coeffs for r in records]).unsqueeze(2) * -lr[:, None, self.rates]
+        coeffs, decay = coeffs.where(moves.unsqueeze(1), 0.0), decay[:, self.rates].where(moves, 0.0)
+        streams = torch.tensor([[r.stream] for r in records], device=device)
+        streams = streams + torch.arange(coeffs.shape[1], device=device)
+        updates = torch.tensor([r.step for r in records], device=device) if records[0].stochastic else None
+        if not self.space.hessian:
+            self.space.replay_(streams, coeffs, decay, updates)
+            return
+        learns: list[Tensor] = []
+        if (record := records[0]).curvature is not None:
+            learns = [torch.from_numpy(record.curvature.copy()).to(device).unsqueeze(1) * moves,
+                      torch.full_like(decay[0], record.smoothing) * moves[0]]  # fmt: skip
+        self.space.update_(list(torch.split(streams[0], 1)), coeffs[0], decay[0], updates, None, *learns)
 
 
 def _tensors_of(base: nn.Module | Mapping[str, Tensor] | Sequence[Tensor], header: Header) -> list[Tensor]:
