@@ -3,12 +3,14 @@
 import copy
 import json
 import os
+import re
 import signal
 import struct
 import subprocess
 import sys
 import warnings
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -123,6 +125,23 @@ def test_runs_of_every_method_are_made_again(tmp_path, method, options, dtype):
     assert opt.updates == 7 and not same(model, base)
     zo_core.replay(base, tmp_path / "run.zoj")
     assert same(model, base)
+
+    with open(tmp_path / "run.zoj", "ab") as file:
+        file.write(b"torn")
+    (tmp_path / "other.zoj").write_bytes((tmp_path / "run.zoj").read_bytes())
+    base = Blocks().to(dtype)
+    other = getattr(zo_core, method)(base, lr=1e-3, eps=1e-2, seed=5, **options)
+    other.journal = Journal.recover(tmp_path / "other.zoj", other)
+    assert same(model, base) and (other.updates, other.skipped) == (7, 1)
+    for optimizer, trained in ((opt, model), (other, base)):
+        optimizer.journal.close()
+        optimizer.journal = Journal.resume(optimizer.journal.path, optimizer)
+        for _ in range(3):
+            optimizer.step(loss_of(trained))
+    assert same(model, base)
+    assert (tmp_path / "run.zoj").read_bytes() == (tmp_path / "other.zoj").read_bytes()
+    again = Blocks().to(dtype)
+    assert zo_core.replay(again, tmp_path / "run.zoj") == 11 and same(model, again)
 
 
 def test_any_step_of_many_can_be_made_again(tmp_path):
@@ -326,6 +345,10 @@ def test_resume_and_create_refuse_what_does_not_fit(tmp_path):
         with pytest.raises(JournalError, match=says):
             Journal.resume(path, wrong)
     assert len(Journal.open(path)) == 3
+    with pytest.raises(JournalError, match="expected one that has not stepped"):
+        Journal.recover(path, opt)
+    with pytest.raises(JournalError, match="base: expected"):
+        Journal.recover(path, zo_core.MeZO(changed, **seed))
     opt.journal._cut(2)
     with pytest.raises(JournalError, match="records of all 3 steps that the optimizer has taken, got 2"):
         Journal.resume(path, opt)
@@ -345,6 +368,14 @@ def test_a_group_added_later_is_refused_before_it_moves(tmp_path):
     with pytest.raises(JournalError, match="its tensors or groups are not those"):
         opt.step(loss_of(model))
     assert same(model, before)
+
+
+def test_the_page_s_code_runs_as_it_stands_there(tmp_path, monkeypatch):
+    page = (Path(__file__).parent.parent / "docs" / "journal.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(re.search(r"```python\n(.*?)```", page, re.S)[1], names)
+    assert same(names["base"], names["model"]) and not same(names["base"], names["halfway"])
 
 
 # ---- files that are not one --------------------------------------------------------------------------------------

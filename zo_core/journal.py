@@ -16,6 +16,7 @@ import warnings
 import zlib
 from array import array
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 
 from . import scaling
 from .bindings import native, ops
+from .engines.base import uninterrupted
 from .estimators import Estimate
 from .kernels.reference import DISTRIBUTIONS
 from .noise import VERSION as NOISE_VERSION
@@ -42,7 +44,8 @@ RESIDUALS = {8: torch.int8, 16: torch.int16}
 _START = struct.Struct("<8sII")  # magic, format version, bytes of the JSON text that follows
 _FIXED = struct.Struct("<IIQQd")  # flags, K, step, first stream, loss
 _CRC = struct.Struct("<I")
-_MOVED, _STOCHASTIC, _LEFT_OUT, _CURVATURE, _KNOWN = (1 << bit for bit in range(5))  # flags
+_CARRY_START = struct.Struct("<II")  # how many numbers, bytes of each
+_MOVED, _STOCHASTIC, _LEFT_OUT, _CURVATURE, _CARRY, _UNKNOWN = (1 << bit for bit in range(6))  # flags
 _FLOATS = np.dtype("<f4")
 _HASHED, _REPLAYED = 1 << 26, 1 << 22  # bytes hashed at once; coefficients in one call of replay_
 _STEPS = 64  # most steps in one call: by then memory traffic is a small part, and Ctrl-C waits a second, not a minute
@@ -205,11 +208,13 @@ class Record(NamedTuple):
     left_out: frozenset[int] = frozenset()  # numbers of tensors that the step left out
     curvature: np.ndarray | None = None  # float32 (K,), of methods that scale by a Hessian
     smoothing: float = 0.0  # float32, with curvature
+    carry: np.ndarray | None = None  # float32 or float64 (n,), what the method keeps for its next step
 
     def encode(self, header: Header, chain: int) -> bytes:
         """The record's bytes. ``chain`` is the checksum before it."""
         flags = _MOVED * self.moved | _STOCHASTIC * self.stochastic
         flags |= _LEFT_OUT * bool(self.left_out) | _CURVATURE * (self.curvature is not None)
+        flags |= _CARRY * (self.carry is not None)
         parts = [_FIXED.pack(flags, len(self.coeffs), self.step, self.stream, self.loss)]
         parts += [x.astype(_FLOATS).tobytes() for x in (self.lr, self.decay, self.coeffs)]
         if self.curvature is not None:
@@ -218,6 +223,9 @@ class Record(NamedTuple):
             mask = np.zeros(len(header.tensors), dtype=bool)
             mask[list(self.left_out)] = True
             parts.append(np.packbits(mask, bitorder="little").tobytes())
+        if self.carry is not None:
+            numbers = self.carry.astype(self.carry.dtype.newbyteorder("<"))
+            parts += [_CARRY_START.pack(len(numbers), numbers.itemsize), numbers.tobytes()]
         body = b"".join(parts)
         return body + _CRC.pack(zlib.crc32(body, chain))
 
@@ -230,19 +238,23 @@ def _decode(data: memoryview, at: int, header: Header, chain: int) -> tuple[Reco
     kinds, count = header.kinds, len(header.tensors)
     floats = 2 * kinds + k + (k + 1) * bool(flags & _CURVATURE)
     mask_at = at + _FIXED.size + 4 * floats
-    end = mask_at + -(-count // 8) * bool(flags & _LEFT_OUT)
-    if flags >= _KNOWN or (step | stream) >> 62 or end + _CRC.size > len(data):
+    carry_at = end = mask_at + -(-count // 8) * bool(flags & _LEFT_OUT)
+    size = width = 0
+    if flags & _CARRY and end + _CARRY_START.size <= len(data):
+        size, width = _CARRY_START.unpack_from(data, end)
+        carry_at, end = end + _CARRY_START.size, end + _CARRY_START.size + size * width
+    if flags >= _UNKNOWN or (step | stream) >> 62 or end + _CRC.size > len(data):
         return None
-    if zlib.crc32(data[at:end], chain) != _CRC.unpack_from(data, end)[0]:
+    if zlib.crc32(data[at:end], chain) != _CRC.unpack_from(data, end)[0] or (flags & _CARRY and width not in (4, 8)):
         return None
     numbers = np.frombuffer(data, _FLOATS, floats, at + _FIXED.size)
     lr, decay, coeffs, rest = np.split(numbers, (kinds, 2 * kinds, 2 * kinds + k))
-    mask = np.unpackbits(
-        np.frombuffer(data[mask_at:end], np.uint8), count=count if end > mask_at else 0, bitorder="little"
-    )
+    bits = np.frombuffer(data, np.uint8, -(-count // 8), mask_at) if flags & _LEFT_OUT else np.zeros(0, np.uint8)
+    left_out = np.flatnonzero(np.unpackbits(bits, bitorder="little")[:count]).tolist()
     curvature, smoothing = (rest[:-1], float(rest[-1])) if len(rest) else (None, 0.0)
+    carry = np.frombuffer(data, f"<f{width}", size, carry_at) if flags & _CARRY else None
     record = Record(step, stream, coeffs, lr, decay, bool(flags & _MOVED), bool(flags & _STOCHASTIC), loss,
-                    frozenset(np.flatnonzero(mask).tolist()), curvature, smoothing)  # fmt: skip
+                    frozenset(left_out), curvature, smoothing, carry)  # fmt: skip
     return record, end + _CRC.size
 
 
@@ -250,7 +262,7 @@ def _decode(data: memoryview, at: int, header: Header, chain: int) -> tuple[Reco
 
 
 class Journal:
-    """A journal on disk: read it with ``open``, and give an optimizer one from ``create`` or ``resume``.
+    """A journal on disk: read it with ``open``, and give an optimizer one from ``create``, ``resume`` or ``recover``.
 
         opt.journal = zo_core.Journal.create("run.zoj", opt)
 
@@ -311,22 +323,63 @@ class Journal:
             JournalError: the journal is of other tensors, another method, seed or noise, or ends before this step; at
                 step 0 also if the weights are not those it starts from.
         """
-        journal = cls(path, writable=True)
-        try:
-            now, steps = Header.of(optimizer), int(optimizer._own["steps"])
-            journal.header.compare(now, "tensors", "method", "seed", "distribution", "residual", "hessian", "engine")
-            if not steps:
-                journal.header.compare(now, "base")
-            if steps > len(journal):
+        with cls._for(path, optimizer) as journal:
+            if (steps := int(optimizer._own["steps"])) > len(journal):
                 raise JournalError(
                     f"{path}: expected the records of all {steps} steps that the optimizer has taken, got {len(journal)}"
                     f" (and {journal.dropped} bytes of none): go on without it, or from an older checkpoint"
                 )
             journal._cut(steps)
+            return journal
+
+    @classmethod
+    def recover(cls, path: str | os.PathLike[str], optimizer: ZOOptimizer) -> Journal:
+        """Go on after the last record without a checkpoint: an optimizer that has not stepped makes all steps at once.
+
+        It and its weights are then as they were after that step, bit for bit where ``replay`` is. What is neither's, the
+        learning rate of a scheduler say, is the caller's to set.
+
+        Raises:
+            JournalError: the optimizer has stepped, or as ``resume``.
+        """
+        with cls._for(path, optimizer) as journal:
+            if optimizer._own["steps"]:
+                raise JournalError(
+                    "optimizer: expected one that has not stepped; Journal.resume goes on with its own steps"
+                )
+            _warn_of_rounding(journal.header, optimizer._tensors()[0].device, 3)
+            player, state = _Player(journal.header, optimizer._prepare().space), optimizer._own
+            with uninterrupted(), torch.no_grad():
+                moved, last = 0, None
+                for last in journal:
+                    player.add(last)
+                    moved += last.moved
+                player.play()
+                if last is not None:
+                    state["stream"].fill_(last.stream + len(last.coeffs))
+                    if last.carry is not None:
+                        state["carry"] = torch.from_numpy(last.carry.copy()).to(state["carry"].device)
+                state["updates"].fill_(moved)
+                state["skipped"].fill_(len(journal) - moved)
+                state["steps"] = len(journal)
+                optimizer._versions = optimizer._tensor_versions()
+            journal._cut(len(journal))
+            return journal
+
+    @classmethod
+    @contextmanager
+    def _for(cls, path: str | os.PathLike[str], optimizer: ZOOptimizer) -> Iterator[Journal]:
+        """The journal, open for writing if it is this optimizer's; closed again after an error."""
+        journal, now = cls(path, writable=True), Header.of(optimizer)
+        try:
+            journal.header.compare(
+                now, "tensors", "method", "seed", "distribution", "residual", "hessian", "engine",
+                *(() if optimizer._own["steps"] else ("base",)),
+            )  # fmt: skip
+            yield journal
         except BaseException:
             journal.close()
             raise
-        return journal
 
     def __len__(self) -> int:
         """Number of records: steps from 0 on, skipped ones too."""
@@ -400,6 +453,7 @@ class Journal:
                 int(step), streams[0], found.coeffs.float().cpu().numpy(), kinds[0], kinds[1], bool(moved), stochastic,
                 float(found.loss), frozenset(left_out),
                 None if curvature is None else curvature.float().cpu().numpy(), smoothing or 0.0,
+                None if found.carry is None else found.carry.cpu().numpy(),
             )
         )  # fmt: skip
 
@@ -479,14 +533,18 @@ def replay(
         raise JournalError(
             f"base: expected weights with SHA-256 {header.base}, from which the run started, got {found}"
         )
-    here = backend_of(tensors[0].device)
-    if header.engine == "inplace" or here != header.backend:
-        why = "the run's probes were made in place" if header.engine == "inplace" else f"here it is {here!r}"
-        warnings.warn(
-            f"replay agrees with the run to rounding, not bit for bit: {why} (backend of the run: {header.backend!r})",
-            stacklevel=2,
-        )
-    player = _Player(header, tensors)
+    device, bits = tensors[0].device, header.residual
+    _warn_of_rounding(header, device, 3)
+    space = ParamSpace(
+        [t.name for t in header.tensors], tensors, header.seed, header.distribution,
+        torch.zeros(1 + len(tensors), dtype=torch.int64, device=device),
+        [
+            torch.zeros(t.shape if t.dtype.itemsize == 2 else 0, dtype=RESIDUALS[bits], device=device)
+            for t in tensors if bits
+        ],
+        header.hessian or None, [scaling.identity(t, header.hessian) for t in tensors if header.hessian],
+    )  # fmt: skip
+    player = _Player(header, space)
     with torch.no_grad():
         for done, record in enumerate(islice(journal, steps)):
             if player.add(record):
@@ -496,22 +554,23 @@ def replay(
     return steps
 
 
+def _warn_of_rounding(header: Header, device: torch.device, stacklevel: int) -> None:
+    here = backend_of(device)
+    if header.engine == "inplace" or here != header.backend:
+        why = "the run's probes were made in place" if header.engine == "inplace" else f"here it is {here!r}"
+        warnings.warn(
+            f"replay agrees with the run to rounding, not bit for bit: {why} (backend of the run: {header.backend!r})",
+            stacklevel=stacklevel,
+        )
+
+
 class _Player:
     """Makes steps, many in one pass where there is no Hessian."""
 
-    def __init__(self, header: Header, tensors: list[Tensor]) -> None:
-        device, bits = tensors[0].device, header.residual
+    def __init__(self, header: Header, space: ParamSpace) -> None:
+        self.space = space
         self.waiting: list[Record] = []
-        self.rates = torch.tensor([t.rates for t in header.tensors], device=device)
-        self.space = ParamSpace(
-            [t.name for t in header.tensors], tensors, header.seed, header.distribution,
-            torch.zeros(1 + len(tensors), dtype=torch.int64, device=device),
-            [
-                torch.zeros(t.shape if t.dtype.itemsize == 2 else 0, dtype=RESIDUALS[bits], device=device)
-                for t in tensors if bits
-            ],
-            header.hessian or None, [scaling.identity(t, header.hessian) for t in tensors if header.hessian],
-        )  # fmt: skip
+        self.rates = torch.tensor([t.rates for t in header.tensors], device=space.counters.device)
 
     def add(self, record: Record) -> bool:
         """Take one more step; whether those before it were made."""
