@@ -8,6 +8,7 @@ import signal
 import struct
 import subprocess
 import sys
+import tracemalloc
 import warnings
 import zlib
 from pathlib import Path
@@ -416,6 +417,15 @@ def test_a_torn_tail_is_dropped(whole, scratch):
         assert Journal.open(scratch).dropped == len(tail)
 
 
+def test_a_record_of_another_place_or_journal_is_no_record(whole, scratch):
+    end, (_, second, *_) = header_end(whole), read(scratch, whole)
+    assert read(scratch, whole[:end] + whole[end + 56 :]) == []  # the first one is missing
+    other = with_header(whole[16 : end - 4].replace(b"0.1.0", b"0.1.1"))
+    assert read(scratch, other + whole[end:]) == []
+    chained = second[:-4] + struct.pack("<I", zlib.crc32(second[:-4], struct.unpack("<I", whole[end - 4 : end])[0]))
+    assert read(scratch, whole[:end] + chained) == []  # it is whole, but of step 1
+
+
 @given(st.data())
 def test_a_flipped_bit_or_a_cut_leaves_a_prefix_of_true_records_or_an_error(whole, scratch, data):
     true = read(scratch, whole)
@@ -492,7 +502,32 @@ def test_hostile_headers_end_in_one_kind_of_error(scratch, text, says):
         read(scratch, with_header(text))
 
 
+@given(st.data(), st.integers(0, 35), st.integers(0, 5), st.sampled_from([0, 7, 2**62 - 9, 2**63, 2**64 - 1]))
+def test_records_of_any_numbers_and_right_checksums_are_left_out_or_harmless(whole, scratch, data, flags, k, stream):
+    start, size = whole[: header_end(whole)], 16 + 4 * k + (4 * k + 4) * bool(flags & 8) + bool(flags & 4)
+    body = struct.pack("<IIQQd", flags, k, 0, stream, 0.5) + data.draw(st.binary(min_size=size, max_size=size))
+    n, width = data.draw(st.integers(0, 9)), data.draw(st.sampled_from([0, 4, 8, 9]))
+    if flags & 16:
+        body += struct.pack("<II", n, width) + bytes(n * width)
+    chain = struct.unpack("<I", start[-4:])[0]
+    scratch.write_bytes(start + body + struct.pack("<I", zlib.crc32(body, chain)))
+    found = Journal.open(scratch)
+    right = flags < 32 and stream < 2**62 and (width in (4, 8) or not flags & 16)
+    assert len(found) == right
+    if right and not flags & 4:  # which may have bits of no tensor
+        assert encoded(found) == [body + struct.pack("<I", zlib.crc32(body))]
+    zo_core.replay(network(), found)
+
+
 def test_hostile_lengths_allocate_nothing(whole, scratch):
+    tracemalloc.start()
+    refuse_hostile_lengths(whole, scratch)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 100 * 2**20  # of files up to 600 KB, decoded and encoded as JSON by this test as well
+
+
+def refuse_hostile_lengths(whole, scratch):
     with pytest.raises(JournalError, match="cut off or damaged"):
         read(scratch, struct.pack("<8sII", format_of.MAGIC, 1, 0xFFFFFFFF) + bytes(100))
     fields = json.loads(whole[16 : header_end(whole) - 4])
@@ -501,7 +536,10 @@ def test_hostile_lengths_allocate_nothing(whole, scratch):
         read(scratch, with_header(json.dumps(fields).encode()))
     start = whole[: header_end(whole)]
     body = struct.pack("<IIQQd", 1, 0xFFFFFFF0, 0, 0, 0.0) + bytes(20)
-    assert read(scratch, start + body + struct.pack("<I", zlib.crc32(body, struct.unpack("<I", start[-4:])[0]))) == []
+    carry = struct.pack("<IIQQd", 16, 0, 0, 0, 0.0) + bytes(16) + struct.pack("<II", 0xFFFFFFFF, 0xFFFFFFFF)
+    for record in (body, carry):
+        crc = zlib.crc32(record, struct.unpack("<I", start[-4:])[0])
+        assert read(scratch, start + record + struct.pack("<I", crc)) == []
 
 
 def test_other_versions_are_refused_by_name(whole, scratch):
