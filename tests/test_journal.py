@@ -161,6 +161,22 @@ def test_any_step_of_many_can_be_made_again(tmp_path):
         zo_core.replay(network(), tmp_path / "run.zoj", upto=151)
 
 
+def test_probes_rounding_and_rates_may_change_and_be_nonsense_during_a_run(tmp_path):
+    model, base = network(torch.bfloat16), network(torch.bfloat16)
+    opt = run(tmp_path / "run.zoj", model, steps=2, nan_at=-1)
+    group = opt.param_groups[0]
+    for changes in ({"probes": 3}, {"lr": float("nan")}, {"lr": 1e-2, "probes": 2}, {"weight_decay": 0.0}):
+        group |= changes
+        opt.step(loss_of(model))
+        opt.stochastic_rounding = not opt.stochastic_rounding
+        opt.step(loss_of(model))
+    assert opt.skipped == 2
+    last = list(opt.journal)[-1]
+    opt.journal.write(last._replace(step=10, moved=False))  # numbers of a step that did not move the weights
+    assert zo_core.replay(base, tmp_path / "run.zoj") == 11
+    assert same(model, base)
+
+
 def test_groups_frozen_and_bare_tensors_mixed_dtypes(tmp_path):
     def make():
         model = network()
