@@ -6,6 +6,7 @@ import pytest
 import tiny_lm
 import torch
 from transformers import LlamaForCausalLM
+
 from zo_core.integrations.transformers import ZOArguments, ZOMixin
 
 trl = pytest.importorskip("trl", reason="TRL is not installed: pip install trl")
