@@ -87,7 +87,7 @@ def test_a_group_added_later_counts_on():
     opt.step(loss_of(model))
     twin = TwinMeZO(other[0].parameters(), 3)
     twin.step(loss_of(other), 1e-2, 1e-3)
-    twin.params += list(other[4].parameters())
+    twin.add(other[4].parameters())
     twin.step(loss_of(other), 1e-2, 1e-3)
     assert all(torch.allclose(p, q, atol=1e-4) for p, q in zip(model.parameters(), other.parameters(), strict=True))
 
@@ -332,7 +332,7 @@ def test_bad_parameters_are_refused():
     with pytest.raises(ValueError, match="overlap"):
         whole = torch.zeros(10)
         zo_core.MeZO([nn.Parameter(whole[:6]), nn.Parameter(whole[5:])], lr=1e-2)
-    with pytest.raises(ValueError, match="eps, probes"):
+    with pytest.raises(ValueError, match="eps: expected 0.001 as in the first group"):
         parts = [{"params": [nn.Parameter(torch.zeros(3))], "eps": e} for e in (1e-3, 1e-2)]
         zo_core.MeZO(parts, lr=1e-2)
     with pytest.raises(TypeError, match="closure"):

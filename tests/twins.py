@@ -1,4 +1,4 @@
-"""Each method straight from its equations: plain torch, float64 noise, nothing shared with the library's optimizers."""
+"""Each method straight from its equations: plain torch in float64, nothing shared with the library's optimizers."""
 
 import torch
 from torch import Tensor
@@ -6,40 +6,113 @@ from zo_core.kernels import reference
 
 
 class Twin:
-    """Float32 weights; noise from the specification; one loop a tensor."""
+    """Values in float64, rounded into the parameters; noise from the specification; one loop a tensor."""
 
     def __init__(self, params, seed, distribution="gaussian"):
-        self.params = list(params)
-        self.seed, self.distribution, self.stream = seed, distribution, 0
+        self.params, self.seed, self.distribution, self.stream = [], seed, distribution, 0
+        self.values, self.hessians = [], []
+        self.left_out = set()  # numbers of tensors that this step does not touch
+        self.add(params)
+
+    def add(self, params):
+        for p in params:
+            self.params.append(p)
+            self.values.append(p.detach().double().clone())
+            self.hessians.append(torch.ones_like(self.values[-1]))
 
     def z(self, i: int, stream: int) -> Tensor:
         element = torch.arange(self.params[i].numel())
         noise = reference.DISTRIBUTIONS[self.distribution](element, tensor_id=i, stream=stream, seed=self.seed)
-        return noise.view(self.params[i].shape)
+        return noise.view(self.params[i].shape).double() * (i not in self.left_out)
 
-    def at(self, loss, c: float, stream: int) -> float:
-        saved = [p.detach().clone() for p in self.params]
+    def put(self, values):
         with torch.no_grad():
-            for i, p in enumerate(self.params):
-                p.copy_((p.double() + c * self.z(i, stream)).to(p.dtype))
-            value = float(loss())
-            for p, s in zip(self.params, saved, strict=True):
-                p.copy_(s)
+            for p, value in zip(self.params, values, strict=True):
+                p.copy_(value)
+
+    def at(self, loss, c: float, stream: int = 0) -> float:
+        self.put([v + c * h**-0.5 * self.z(i, stream) for i, (v, h) in enumerate(zip(self.values, self.hessians))])
+        value = float(loss().detach())
+        self.put(self.values)
         return value
+
+    def draw(self, n):
+        self.stream += n
+        return range(self.stream - n, self.stream)
+
+    def move(self, directions, lr, weight_decay=0.0, decay_vectors=False):
+        """theta <- theta - lr (direction + wd theta) of each tensor; lr and wd may be lists, one number a tensor."""
+        for i, (v, p, direction) in enumerate(zip(self.values, self.params, directions, strict=True)):
+            rate = lr[i] if isinstance(lr, list) else lr
+            wd = weight_decay[i] if isinstance(weight_decay, list) else weight_decay
+            if i not in self.left_out:
+                self.values[i] = v - rate * (direction + (wd * v if p.ndim > 1 or decay_vectors else 0.0))
+        self.put(self.values)
+
+    def along(self, coeffs, streams):
+        """sum_k coeffs[k] H^-1/2 z_k of each tensor."""
+        return [
+            sum(c * h**-0.5 * self.z(i, s) for c, s in zip(coeffs, streams, strict=True))
+            for i, h in enumerate(self.hessians)
+        ]
 
 
 class TwinMeZO(Twin):
-    """theta <- theta - lr (g z + wd theta), g = (l+ - l-) / (2 eps), averaged over n directions."""
+    """g = (l+ - l-) / (2 eps), averaged over n directions. LeZO is the same with tensors left out."""
 
     def step(self, loss, lr, eps, weight_decay=0.0, probes=1, decay_vectors=False):
-        streams = range(self.stream, self.stream + probes)
-        self.stream += probes
+        streams = self.draw(probes)
         pairs = [(self.at(loss, eps, s), self.at(loss, -eps, s)) for s in streams]
-        with torch.no_grad():
-            for i, p in enumerate(self.params):
-                rate = lr[i] if isinstance(lr, list) else lr
-                wd = weight_decay[i] if isinstance(weight_decay, list) else weight_decay
-                g = sum((a - b) / (2 * eps) * self.z(i, s) for (a, b), s in zip(pairs, streams, strict=True)) / probes
-                shrink = wd * p.double() if p.ndim > 1 or decay_vectors else 0.0
-                p.copy_((p.double() - rate * (g + shrink)).to(p.dtype))
+        self.move(
+            self.along([(a - b) / (2 * eps) / probes for a, b in pairs], streams), lr, weight_decay, decay_vectors
+        )
         return sum(a + b for a, b in pairs) / (2 * probes)
+
+
+class TwinHiZOO(Twin):
+    """H' = (1 - a) H + a |l+ + l- - 2 l0| / (2 eps^2) H z^2, clamped; theta <- theta - lr g H'^-1/2 z."""
+
+    def step(self, loss, lr, eps, weight_decay=0.0, probes=1, smoothing=1e-6, factored=False):
+        streams, clean = self.draw(probes), self.at(loss, 0.0)
+        pairs = [(self.at(loss, eps, s), self.at(loss, -eps, s)) for s in streams]
+        for i, h in enumerate(self.hessians):
+            if i in self.left_out:
+                continue
+            new = (1 - smoothing) * h
+            for (a, b), s in zip(pairs, streams, strict=True):
+                new = new + smoothing * abs(a + b - 2 * clean) / (2 * eps**2) * h * self.z(i, s) ** 2 / probes
+            if factored and new.ndim > 1:  # row means times column means over the mean
+                new = new.mean(1, keepdim=True) * new.mean(0, keepdim=True) / new.mean()
+            self.hessians[i] = new.clamp(1e-8, 1e8)
+        self.move(self.along([(a - b) / (2 * eps) / probes for a, b in pairs], streams), lr, weight_decay)
+        return clean
+
+
+class TwinFZOO(Twin):
+    """theta <- theta - lr / (N s) sum_i (l_i - l0) u_i, s the unbiased standard deviation of the l_i."""
+
+    before = ()
+
+    def step(self, loss, lr, eps, weight_decay=0.0, probes=8, reuse=False):
+        streams, clean = self.draw(probes), self.at(loss, 0.0)
+        side = [self.at(loss, eps, s) for s in streams]
+        among = [*side, *self.before] if reuse else side
+        self.before = side
+        mean = sum(among) / len(among)
+        s = (sum((x - mean) ** 2 for x in among) / (len(among) - 1)) ** 0.5
+        self.move(self.along([(x - clean) / (probes * s) for x in side], streams), lr, weight_decay)
+        return clean
+
+
+class TwinSPSA(Twin):
+    """c_i = |l+ - 2 l0 + l-| / eps^2, w_i = 1 / max(c_i^alpha, lambda), theta <- theta - lr/n sum_i w_i g_i u_i."""
+
+    def step(self, loss, lr, eps, weight_decay=0.0, probes=8, alpha=0.1, floor=1.0):
+        streams, clean = self.draw(probes), self.at(loss, 0.0)
+        coeffs = []
+        for s in streams:
+            a, b = self.at(loss, eps, s), self.at(loss, -eps, s)
+            weight = 1 / max((abs(a - 2 * clean + b) / eps**2) ** alpha, floor)
+            coeffs.append(weight * (a - b) / (2 * eps) / probes)
+        self.move(self.along(coeffs, streams), lr, weight_decay)
+        return clean

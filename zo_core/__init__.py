@@ -8,7 +8,11 @@ if not (Path(__file__).parent / "kernels").is_dir():  # a plain checkout: kernel
 from . import losses, noise
 from .noise import backend_info
 from .optim.base import ZOOptimizer
+from .optim.fzoo import FZOO
+from .optim.hizoo import HiZOO
+from .optim.lezo import LeZO
 from .optim.mezo import MeZO
+from .optim.spsa import SPSA
 
-__all__ = ["MeZO", "ZOOptimizer", "backend_info", "losses", "noise"]
+__all__ = ["FZOO", "SPSA", "HiZOO", "LeZO", "MeZO", "ZOOptimizer", "backend_info", "losses", "noise"]
 __version__ = "0.1.0"

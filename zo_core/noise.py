@@ -8,7 +8,7 @@ from torch import Tensor
 from .bindings import native, ops
 
 VERSION = 1
-HOST_DOMAIN, DATA_ORDER = 3, 1  # domain of host-side selection, and the tensor id of data order in it
+HOST_DOMAIN, DATA_ORDER, LAYER_ORDER = 3, 1, 2  # domain of host-side selection, and tensor ids in it
 
 
 def sample(
@@ -53,13 +53,14 @@ def sample(
     return out
 
 
-def permutation(n: int, *, seed: int, stream: int) -> Tensor:
-    """A random order of 0..n-1 (int64, CPU), a pure function of seed and stream (the epoch, say).
+def permutation(n: int, *, seed: int, stream: int, purpose: int = DATA_ORDER) -> Tensor:
+    """A random order of 0..n-1 (int64, CPU), a pure function of seed, stream (the epoch, say) and purpose.
 
-    Sorts one Philox block an element (domain 3, tensor id 1), so the order does not depend on any global state.
+    Sorts one Philox block an element (domain 3, tensor id ``purpose``: 1 order of data, 2 of layers), so the order does not
+    depend on any global state.
     """
     words = torch.empty(n, 4, dtype=torch.int32, device="cpu")
-    key = {"seed": ops.signed64(seed), "domain": HOST_DOMAIN, "tensor_id": DATA_ORDER, "stream": stream, "block": 0}
+    key = {"seed": ops.signed64(seed), "domain": HOST_DOMAIN, "tensor_id": purpose, "stream": stream, "block": 0}
     torch.ops.zo_core.philox_(words, **key)
     first, second = (words[:, i].to(torch.int64) & 0xFFFFFFFF for i in (0, 1))
     return (first - (1 << 31) << 32 | second).argsort(stable=True)  # in the order of the unsigned 64-bit numbers

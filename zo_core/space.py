@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import scaling
 from .bindings import ops
 
 Probe = Tensor  # int64 (1,): a stream number, on the device of the weights; a probe is known by its identity
@@ -27,37 +28,93 @@ class ParamSpace:
     distribution: str
     counters: Tensor  # int64 (1 + T,): no-op passes, saturated elements of each tensor
     residuals: list[Tensor] = field(default_factory=list)  # low-order bits of 16-bit tensors, or empty
+    hessian: str | None = None  # one of scaling.KINDS
+    hessians: list[list[Tensor]] = field(default_factory=list)  # of each tensor, where there is one; see ``scaling``
+
+    def __post_init__(self) -> None:
+        """Make what passes need of factored Hessians."""
+        self._rescale()
+
+    def _rescale(self) -> None:
+        self._scales = scaling.of_passes(self.hessians, self.hessian) if self.hessian else {}
 
     def update_(
-        self, probes: Sequence[Probe], coeffs: Tensor, decay: Tensor | None = None, update: Tensor | None = None
+        self,
+        probes: Sequence[Probe],
+        coeffs: Tensor,
+        decay: Tensor | None = None,
+        update: Tensor | None = None,
+        restore: Tensor | None = None,
+        curvature: Tensor | None = None,
+        smoothing: Tensor | None = None,
     ) -> None:
-        """Theta <- round((1 - decay) theta + sum_k coeffs[k] z_k), one fused pass over all tensors, in place.
+        """Theta <- round((1 - decay) (theta + s sum_k restore[k] z_k) + s' sum_k coeffs[k] z_k), one pass, in place.
+
+        s is 1, or H^-1/2 with a Hessian, and s' comes of H' = (1 - smoothing + sum_k curvature[k] z_k^2) H.
 
         Args:
             probes: K streams.
             coeffs: float32 (K, T).
             decay: float32 (T,).
             update: stream of the stochastic rounding of 16-bit tensors; None rounds to nearest.
+            restore: float32 (K, T).
+            curvature: float32 (K, T), with a Hessian only, and with smoothing.
+            smoothing: float32 (T,).
         """
+        more: dict[str, Any] = {}
+        if curvature is not None and self.hessian == "diagonal":
+            restore = torch.zeros_like(coeffs) if restore is None else restore
+            more = {"restore": restore, "curvature": curvature, "smoothing": smoothing}
+        elif curvature is not None and smoothing is not None:
+            learned = self._learn(probes, curvature, smoothing)  # first: what can fail must not come between passes
+            if restore is not None:
+                self.update_(probes, restore)
+            for old, new in zip(self.hessians, learned, strict=True):
+                for a, b in zip(old, new, strict=True):
+                    a.copy_(b)
+            self._rescale()
+        elif restore is not None:
+            coeffs = coeffs + (1 - decay if decay is not None else 1) * restore
         torch.ops.zo_core.update_(
             self.tensors,
-            [],
-            list(range(len(self.tensors))),
-            [],
-            torch.cat(list(probes)) if probes else torch.empty(0, dtype=torch.int64, device=coeffs.device),
-            coeffs,
+            tensor_ids=list(range(len(self.tensors))),
+            offsets=[],
+            streams=torch.cat(list(probes)) if probes else torch.empty(0, dtype=torch.int64, device=coeffs.device),
+            coeffs=coeffs,
             counters=self.counters,
             decay=decay,
             update=update,
             residuals=self.residuals or None,
+            **{"hessians": [], **self._scales},
+            **more,
             **self._noise(),
         )
+
+    def _learn(self, probes: Sequence[Probe], curvature: Tensor, smoothing: Tensor) -> list[list[Tensor]]:
+        """New factors of all tensors; the old ones where nothing changes."""
+        out = []
+        for i, h in enumerate(self.hessians):
+
+            def squares(first: int, last: int, i: int = i) -> Tensor:
+                """Z^2 of elements of tensor i, (K, last - first)."""
+                z = torch.zeros(len(probes), last - first, dtype=torch.float32, device=curvature.device)
+                one = torch.ones(1, 1, dtype=torch.float32, device=curvature.device)
+                for row, probe in zip(z, probes, strict=True):
+                    torch.ops.zo_core.update_(
+                        [row], [], [i], [first], probe, one, counters=self.counters.new_zeros(2), **self._noise()
+                    )
+                return z.square_()
+
+            new = scaling.factors(h, squares, curvature[:, i], smoothing[i])
+            moves = curvature[:, i].any() | (smoothing[i] != 0)
+            out.append([torch.where(moves, b, a) for a, b in zip(h, new, strict=True)])
+        return out
 
     def perturb(
         self, which: Sequence[int], sources: list[Tensor], out: list[Tensor], probe: Probe, coeffs: Tensor,
         counters: Tensor,
     ) -> None:  # fmt: skip
-        """Out <- round(theta + coeffs z(probe)), of n of the tensors, which are only read.
+        """Out <- round(theta + coeffs s z(probe)), of n of the tensors, which are only read.
 
         Args:
             which: their numbers.
@@ -68,9 +125,10 @@ class ParamSpace:
             counters: int64 (1 + n,).
         """
         residuals = [self.residuals[i] for i in which] if self.residuals else []
+        scales = {"hessians": [], **{name: [scale[i] for i in which] for name, scale in self._scales.items()}}
         ops.backend_for(probe.device).run_pass(  # what torch.ops.zo_core.perturb calls when it has checked all of this
-            sources, out, [], which, [], probe, coeffs, counters=counters, residuals=residuals, seed=self.seed,
-            distribution=self.distribution,
+            sources, out, tensor_ids=which, offsets=[], streams=probe, coeffs=coeffs, counters=counters,
+            residuals=residuals, seed=self.seed, distribution=self.distribution, **scales,
         )  # fmt: skip
 
     def perturb_rows(
@@ -78,8 +136,9 @@ class ParamSpace:
     ) -> None:
         """As ``perturb``, of the rows (int64, (n,)) of one matrix, into the n rows of ``out``; rows are not checked."""
         residual = self.residuals[i] if self.residuals and self.residuals[i].numel() else None
+        scales = {name.removesuffix("s"): scale[i] for name, scale in self._scales.items()}
         torch.ops.zo_core.perturb_rows(
-            source, rows, out, i, 0, probe, coeffs, counters=counters, residual=residual, **self._noise()
+            source, rows, out, i, 0, probe, coeffs, counters=counters, residual=residual, **scales, **self._noise()
         )
 
     def full(self, c: float, leave_out: Collection[int] = ()) -> Tensor:

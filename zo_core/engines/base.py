@@ -25,8 +25,11 @@ class Engine(Protocol):
         """The closure's result at theta + c z(probe), z = 0 in tensors left out; at theta without a probe."""
         ...
 
-    def update(self, probes: Sequence[Probe], coeffs: Tensor, decay: Tensor, update: Tensor | None) -> None:
-        """Theta <- (1 - decay) theta + sum_k coeffs[k] z_k; arguments as in ``ParamSpace.update_``."""
+    def update(
+        self, probes: Sequence[Probe], coeffs: Tensor, decay: Tensor, update: Tensor | None,
+        curvature: Tensor | None = None, smoothing: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """Theta <- (1 - decay) theta + s sum_k coeffs[k] z_k; arguments as in ``ParamSpace.update_``."""
         ...
 
     def restore(self) -> None:

@@ -41,25 +41,22 @@ class InPlaceEngine:
                 self.space.update_([p for p, _ in steps], torch.cat([row for _, row in steps]))
             self.at = to
 
-    def update(self, probes: Sequence[Probe], coeffs: Tensor, decay: Tensor, update: Tensor | None) -> None:
-        """Theta <- (1 - decay) theta + sum_k coeffs[k] z_k, restored and updated in one pass.
-
-        Args:
-            probes: K streams.
-            coeffs: float32 (K, T).
-            decay: float32 (T,).
-            update: stream of the stochastic rounding, or None for nearest.
-        """
+    def update(
+        self, probes: Sequence[Probe], coeffs: Tensor, decay: Tensor, update: Tensor | None,
+        curvature: Tensor | None = None, smoothing: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """Restore and update in one pass; arguments as in ``ParamSpace.update_``."""
+        back: Tensor | None = None
         if self.at is not None:
             probe, row = self.at
-            back = (decay - 1) * row
-            found = [k for k, p in enumerate(probes) if p is probe]
-            if found:
-                coeffs = coeffs.index_add(0, torch.tensor(found, device=coeffs.device), back)
-            else:
-                probes, coeffs = [*probes, probe], torch.cat([coeffs, back])
+            if not any(p is probe for p in probes):
+                nothing = torch.zeros_like(row)
+                probes, coeffs = [*probes, probe], torch.cat([coeffs, nothing])
+                curvature = torch.cat([curvature, nothing]) if curvature is not None else None
+            back = torch.zeros_like(coeffs)
+            back[next(k for k, p in enumerate(probes) if p is probe)] = -row[0]
         with uninterrupted():
-            self.space.update_(probes, coeffs, decay, update)
+            self.space.update_(probes, coeffs, decay, update, back, curvature, smoothing)
             self.at = None
 
     def memory(self) -> dict[str, int]:

@@ -188,10 +188,13 @@ class ShadowEngine:
             result = self._run(closure, c, probe)
         return result
 
-    def update(self, probes: Sequence[Probe], coeffs: Tensor, decay: Tensor, update: Tensor | None) -> None:
-        """Theta <- (1 - decay) theta + sum_k coeffs[k] z_k in one pass; arguments as in ``ParamSpace.update_``."""
+    def update(
+        self, probes: Sequence[Probe], coeffs: Tensor, decay: Tensor, update: Tensor | None,
+        curvature: Tensor | None = None, smoothing: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """Theta <- (1 - decay) theta + s sum_k coeffs[k] z_k in one pass; arguments as in ``ParamSpace.update_``."""
         with uninterrupted():
-            self.space.update_(probes, coeffs, decay, update)
+            self.space.update_(probes, coeffs, decay, update, None, curvature, smoothing)
 
     @property
     def evaluating(self) -> bool:

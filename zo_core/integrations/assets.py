@@ -107,6 +107,12 @@ ASSETS = {
         "movie-review sentences with |mean rating| >= 1, Hutto & Gilbert, ICWSM 2014, MIT",
         functools.partial(_rated_texts, member="hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"),
     ),
+    "products": Asset(
+        "dataset",
+        "vaderSentiment",
+        "product-review sentences with |mean rating| >= 1, Hutto & Gilbert, ICWSM 2014, MIT",
+        functools.partial(_rated_texts, member="hutto_ICWSM_2014/amazonReviewSnippets_GroundTruth.txt"),
+    ),
 }
 
 

@@ -1,25 +1,72 @@
 """What all zeroth-order optimizers share: the step, its state, and how it survives failure."""
 
 import math
+import sys
 import warnings
 import zlib
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, ClassVar, TypedDict
 
 import torch
 from torch import Tensor, nn
 
+from .. import layers, scaling
 from ..bindings import ops
 from ..engines.base import Engine, uninterrupted
 from ..engines.inplace import InPlaceEngine
 from ..engines.shadow import ShadowEngine
+from ..estimators import Estimate, Losses
 from ..kernels.reference import DISTRIBUTIONS
 from ..space import ParamSpace, Probe, some
 
 Params = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
-Losses = Callable[..., Tensor]  # losses(c, probe) is the loss at theta + c z(probe); losses(0.0) at theta
 _STATE = "zo"  # key of the optimizer-wide entry in `state`
+
+
+class Options(TypedDict, total=False):
+    """What all methods take beside ``params``, ``lr`` and their own; see ``ZOOptimizer``."""
+
+    eps: float
+    weight_decay: float
+    probes: int | None
+    seed: int
+    distribution: str | None
+    rho: float | None
+    blocks: layers.Blocks | None
+    hessian: str | None
+    stochastic_rounding: bool
+    residual: int | None
+    engine: str | None
+    module: nn.Module | None
+
+
+class Shared:
+    """An option that all groups share, a number in a range; it may be set anew between steps, in ``param_groups[0]``."""
+
+    def __init__(self, least: float, most: float, kind: type = Real) -> None:
+        self.least, self.most, self.kind = least, most, kind
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        """Take the attribute's name."""
+        self.name = name
+
+    def __get__(self, optimizer: "ZOOptimizer | None", owner: type) -> Any:
+        """The number; this object where there is no optimizer."""
+        return self if optimizer is None else optimizer.param_groups[0][self.name]
+
+    def check(self, value: object) -> None:
+        """ValueError, TypeError unless it is such a number."""
+        if isinstance(value, Real) and not isinstance(value, self.kind):
+            raise ValueError(f"{self.name}: expected an integer, got {value!r}")
+        _in_range(self.name, value, self.least, self.most)
+
+
+def _in_range(name: str, value: object, least: float = 0.0, most: float = sys.float_info.max) -> None:
+    if not isinstance(value, Real):
+        raise TypeError(f"{name}: expected a number, got {value!r}")
+    if not least <= float(value) <= most:
+        raise ValueError(f"{name}: expected a number from {least:g} to {most:g}, got {value}")
 
 
 class ZOOptimizer(torch.optim.Optimizer):
@@ -33,9 +80,13 @@ class ZOOptimizer(torch.optim.Optimizer):
         eps: size of the perturbation; the same in all groups.
         weight_decay: decoupled, theta <- theta - lr * weight_decay * theta. For a module it skips vectors and
             scalars (biases, norms); tensors and groups of your own are decayed as they say.
-        probes: number of probes a step averages over.
+        probes: number of probes a step averages over; None: the method's own, as for all that follow.
         seed: 64-bit seed that all noise is a function of.
         distribution: "gaussian" or "rademacher".
+        rho: fraction of the model's blocks that a step leaves out, in [0, 1); see ``LeZO``. Like ``lr`` it may be set
+            anew between steps, in ``param_groups[0]``.
+        blocks: those blocks, or the dotted name of the list that has them; None: the largest ``nn.ModuleList``.
+        hessian: "diagonal" or "factored", to scale probes by H^-1/2; see ``HiZOO``. Of methods that measure curvature.
         stochastic_rounding: whether updates round stochastically (unbiased), not to nearest, where they round to 16
             bits or to the 24 of a weight with an 8-bit residual.
         residual: low-order bits, 8 or 16, that each 16-bit weight keeps in a tensor of this optimizer (1 or 2 bytes a
@@ -44,13 +95,22 @@ class ZOOptimizer(torch.optim.Optimizer):
         engine: "shadow" perturbs what modules read and never writes a weight to probe it; "inplace" writes the
             weights, for closures that are arbitrary functions of them. None: shadow where a module is known.
         module: the module whose forwards use the tensors, where ``params`` is not that module itself.
+        method: further options of the method, each a ``Shared`` of its class.
 
     Raises:
         ValueError, TypeError: an argument out of its range, no trainable tensor, or one that the fused pass cannot
             serve (not float32, bfloat16 or float16; not contiguous; on another device; overlapping memory).
     """
 
+    _default: ClassVar[dict[str, Any]] = {"probes": 1, "distribution": "gaussian", "rho": 0.0, "hessian": None}
+    _measures_curvature = False  # whether estimates have a curvature, which Hessian scaling needs
+
+    eps = Shared(1e-30, 1e30)  # what float32 arithmetic can carry
+    probes = Shared(1, 1 << 20, Integral)
+    rho = Shared(0.0, math.nextafter(1.0, 0.0))
+
     _engine: Engine | None = None
+    _blocks: Sequence[set[int]] = ()
     _stepping = False
     _versions: list[tuple[object, ...]] | None = None
     _dtypes: list[torch.dtype] | None = None
@@ -62,32 +122,42 @@ class ZOOptimizer(torch.optim.Optimizer):
         lr: float | Tensor,
         eps: float = 1e-3,
         weight_decay: float = 0.0,
-        probes: int = 1,
+        probes: int | None = None,
         seed: int = 0,
-        distribution: str = "gaussian",
+        distribution: str | None = None,
+        rho: float | None = None,
+        blocks: layers.Blocks | None = None,
+        hessian: str | None = None,
         stochastic_rounding: bool = True,
         residual: int | None = 8,
         engine: str | None = None,
         module: nn.Module | None = None,
+        method: Mapping[str, float] | None = None,
     ) -> None:
+        given: dict[str, Any] = {"probes": probes, "distribution": distribution, "rho": rho, "hessian": hessian}
+        probes, distribution, rho, hessian = (v if v is not None else self._default[k] for k, v in given.items())
         if distribution not in DISTRIBUTIONS:
             raise ValueError(f"distribution: expected one of {list(DISTRIBUTIONS)}, got {distribution!r}")
         if residual not in (None, 8, 16):
             raise ValueError(f"residual: expected None, 8 or 16 bits, got {residual!r}")
         if engine not in (None, "shadow", "inplace"):
             raise ValueError(f"engine: expected 'shadow', 'inplace' or None, got {engine!r}")
+        if hessian is not None and (hessian not in scaling.KINDS or not self._measures_curvature):
+            which = list(scaling.KINDS) if self._measures_curvature else "none, as this method measures no curvature"
+            raise ValueError(f"hessian: expected {which}, got {hessian!r}; HiZOO and SPSA take one")
         ops.signed64(seed)
-        self.stochastic_rounding = stochastic_rounding
+        self.stochastic_rounding, self.blocks = stochastic_rounding, blocks
         self.module = params if isinstance(params, nn.Module) and module is None else module
         self.engine = engine or ("inplace" if self.module is None else "shadow")
         if self.engine == "shadow" and self.module is None:
             raise ValueError("engine: 'shadow' needs the module whose forwards use the tensors: pass module=")
         if isinstance(params, nn.Module):
             params = [{"params": list(params.named_parameters()), "decay_vectors": False}]
-        defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "probes": probes, "decay_vectors": True}
-        super().__init__(params, defaults)
+        shared = {"eps": eps, "probes": probes, "rho": rho, **(method or {})}
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "decay_vectors": True, **shared})
         device = self._tensors()[0].device
         self._own = {"seed": seed, "distribution": distribution, "residual": residual, "residuals": [], "hashes": []}
+        self._own |= {"hessian": hessian, "hessians": [], "steps": 0, "carry": torch.zeros(0, device=device)}
         with torch.inference_mode(False):
             for name in ("stream", "updates", "skipped", "counters"):
                 self._own[name] = torch.zeros(1, dtype=torch.int64, device=device)
@@ -95,8 +165,8 @@ class ZOOptimizer(torch.optim.Optimizer):
 
     # ---- what a method gives -----------------------------------------------------------------------------------
 
-    def estimate(self, losses: Losses) -> tuple[list[Probe], Tensor, Tensor]:
-        """Evaluate losses and say where to go: K probes, coefficients (K,) of -lr along them, and the loss."""
+    def estimate(self, losses: Losses) -> Estimate:
+        """Evaluate losses, and say where to go."""
         raise NotImplementedError
 
     def draw(self, n: int) -> list[Probe]:
@@ -138,21 +208,33 @@ class ZOOptimizer(torch.optim.Optimizer):
                 torch.clear_autocast_cache()  # which knows parameters by their identity, not by their values
             return _scalar(closure(), stream.device)
 
-        def losses(c: float, probe: Probe | None = None, leave_out: Collection[int] = ()) -> Tensor:
-            return engine.evaluate(evaluation, c, probe, leave_out)
+        left_out = self._left_out()
+
+        def losses(points: Sequence[tuple[float, Probe | None]]) -> Tensor:
+            return torch.stack([engine.evaluate(evaluation, c, probe, left_out) for c, probe in points])
 
         done, self._stepping = False, True
         try:
-            probes, coeffs, loss = self.estimate(losses)
+            found = self.estimate(losses)
             lr, decay = self._rates()
-            steps = coeffs.float().unsqueeze(1) * -lr
-            usable = loss.isfinite() & steps.isfinite().all() & decay.isfinite().all()
-            steps, decay = (torch.where(usable, x, 0.0) for x in (steps, decay))  # a NaN costs a step, no weight
+            scalars = [found.coeffs.float().unsqueeze(1) * -lr, decay.unsqueeze(0)]
+            if found.curvature is not None and state["hessian"]:
+                scalars += [
+                    found.curvature.float().unsqueeze(1),
+                    torch.full_like(scalars[1], self.param_groups[0]["smoothing"]),
+                ]
+            usable = torch.stack([found.loss.isfinite(), *(x.isfinite().all() for x in scalars)]).all()
+            moved = usable & engine.space.full(1.0, left_out).bool()  # a NaN costs a step, no weight
+            steps, decay, *metric = (torch.where(moved, x, 0.0) for x in scalars)
             number = state["updates"] + state["skipped"]  # of the rounding: skipped steps restore, and round as well
+            metric = [metric[0], metric[1][0]] if metric else []
             with uninterrupted():
-                engine.update(probes, steps, decay, number if self.stochastic_rounding else None)
+                rounding = number if self.stochastic_rounding else None
+                engine.update(found.probes, steps, decay[0], rounding, *metric)
                 state["updates"] += usable
                 state["skipped"] += ~usable
+                state["steps"] += 1
+                state["carry"] = state["carry"] if found.carry is None else found.carry
                 done = True
         except BaseException:  # all of the step or nothing: a signal held back until it was done changes nothing
             if not done:
@@ -164,7 +246,15 @@ class ZOOptimizer(torch.optim.Optimizer):
         finally:
             self._stepping = False
             self._versions = self._tensor_versions()
-        return loss
+        return found.loss
+
+    def _left_out(self) -> set[int]:
+        """Numbers of the tensors that this step leaves out."""
+        rho = self.param_groups[0]["rho"]
+        if rho and not self._blocks:
+            found = layers.find_blocks(self.module, self.blocks)
+            self._blocks = layers.tensors_of(found, self._tensors(), self.module)
+        return layers.left_out(self._blocks, rho, seed=self.seed, step=self._own["steps"])
 
     def _rates(self) -> tuple[Tensor, Tensor]:
         """Learning rate and lr * weight_decay of each tensor, float32 (T,)."""
@@ -194,13 +284,23 @@ class ZOOptimizer(torch.optim.Optimizer):
         super().add_param_group({**param_group, "params": keep})
         group = self.param_groups[-1]
         try:
-            _check_options(group, self.param_groups[0]["eps"], self.param_groups[0]["probes"])
+            self._check_options(group)
             if len(self.param_groups) > 1 and _STATE in dict(self.state):
                 self._engine = None
                 self._prepare()
         except BaseException:
             self.param_groups.pop()
             raise
+
+    def _check_options(self, group: dict[str, Any]) -> None:
+        rate = group["lr"].item() if isinstance(group["lr"], Tensor) and group["lr"].numel() == 1 else group["lr"]
+        _in_range("lr", rate)
+        _in_range("weight_decay", group["weight_decay"])
+        for name in dir(type(self)):
+            if isinstance(option := getattr(type(self), name), Shared):
+                option.check(group[name])
+                if group[name] != (first := self.param_groups[0][name]):
+                    raise ValueError(f"{name}: expected {first} as in the first group, got {group[name]}")
 
     def _tensors(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
@@ -229,9 +329,16 @@ class ZOOptimizer(torch.optim.Optimizer):
                     new = [self._no_residual(p) for p in tensors]
                     pairs = zip(residuals, new, strict=False)
                     residuals = [r if r.shape == n.shape else n for r, n in pairs] + new[len(residuals) :]
-            space = ParamSpace(self._names(), tensors, state["seed"], state["distribution"], counters, residuals)
+                hessians = state["hessians"]
+                if kind := state["hessian"]:
+                    hessians = hessians + [scaling.identity(p, kind) for p in tensors[len(hessians) :]]
+            space = ParamSpace(
+                self._names(), tensors, state["seed"], state["distribution"], counters, residuals, kind, hessians
+            )
             space.update_([], torch.empty(0, len(tensors), dtype=torch.float32, device=device))
-            state["counters"], state["residuals"] = counters, residuals
+            state |= {"counters": counters, "residuals": residuals, "hessians": hessians}
+            self._blocks = ()
+            self._left_out()
             self._warn_of_small_eps(space)
             shadow = self.engine == "shadow" and self.module is not None
             self._engine = ShadowEngine(space, self.module) if shadow else InPlaceEngine(space)  # type: ignore[arg-type]
@@ -292,14 +399,10 @@ class ZOOptimizer(torch.optim.Optimizer):
         self.state[_STATE] = value  # type: ignore[index]
 
     @property
-    def eps(self) -> float:
-        """Size of the perturbation."""
-        return float(self.param_groups[0]["eps"])
-
-    @property
-    def probes(self) -> int:
-        """Probes a step."""
-        return int(self.param_groups[0]["probes"])
+    def carry(self) -> Tensor:
+        """What the last step's estimate left for this one, (n,)."""
+        carry: Tensor = self._own["carry"]
+        return carry
 
     @property
     def seed(self) -> int:
@@ -323,10 +426,11 @@ class ZOOptimizer(torch.optim.Optimizer):
         return {name: n for name, n in zip(self._names(), counts, strict=True) if n}
 
     def memory(self) -> dict[str, int]:
-        """Bytes: ``weights`` that are trained, their ``residuals``, and what the engine took beside them, at most so far."""
+        """Bytes: ``weights`` that are trained, their ``residuals``, ``hessians``, and what the engine took beside them, at most so far."""
         return {
             "weights": sum(p.nbytes for p in self._tensors()),
             "residuals": sum(r.nbytes for r in self._own["residuals"]),
+            "hessians": sum(t.nbytes for h in self._own["hessians"] for t in h),
             **(self._engine.memory() if self._engine is not None else {}),
         }
 
@@ -358,7 +462,7 @@ class ZOOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: the engine is rebuilt."""
-        own = {name: getattr(self, name) for name in ("stochastic_rounding", "engine", "module")}
+        own = {name: getattr(self, name) for name in ("stochastic_rounding", "blocks", "engine", "module")}
         return {**super().__getstate__(), **own}
 
 
@@ -371,25 +475,6 @@ def _to(x: Any, device: torch.device, copy: bool = False) -> Any:
 
 def _hash(p: Tensor) -> int:
     return zlib.crc32(p.detach().reshape(-1).view(torch.uint8).cpu().numpy())  # type: ignore[arg-type]
-
-
-def _check_options(group: dict[str, Any], eps: float, probes: int) -> None:
-    for name in ("lr", "eps", "weight_decay"):
-        value = group[name]
-        if isinstance(value, Tensor) and name == "lr" and value.numel() == 1:
-            value = value.item()
-        if not isinstance(value, float | int | Real):
-            raise TypeError(f"{name}: expected a number, got {value!r}")
-        if not 0 <= float(value) < math.inf:
-            raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
-    if not 1e-30 <= group["eps"] <= 1e30:
-        raise ValueError(f"eps: expected a number that float32 arithmetic can carry, 1e-30 to 1e30, got {group['eps']}")
-    if not isinstance(group["probes"], Integral) or group["probes"] < 1:
-        raise ValueError(f"probes: expected an integer >= 1, got {group['probes']!r}")
-    if group["eps"] != eps or group["probes"] != probes:
-        raise ValueError(
-            f"eps, probes: expected {eps} and {probes} as in the first group, got {group['eps']} and {group['probes']}"
-        )
 
 
 def _scalar(loss: object, device: torch.device) -> Tensor:

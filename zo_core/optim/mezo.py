@@ -1,10 +1,9 @@
 """MeZO: memory-efficient zeroth-order SGD (Malladi et al., 2023, arXiv:2305.17333, algorithm 1)."""
 
 import torch
-from torch import Tensor
 
-from ..space import Probe
-from .base import Losses, ZOOptimizer
+from ..estimators import Estimate, Losses, both_sides
+from .base import ZOOptimizer
 
 
 class MeZO(ZOOptimizer):
@@ -15,9 +14,8 @@ class MeZO(ZOOptimizer):
     the mean of their losses. Arguments as in ``ZOOptimizer``.
     """
 
-    def estimate(self, losses: Losses) -> tuple[list[Probe], Tensor, Tensor]:
+    def estimate(self, losses: Losses) -> Estimate:
         """N projected gradients by central differences (definition 1 of the paper)."""
         probes = self.draw(self.probes)
-        sides = torch.stack([losses(c, probe) for probe in probes for c in (self.eps, -self.eps)]).view(-1, 2)
-        gradients = (sides[:, 0] - sides[:, 1]) / (2 * self.eps)
-        return probes, gradients / len(probes), sides.mean()
+        plus, minus = both_sides(losses, probes, self.eps)
+        return Estimate(probes, (plus - minus) / (2 * self.eps * len(probes)), torch.cat((plus, minus)).mean())

@@ -1,0 +1,391 @@
+"""Which method to take: all of them, published MeZO and backpropagation on one task, at equal budgets.
+
+SmolLM2-135M on movie-review sentences of at most --longest tokens (and on product reviews, with the learning rates found on the
+first). Learning rates are chosen on validation by one ladder for all: neighbours half a decade apart, until both are worse.
+Budgets are in forwards of a batch (a backward counts as two) and in seconds, which are a step's median time on a quiet machine
+(--part timing) times steps: workers here share cores, so that their own clocks mean nothing. Rates fall to 0 over each budget.
+Every finished run is in the JSON; an interrupted study goes on where it was.
+"""
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import statistics
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import zo_core
+from zo_core.integrations import tasks
+from zo_core.integrations.config import FinetuneConfig
+from zo_core.integrations.session import Session, prepare
+from zo_core.integrations.sweep import ladder
+
+from . import published
+from .harness import console, interleaved, machine, quantiles, report
+from .step import gate
+
+EXAMPLES = """examples:
+  python -m bench.methods --part timing           seconds of a step, on a quiet machine
+  python -m bench.methods                         all parts that are not in the JSON yet (hours)
+  python -m bench.methods --part plot             the plot and the tables from the JSON
+"""
+PARTS = ("timing", "sweep", "forwards", "products", "seconds", "plot")
+EPS, BATCH, SWEEP_SEED = 1e-3, 16, 100
+MARKS = (0.0, 0.1, 0.2, 1 / 3, 0.5, 2 / 3, 0.85, 1.0)  # of the budget, where validation is looked at
+
+
+@dataclass(frozen=True)
+class Method:
+    """How it is made, the middle of its ladder of learning rates, and forwards a step."""
+
+    make: Callable[..., Any]
+    lr: float
+    forwards: int
+    about: str = ""
+
+
+def ours(name: str, **options: Any) -> Callable[..., Any]:
+    """A method of the library, at its defaults but for these options."""
+    return lambda model, lr, seed: getattr(zo_core, name)(model, lr=lr, eps=EPS, seed=seed, **options)
+
+
+def backprop(name: str) -> Callable[..., Any]:
+    """A first-order optimizer of torch."""
+    return lambda model, lr, seed: getattr(torch.optim, name)(model.parameters(), lr=lr)
+
+
+class Published:
+    """MeZO as published, behind an optimizer's face."""
+
+    def __init__(self, model: nn.Module, lr: float, seed: int) -> None:
+        self.params: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
+        self.param_groups: list[dict[str, Any]] = [{"lr": lr}]
+        self.number = seed << 20
+
+    def step(self, closure: Callable[[], Tensor]) -> float:
+        """One step."""
+        self.number += 1
+        return published.mezo_step(self.params, closure, self.number, self.param_groups[0]["lr"], EPS)
+
+
+FIRST_ORDER, PUBLISHED = ("Adam", "SGD"), "MeZO, published"
+METHODS = {
+    PUBLISHED: Method(Published, 3e-5, 2, "torch.normal in bfloat16, weights written to be probed"),
+    "MeZO": Method(ours("MeZO"), 3e-5, 2),
+    "LeZO": Method(ours("LeZO"), 3e-5, 2, "rho 0.75"),
+    "HiZOO": Method(ours("HiZOO"), 3e-5, 3, "smoothing 1e-6"),
+    "HiZOO-L": Method(ours("HiZOO", hessian="factored"), 3e-5, 3, "smoothing 1e-6"),
+    "FZOO": Method(ours("FZOO"), 1e-3, 9, "8 probes"),
+    "FZOO-R": Method(ours("FZOO", reuse=True, probes=4), 1e-3, 5, "4 new probes"),
+    "1.5-SPSA": Method(ours("SPSA", probes=4), 1e-4, 9, "4 probes"),
+    "Adam": Method(backprop("Adam"), 1e-5, 3, "backpropagation"),
+    "SGD": Method(backprop("SGD"), 3e-3, 3, "backpropagation"),
+}
+
+
+# ---- one run -----------------------------------------------------------------------------------------------------
+
+
+@cache
+def session_of(data: str, dtype: str, longest: int) -> tuple[Session, dict[str, Tensor]]:
+    """Model, data without its long examples, and the weights as they came."""
+    config = FinetuneConfig(data=data, dtype=dtype, autocast=dtype == "float32", test_size=0.3, validation_size=0.1)  # type: ignore[arg-type]
+    session = prepare(config)
+    parts = {name: [e for e in part if len(e.tokens) <= longest] for name, part in session.parts.items()}
+    start = {name: t.clone() for name, t in session.model.state_dict().items()}
+    return session._replace(parts=parts), start
+
+
+def run(job: dict[str, Any]) -> dict[str, Any]:
+    """Train, looking at validation at each mark; what came of it. A loss that is not finite ends it."""
+    method, first_order = METHODS[job["method"]], job["method"] in FIRST_ORDER
+    session, start = session_of(job["data"], "float32" if first_order else "bfloat16", job["longest"])
+    model, scorer, train = session.model, session.scorer, session.parts["train"]
+    model.load_state_dict(start)
+    torch.set_rng_state(torch.Generator().manual_seed(job["seed"]).get_state())
+    optimizer = method.make(model, job["lr"], job["seed"])
+    steps, curve, marks = job["steps"], [], sorted({round(m * job["steps"]) for m in job["marks"]})
+    begun = time.perf_counter()
+    for step in range(steps + 1):
+        if step in marks:
+            found = tasks.evaluate(scorer, session.parts["validation"][: job["validation"]], batch_size=BATCH)
+            curve.append([step, round(found.loss, 5), round(found.accuracy, 5)])
+            if not math.isfinite(found.loss) or found.loss > 3 * curve[0][1] + 1:
+                break  # it diverged
+        if step == steps:
+            break
+        optimizer.param_groups[0]["lr"] = job["lr"] * (1 - step / steps)
+        indices = tasks.batch_indices(len(train), BATCH, step=step, seed=job["seed"])
+        batch = tasks.collate([train[i] for i in indices], scorer.device)
+        if first_order:
+            optimizer.zero_grad()
+            scorer.loss(batch).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+        else:
+            optimizer.step(torch.no_grad()(partial(scorer.loss, batch)))
+    out: dict[str, Any] = {"curve": curve, "finished": curve[-1][0] == steps}
+    if job["test"]:
+        found = tasks.evaluate(scorer, session.parts["test"][: job["test"]], batch_size=BATCH)
+        out |= {"test": {"loss": found.loss, "accuracy": found.accuracy}}
+    if hasattr(optimizer, "memory"):
+        out |= {"memory": optimizer.memory(), "skipped": optimizer.skipped}
+    model.zero_grad(set_to_none=True)
+    return {**out, "worker_seconds": round(time.perf_counter() - begun, 1)}
+
+
+class Study:
+    """The JSON where runs are kept, and the processes that make those that are not there."""
+
+    def __init__(self, path: Path, workers: int) -> None:
+        self.path, self.runs, self.lock = path, load(path).get("runs", []), threading.Lock()
+        self.pool = ProcessPoolExecutor(
+            workers,
+            multiprocessing.get_context("spawn"),
+            initializer=torch.set_num_threads,
+            initargs=(max(1, torch.get_num_threads() // workers),),
+        )
+
+    def do(self, job: dict[str, Any]) -> dict[str, Any]:
+        """The run of a job, made now or before."""
+        with self.lock:
+            known: dict[str, Any] | None = next((r for r in self.runs if r["job"] == job), None)
+        if known is not None:
+            return known
+        found = {"job": job, **self.pool.submit(run, job).result()}
+        with self.lock:
+            self.runs.append(found)
+            save(self.path, runs=self.runs)
+        step, loss, accuracy = found["curve"][-1]
+        console.print(
+            f"{job['what']}, {job['data']}: {job['method']}, lr {job['lr']:g}, seed {job['seed']}: step {step}, "
+            f"validation loss {loss:.4f}, accuracy {accuracy:.3f}, {found['worker_seconds']:.0f} s",
+            highlight=False,
+        )
+        return found
+
+    def side_by_side(self, what: Callable[[Any], Any], things: Sequence[Any]) -> list[Any]:
+        """What of each thing, each in a thread that waits for its runs."""
+        with ThreadPoolExecutor(max(1, len(things))) as threads:
+            return list(threads.map(what, things))
+
+
+def load(path: Path) -> dict[str, Any]:
+    """What is in the JSON so far."""
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def save(path: Path, **values: Any) -> None:
+    """Put values into the JSON, all or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".part")
+    kept = {**load(path), "machine": machine(), **values}
+    text = json.dumps(kept, indent=1).replace("\n     ", " ").replace("\n    ]", "]")
+    unfinished.write_text(text + "\n")
+    os.replace(unfinished, path)
+
+
+# ---- the parts ---------------------------------------------------------------------------------------------------
+
+
+def job_of(
+    args: argparse.Namespace, what: str, method: str, lr: float, seed: int, steps: int, **more: Any
+) -> dict[str, Any]:
+    """All that a run depends on."""
+    job = {"what": what, "method": method, "lr": lr, "seed": seed, "steps": steps, "longest": args.longest}
+    return {**job, "data": "reviews", "marks": MARKS, "validation": args.validation, "test": args.test, **more}
+
+
+def steps_in(method: str, forwards: int) -> int:
+    """Steps that so many forwards pay for."""
+    return max(1, round(forwards / METHODS[method].forwards))
+
+
+def sweep(args: argparse.Namespace, study: Study) -> dict[str, float]:
+    """The best learning rate of each method, by validation loss after a short run."""
+
+    def search(name: str) -> float:
+        def loss(lr: float) -> float:
+            steps = steps_in(name, args.sweep_forwards)
+            found = study.do(job_of(args, "sweep", name, lr, SWEEP_SEED, steps, marks=[0.0, 0.5, 1.0], test=0))
+            return float(found["curve"][-1][1]) if found["finished"] else math.inf
+
+        tried = ladder(loss, METHODS[name].lr)
+        return min(tried, key=lambda lr: tried[lr])
+
+    names = [name for name in args.methods if name != PUBLISHED]
+    rates = dict(zip(names, study.side_by_side(search, names), strict=True))
+    return {**rates, PUBLISHED: rates.get("MeZO", METHODS[PUBLISHED].lr)}  # the same equations, three times as slow
+
+
+def timing(args: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of a step of each method, interleaved, beside a plain forward."""
+    session, _ = session_of("reviews", "bfloat16", args.longest)
+    train = session.parts["train"]
+    batch = tasks.collate([train[i] for i in tasks.batch_indices(len(train), BATCH, step=0, seed=0)])
+    loss = torch.no_grad()(partial(session.scorer.loss, batch))
+    gate(session.model, loss, "shadow")
+    console.print("correctness gate passed")
+    session.model.to(torch.bfloat16)
+    full, _ = session_of("reviews", "float32", args.longest)
+    work: dict[str, Callable[[], object]] = {"forward": loss}
+    for name in args.methods:
+        model = full.model if name in FIRST_ORDER else session.model
+        optimizer = METHODS[name].make(model, 1e-12, 0)
+        work[name] = partial(optimizer.step, loss)
+        if name in FIRST_ORDER:
+
+            def first_order(optimizer: Any = optimizer) -> None:
+                optimizer.zero_grad()
+                full.scorer.loss(batch).backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+
+            work[name] = first_order
+    seconds = {name: quantiles(t) for name, t in interleaved(work, args.rounds, "steps").items()}
+    return {"seconds": seconds, "batch": list(batch[0].shape), "threads": torch.get_num_threads()}
+
+
+def runs_of(study: Study, what: str, method: str) -> list[dict[str, Any]]:
+    """The runs of one part by one method."""
+    return [r for r in study.runs if r["job"]["what"] == what and r["job"]["method"] == method]
+
+
+def mean_curve(runs: Sequence[dict[str, Any]], column: int) -> tuple[list[int], list[float], list[float]]:
+    """Steps, mean and standard deviation over seeds, at the marks that all runs reached."""
+    steps = [p[0] for p in min((r["curve"] for r in runs), key=len)]
+    values = [[r["curve"][i][column] for r in runs] for i in range(len(steps))]
+    return steps, [statistics.mean(v) for v in values], [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values]
+
+
+def reach(steps: Sequence[int], losses: Sequence[float], goal: float) -> float | None:
+    """Steps until the loss is at the goal, on straight lines between marks."""
+    for (a, la), (b, lb) in zip(
+        zip(steps, losses, strict=True), list(zip(steps, losses, strict=True))[1:], strict=False
+    ):
+        if lb <= goal:
+            return a + (b - a) * ((la - goal) / (la - lb) if la > lb else 1.0)
+    return None
+
+
+def tables(args: argparse.Namespace, study: Study) -> dict[str, Any]:
+    """Print what is known, and return it."""
+    known, out = load(args.json), dict[str, Any]()
+    seconds = known.get("timing", {}).get("seconds", {})
+    for what in ("forwards", "seconds", "products"):
+        rows = []
+        base = runs_of(study, what, "MeZO")
+        goal = mean_curve(base, 1)[1][-1] if base else None
+        for name in METHODS:
+            if not (runs := runs_of(study, what, name)):
+                continue
+            steps, losses, spread = mean_curve(runs, 1)
+            per = METHODS[name].forwards
+            at = reach(steps, losses, goal) if goal is not None else None
+            tests = [[r["test"][k] for r in runs] for k in ("accuracy", "loss")]
+            memory = [r["memory"] for r in runs if "memory" in r][-1:]
+            row = out.setdefault(what, {})[name] = {
+                "lr": runs[0]["job"]["lr"], "seeds": len(runs), "steps": steps[-1], "forwards": steps[-1] * per,
+                "seconds": steps[-1] * seconds[name]["median"] if name in seconds else None,
+                "validation_loss": {"before": losses[0], "after": losses[-1], "sd": spread[-1]},
+                "test_accuracy": {"mean": statistics.mean(tests[0]), "sd": statistics.stdev(tests[0]) if len(runs) > 1 else None},
+                "test_loss": {"mean": statistics.mean(tests[1]), "sd": statistics.stdev(tests[1]) if len(runs) > 1 else None},
+                "forwards_to_mezo": None if at is None else at * per,
+                "memory": memory[0] if memory else None,
+            }  # fmt: skip
+            after, accuracy, took = row["validation_loss"], row["test_accuracy"], row["seconds"]
+            extra = sum(v for k, v in row["memory"].items() if k != "weights") / 2**20 if row["memory"] else None
+            rows.append([
+                name, f"{row['lr']:.2g}", str(len(runs)), str(row["steps"]), str(row["forwards"]),
+                "" if took is None else f"{took:.0f}", f"{after['after']:.4f} ±{after['sd']:.4f}",
+                f"{100 * accuracy['mean']:.1f}" + (f" ±{100 * accuracy['sd']:.1f}" if accuracy["sd"] is not None else ""),
+                "never" if at is None else f"{at * per:.0f}", "" if extra is None else f"{extra:.0f}",
+            ])  # fmt: skip
+        if rows:
+            before = out[what][next(iter(out[what]))]["validation_loss"]["before"]
+            report(
+                f"{what}: validation loss {before:.4f} before; means ±sd over seeds",
+                ["", "lr", "seeds", "steps", "forwards", "seconds", "validation loss", "test accuracy %", "forwards to MeZO's", "MiB beside"],
+                rows, {}, None,
+            )  # fmt: skip
+    return out
+
+
+def plot(args: argparse.Namespace, study: Study) -> None:
+    """Validation loss against forwards and seconds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    seconds = load(args.json).get("timing", {}).get("seconds", {})
+    figure, axes = pyplot.subplots(1, 3, figsize=(16, 4.6))
+    for axis, what, unit in zip(
+        axes, ("forwards", "seconds", "products"), ("forwards", "seconds", "forwards"), strict=True
+    ):
+        for i, name in enumerate(METHODS):
+            if runs := runs_of(study, what, name):
+                steps, losses, spread = mean_curve(runs, 1)
+                per = METHODS[name].forwards if unit == "forwards" else seconds[name]["median"]
+                style = {"color": f"C{i}", "linestyle": "--" if name in FIRST_ORDER else "-"}
+                axis.errorbar([s * per for s in steps], losses, spread, label=name, marker=".", capsize=2, **style)
+        axis.set(title=f"{'product' if what == 'products' else 'movie'} reviews", xlabel=unit, ylabel="validation loss")
+    axes[0].legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    args.plot.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(args.plot, dpi=110)
+    console.print(f"written to {args.plot}")
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--part", choices=PARTS, action="append", help="only this part; may be given again")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--published-seeds", type=int, default=1, help="of published MeZO, which is slow")
+    parser.add_argument("--forwards", type=int, default=300, help="budget of a run (default 300)")
+    parser.add_argument("--sweep-forwards", type=int, default=120, help="budget of a run that chooses a learning rate")
+    parser.add_argument("--longest", type=int, default=32, help="tokens of a prompt; longer ones are left out")
+    parser.add_argument("--validation", type=int, default=160, help="sentences")
+    parser.add_argument("--test", type=int, default=640, help="sentences")
+    parser.add_argument("--workers", type=int, default=torch.get_num_threads(), help="processes that share the cores")
+    parser.add_argument("--rounds", type=int, default=7, help="of timing")
+    parser.add_argument("--json", type=Path, default=Path("bench/results/methods.json"))
+    parser.add_argument("--plot", type=Path, default=Path("docs/methods.png"))
+    args = parser.parse_args()
+    parts, study = args.part or PARTS, Study(args.json, args.workers)
+    if "timing" in parts and ("timing" not in load(args.json) or args.part):
+        save(args.json, timing=timing(args))
+    rates = sweep(args, study) if {"sweep", "forwards", "products", "seconds"} & set(parts) else {}
+    seeds = {name: args.published_seeds if name == PUBLISHED else args.seeds for name in args.methods}
+    pairs = [(name, seed) for seed in range(args.seeds) for name in args.methods if seed < seeds[name]]
+    if "forwards" in parts:
+        jobs = [job_of(args, "forwards", n, rates[n], s, steps_in(n, args.forwards)) for n, s in pairs]
+        study.side_by_side(study.do, jobs)
+    if "products" in parts:
+        jobs = [job_of(args, "products", n, rates[n], s, steps_in(n, args.forwards), data="products") for n, s in pairs]
+        study.side_by_side(study.do, jobs)
+    if "seconds" in parts:
+        clock = load(args.json)["timing"]["seconds"]
+        budget = clock["MeZO"]["median"] * steps_in("MeZO", args.forwards)
+        steps = {n: max(1, round(budget / clock[n]["median"])) for n in args.methods}
+        study.side_by_side(study.do, [job_of(args, "seconds", n, rates[n], s, steps[n]) for n, s in pairs])
+    save(args.json, summary=tables(args, study))
+    if "plot" in parts and study.runs:
+        plot(args, study)
+
+
+if __name__ == "__main__":
+    main()

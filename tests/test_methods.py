@@ -1,0 +1,364 @@
+"""The methods against their twins, what they share in any combination, and what their estimates tend to."""
+
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from twins import TwinFZOO, TwinHiZOO, TwinMeZO, TwinSPSA
+from zo_core import layers
+from zo_core.bindings import ops
+
+import zo_core
+
+ENGINES = pytest.mark.parametrize("engine", ["shadow", "inplace"])
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+X = torch.linspace(-1, 1, 64 * 6).view(64, 6).sin()
+Y = X[:, :1] * X[:, 1:2] + X[:, 2:3]
+
+
+class Blocks(nn.Module):
+    """Four residual blocks between two layers that always train."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(6, 17)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.LayerNorm(17), nn.Linear(17, 17), nn.Tanh()) for _ in range(4))
+        self.last = nn.Linear(17, 1)
+
+    def forward(self, x):
+        x = self.first(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.last(x)
+
+
+def network(dtype=torch.float32) -> Blocks:
+    with torch.random.fork_rng():
+        torch.random.default_generator.manual_seed(0)
+        return Blocks().to(dtype)
+
+
+def loss_of(model):
+    dtype = next(model.parameters()).dtype
+    return lambda: (model(X.to(dtype)).float() - Y).square().mean()
+
+
+METHODS = {  # name: optimizer, twin, the options of both, those of the twin alone
+    "mezo": (zo_core.MeZO, TwinMeZO, {"lr": 2e-2, "probes": 2}, {}),
+    "hizoo": (zo_core.HiZOO, TwinHiZOO, {"lr": 2e-2, "smoothing": 1e-2}, {}),
+    "hizoo, 3 probes": (zo_core.HiZOO, TwinHiZOO, {"lr": 2e-2, "smoothing": 3e-3, "probes": 3}, {}),
+    "hizoo-l": (zo_core.HiZOO, TwinHiZOO, {"lr": 2e-2, "smoothing": 1e-2, "probes": 2}, {"factored": True}),
+    "fzoo": (zo_core.FZOO, TwinFZOO, {"lr": 2e-2, "probes": 5}, {}),
+    "fzoo-r": (zo_core.FZOO, TwinFZOO, {"lr": 2e-2, "probes": 3, "reuse": True}, {}),
+    "spsa": (zo_core.SPSA, TwinSPSA, {"lr": 3e-2, "probes": 4, "alpha": 0.3, "floor": 0.5}, {}),
+}
+
+
+def pair(name, model, other, seed=5, **more):
+    """An optimizer, and its twin with the options that both take."""
+    method, twin, options, extra = METHODS[name]
+    own = {"hessian": "factored"} if name == "hizoo-l" else {}
+    opt = method(model, seed=seed, **options, **own, **more)
+    twin = twin(other.parameters(), seed, opt._own["distribution"])
+    return opt, twin, {**options, **extra}
+
+
+def close(model, other, tolerance):
+    return all(
+        torch.allclose(p.double(), v, atol=tolerance, rtol=1e-2 if p.dtype != torch.float32 else 1e-5)
+        for p, v in zip(model.parameters(), other, strict=True)
+    )
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
+@ENGINES
+@DTYPES
+def test_agrees_with_its_twin_step_by_step(name, weight_decay, engine, dtype):
+    model, other = network(dtype), network(dtype)
+    eps = 1e-2 if dtype == torch.float32 else 0.125
+    opt, twin, options = pair(
+        name, model, other, eps=eps, weight_decay=weight_decay, engine=engine, residual=16, stochastic_rounding=False
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda step: 1 / (1 + step))
+    for step in range(8 if dtype == torch.float32 else 4):
+        at = {**options, "lr": options["lr"] / (1 + step), "eps": eps, "weight_decay": weight_decay}
+        loss, expected = opt.step(loss_of(model)), twin.step(loss_of(other), **at)
+        schedule.step()
+        if dtype == torch.float32:
+            assert float(loss.detach()) == pytest.approx(expected, rel=1e-4)
+            assert close(model, twin.values, 5e-5 * (step + 1))
+        else:
+            assert float(loss) == pytest.approx(expected, rel=2e-2)
+            assert close(model, twin.values, 2e-2)
+    start = network(dtype)
+    moved = max(float((p - q).abs().max()) for p, q in zip(model.parameters(), start.parameters(), strict=True))
+    assert moved > 1e-2
+
+
+def test_hessians_agree_with_the_twins():
+    for name in ("hizoo", "hizoo-l"):
+        model, other = network(), network()
+        opt, twin, options = pair(name, model, other, eps=1e-2)
+        for _ in range(6):
+            opt.step(loss_of(model))
+            twin.step(loss_of(other), eps=1e-2, **options)
+        for h, expected in zip(opt._own["hessians"], twin.hessians, strict=True):
+            full = h[0].unsqueeze(1) * h[1] / h[0].mean() if len(h) > 1 else h[0]
+            assert torch.allclose(full.double(), expected, rtol=2e-3)
+        assert max(float((h - 1).abs().max()) for h in twin.hessians) > 0.1
+
+
+@pytest.mark.parametrize("name", METHODS)
+@ENGINES
+def test_any_method_leaves_blocks_out(name, engine):
+    model, other = network(), network()
+    opt, twin, options = pair(name, model, other, rho=0.5, eps=1e-2, engine=engine, weight_decay=0.1)
+    sets = layers.tensors_of(list(model.blocks), list(model.parameters()), model)
+    seen = set()
+    for step in range(6):
+        twin.left_out = layers.left_out(sets, 0.5, seed=5, step=step)
+        assert len(twin.left_out) == 2 * 4
+        seen |= twin.left_out
+        before = [p.clone() for p in model.parameters()]
+        opt.step(loss_of(model))
+        twin.step(loss_of(other), eps=1e-2, weight_decay=0.1, **options)
+        for i, (p, q) in enumerate(zip(model.parameters(), before, strict=True)):
+            if engine == "shadow" or i in twin.left_out:
+                assert torch.equal(p, q) == (i in twin.left_out)
+    assert close(model, twin.values, 3e-4)
+    assert len(seen) == 16
+
+
+def test_hessian_scaling_with_curvature_weights_and_many_probes():
+    model = network()
+    opt = zo_core.SPSA(model, lr=1e-2, probes=4, hessian="diagonal", distribution="gaussian", smoothing=1e-3)
+    other = network()
+    hizoo = zo_core.HiZOO(other, lr=1e-2, probes=4, smoothing=1e-3)
+    opt.param_groups[0]["alpha"] = 0.0  # weights of 1: the same method
+    for _ in range(3):
+        assert float(opt.step(loss_of(model))) == float(hizoo.step(loss_of(other)))
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_saved_run_continues_bit_for_bit(name, dtype):
+    eps = 1e-2 if dtype == torch.float32 else 0.125
+    model = network(dtype)
+    opt, _, _ = pair(name, model, network(), rho=0.25, eps=eps)
+    for _ in range(3):
+        opt.step(loss_of(model))
+    other = network(dtype)
+    other.load_state_dict(model.state_dict())
+    resumed, _, _ = pair(name, other, network(), rho=0.25, eps=eps, seed=0)
+    resumed.load_state_dict(copy.deepcopy(opt.state_dict()))
+    for _ in range(3):
+        assert float(opt.step(loss_of(model))) == float(resumed.step(loss_of(other)))
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+    for h, g in zip(opt._own["hessians"], resumed._own["hessians"], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(h, g, strict=True))
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("at", [1, 2])
+@ENGINES
+def test_an_exception_or_a_nan_changes_nothing(name, at, engine):
+    model, undisturbed = network(), network()
+    opt, _, _ = pair(name, model, network(), engine=engine, rho=0.25)
+    same, _, _ = pair(name, undisturbed, network(), engine=engine, rho=0.25)
+    loss = loss_of(model)
+
+    def fails(result):
+        calls = []
+
+        def closure():
+            calls.append(0)
+            if len(calls) < at:
+                return loss()
+            if result is None:
+                raise KeyboardInterrupt
+            return result
+
+        return closure
+
+    exact = 0 if engine == "shadow" else 3e-7
+    opt.step(loss)
+    same.step(loss_of(undisturbed))
+    state = copy.deepcopy(opt.state_dict())
+    with pytest.raises(KeyboardInterrupt):
+        opt.step(fails(None))
+    for key, value in opt.state_dict()["state"]["zo"].items():
+        assert str(value) == str(state["state"]["zo"][key])
+    for p, q in zip(model.parameters(), undisturbed.parameters(), strict=True):
+        assert torch.allclose(p, q, atol=exact, rtol=0)
+    opt.step(fails(torch.tensor(math.nan)))
+    for p, q in zip(model.parameters(), undisturbed.parameters(), strict=True):
+        assert torch.allclose(p, q, atol=exact, rtol=0)
+    assert str(opt._own["hessians"]) == str(same._own["hessians"])
+    assert opt.skipped == 1
+    opt.step(loss)
+    opt.step(loss)
+    assert opt.skipped == 1
+    assert not torch.equal(model.last.weight, undisturbed.last.weight)
+
+
+@pytest.mark.parametrize("name", ["fzoo", "fzoo-r"])
+def test_equal_losses_skip_a_step(name):
+    model = network()
+    opt, _, _ = pair(name, model, network(), weight_decay=0.1)
+    opt.step(lambda: 0.5)
+    assert opt.skipped == 1
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), network().parameters(), strict=True))
+
+
+# ---- what estimates tend to -------------------------------------------------------------------------------------
+
+
+class Quadratic(nn.Module):
+    """l = 1/2 theta^T diag(h) theta + b theta: gradient h theta + b, Hessian h."""
+
+    def __init__(self, h, b, start):
+        super().__init__()
+        self.theta = nn.Parameter(start.clone())
+        self.h, self.b = h, b
+
+    def forward(self):
+        return (0.5 * self.h * self.theta**2 + self.b * self.theta).sum()
+
+
+H, B, START = torch.tensor([0.5, 1.0, 2.0, 4.0, 8.0]), torch.linspace(-1, 1, 5), torch.linspace(1, -2, 5)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        (zo_core.MeZO, {}),
+        (zo_core.MeZO, {"distribution": "rademacher"}),
+        (zo_core.HiZOO, {"smoothing": 0.0}),
+        (zo_core.SPSA, {"alpha": 0.0}),
+    ],
+)
+def test_the_mean_step_is_along_the_gradient(method, options):
+    n, lr = 20_000, 1e-3
+    model = Quadratic(H, B, START)
+    method(model, lr=lr, eps=1e-2, probes=n, **options).step(model)
+    step = (START - model.theta.detach()) / lr
+    gradient = H * START + B
+    error = (step - gradient).norm() / gradient.norm()
+    assert error < 5 * math.sqrt(len(H) + 1) / math.sqrt(n)  # five standard deviations
+
+
+def test_fzoo_steps_along_the_gradient_over_its_length():
+    """s is eps |gradient|, as l_i - l_0 = eps gradient u_i: a step of lr gradient / |gradient|."""
+    n, lr = 5_000, 1e-3
+    model = Quadratic(torch.zeros(5), B, START)
+    zo_core.FZOO(model, lr=lr, eps=1e-3, probes=n).step(model)
+    step = (START - model.theta.detach()) / lr
+    assert torch.allclose(step, B / B.norm(), atol=5 / math.sqrt(n))
+
+
+@pytest.mark.parametrize("hessian", ["diagonal", "factored"])
+def test_the_hessian_takes_the_shape_of_the_true_one(hessian):
+    model = Quadratic(H, torch.zeros(5), torch.zeros(5))
+    opt = zo_core.HiZOO(model, lr=0.0, eps=1e-1, smoothing=2e-3, hessian=hessian)
+    mean = torch.zeros(5)
+    for step in range(9_000):
+        opt.step(model)
+        mean += opt._own["hessians"][0][0] if step >= 5_000 else 0
+    shape = mean / mean.sum()
+    assert torch.allclose(shape, H / H.sum(), rtol=0.25)
+
+
+# ---- layers ----------------------------------------------------------------------------------------------------
+
+
+@given(n=st.integers(2, 60), rho=st.floats(0, 0.999), seed=st.integers(0, 2**64 - 1), step=st.integers(0, 2**33))
+def test_so_many_blocks_are_left_out_by_seed_and_step_alone(n, rho, seed, step):
+    sets = [{i} for i in range(n)]
+    found = layers.left_out(sets, rho, seed=seed, step=step)
+    assert len(found) == math.floor(rho * n + 1e-9)
+    assert found == layers.left_out(sets, rho, seed=seed, step=step)
+
+
+def test_all_blocks_are_left_out_equally_often():
+    n, steps = 8, 2_000
+    sets = [{i} for i in range(n)]
+    counts = [0] * n
+    for step in range(steps):
+        for i in layers.left_out(sets, 0.75, seed=1, step=step):
+            counts[i] += 1
+    deviation = math.sqrt(steps * 0.75 * 0.25)
+    assert all(abs(c - 0.75 * steps) < 5 * deviation for c in counts)
+
+
+def test_blocks_are_the_largest_list_or_the_named_one():
+    model = network()
+    assert layers.find_blocks(model) == list(model.blocks)
+    assert layers.find_blocks(model, "blocks") == list(model.blocks)
+    assert layers.find_blocks(model, [model.first, model.last]) == [model.first, model.last]
+    for module, blocks, message in (
+        (None, None, "module"),
+        (model.first, None, "found none"),
+        (model, "layers", "'layers'"),
+        (model, [model.first], "at least two"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            layers.find_blocks(module, blocks)
+
+
+def test_shared_tensors_are_left_out_only_with_all_their_blocks():
+    model = network()
+    model.blocks[1][1].weight = model.blocks[0][1].weight
+    model.blocks[2][1].bias = model.first.bias
+    tensors = list(model.parameters())
+    sets = layers.tensors_of(list(model.blocks), tensors, model)
+    shared = next(i for i, p in enumerate(tensors) if p is model.blocks[0][1].weight)
+    assert shared in sets[0] and shared in sets[1]
+    assert all(next(i for i, p in enumerate(tensors) if p is model.first.bias) not in s for s in sets)
+    for step in range(30):
+        out = layers.left_out(sets, 0.5, seed=0, step=step)
+        assert (shared in out) == (sets[0] | sets[1] <= out)
+
+
+def test_rho_may_be_set_anew_between_steps():
+    model = network()
+    opt = zo_core.LeZO(model, lr=1e-2)
+    assert opt.rho == 0.75
+    opt.param_groups[0]["rho"] = 0.0
+    opt.step(loss_of(model))
+    assert not any(torch.equal(p, q) for p, q in zip(model.parameters(), network().parameters(), strict=True))
+
+
+# ---- options ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        (zo_core.LeZO, {"rho": 1.0}, "rho: expected"),
+        (zo_core.LeZO, {"rho": -0.1}, "rho: expected"),
+        (zo_core.LeZO, {"blocks": "nowhere"}, "blocks: expected"),
+        (zo_core.HiZOO, {"smoothing": 1.5}, "smoothing: expected"),
+        (zo_core.HiZOO, {"hessian": "full"}, "hessian: expected"),
+        (zo_core.MeZO, {"hessian": "diagonal"}, "measures no curvature"),
+        (zo_core.FZOO, {"hessian": "diagonal"}, "measures no curvature"),
+        (zo_core.FZOO, {"probes": 1}, "probes: expected"),
+        (zo_core.SPSA, {"alpha": -1}, "alpha: expected"),
+        (zo_core.SPSA, {"floor": 0.0}, "floor: expected"),
+    ],
+)
+def test_bad_options_are_refused(method, options, message):
+    with pytest.raises(ValueError, match=message):
+        method(network(), lr=1e-2, **options)
+
+
+def test_memory_counts_hessians():
+    model = network()
+    weights = sum(p.numel() for p in model.parameters())
+    assert zo_core.HiZOO(model, lr=1e-2).memory()["hessians"] == 4 * weights
+    assert zo_core.HiZOO(model, lr=1e-2, hessian="factored").memory()["hessians"] < 2 * weights

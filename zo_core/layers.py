@@ -1,0 +1,62 @@
+"""Transformer blocks as sets of tensors, and which of them a step leaves out (LeZO)."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from .noise import LAYER_ORDER, permutation
+
+Blocks = str | Sequence[nn.Module]
+
+
+def find_blocks(module: nn.Module | None, blocks: Blocks | None = None) -> list[nn.Module]:
+    """The repeated blocks of a model: the ``nn.ModuleList`` of at least two modules that has most parameters.
+
+    Args:
+        module: the model.
+        blocks: instead, the dotted name of a list in it, or the modules themselves.
+
+    Raises:
+        ValueError: no module, no such list, or fewer than two blocks.
+    """
+    if module is None and not (blocks and not isinstance(blocks, str)):
+        raise ValueError("blocks: expected a module to find them in, or the blocks themselves: pass module= or blocks=")
+    if isinstance(blocks, str):
+        assert module is not None
+        try:
+            blocks = list(module.get_submodule(blocks).children())
+        except AttributeError as error:
+            raise ValueError(f"blocks: expected the name of a list of modules, got {blocks!r}: {error}") from None
+    elif blocks is None:
+        assert module is not None
+        lists = [m for m in module.modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
+        if not lists:
+            raise ValueError(
+                f"blocks: expected a model with an nn.ModuleList of blocks, found none in {type(module).__name__}: name it"
+            )
+        sizes = [sum(p.numel() for p in m.parameters()) for m in lists]
+        blocks = list(lists[sizes.index(max(sizes))])
+    if len(blocks) < 2:
+        raise ValueError(f"blocks: expected at least two to choose from, got {len(blocks)}")
+    return list(blocks)
+
+
+def tensors_of(blocks: Sequence[nn.Module], tensors: Sequence[Tensor], module: nn.Module | None) -> list[set[int]]:
+    """Numbers of the tensors in each block; those that are used outside the blocks too are in none.
+
+    A tensor that several blocks share (ALBERT) is in each of them, and left out when all of them are.
+    """
+    numbers = {id(p): i for i, p in enumerate(tensors)}
+    inside = {m for block in blocks for m in block.modules()}
+    others = [m for m in module.modules() if m not in inside] if module is not None else []
+    outside = {id(p) for m in others for p in m._parameters.values()}
+    return [{numbers[id(p)] for p in b.parameters() if id(p) in numbers and id(p) not in outside} for b in blocks]
+
+
+def left_out(blocks: Sequence[set[int]], rho: float, *, seed: int, step: int) -> set[int]:
+    """Numbers of the tensors that a step leaves out: floor(rho n) of n blocks, a pure function of seed and step."""
+    count = int(rho * len(blocks) + 1e-9)  # 0.7 * 10 is 7
+    if not count:
+        return set()
+    order = permutation(len(blocks), seed=seed, stream=step % (1 << 32), purpose=LAYER_ORDER).tolist()
+    return set().union(*(blocks[i] for i in order[:count])).difference(*(blocks[i] for i in order[count:]))

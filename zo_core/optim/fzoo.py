@@ -1,0 +1,44 @@
+"""FZOO: fast zeroth-order optimization (Dang et al., 2025, arXiv:2506.09034, algorithm 1)."""
+
+from numbers import Integral
+from typing import Any, ClassVar, Unpack
+
+import torch
+from torch import Tensor
+
+from ..estimators import Estimate, Losses, one_side
+from .base import Options, Params, Shared, ZOOptimizer
+
+
+class FZOO(ZOOptimizer):
+    """theta <- theta - lr / (n s) sum_i (l_i - l_0) u_i - lr weight_decay theta, with s the standard deviation of the l_i.
+
+    l_i = l(theta + eps u_i), l_0 = l(theta), u_i random signs, i = 1..n = ``probes``. Dividing by s makes a step's length
+    independent of the losses' scale, so ``lr`` is about the size of a step in each coordinate, as Adam's (the
+    paper's is this one times eps). A step takes 1 + n evaluations and returns l_0; one whose s is not a positive
+    finite number is skipped and counted.
+
+    Args:
+        params: as in ``ZOOptimizer``, and so are all other arguments.
+        lr: learning rate.
+        reuse: FZOO-R: s over this step's losses and those of the step before, so that half as many probes serve.
+        options: of ``ZOOptimizer``; ``probes`` at least 2.
+
+    Raises:
+        ValueError: also for less than 2 probes, of which there is no standard deviation.
+    """
+
+    _default: ClassVar[dict[str, Any]] = {**ZOOptimizer._default, "distribution": "rademacher", "probes": 8}
+    probes = Shared(2, 1 << 20, Integral)
+    reuse = Shared(0, 1, Integral)
+
+    def __init__(self, params: Params, *, lr: float | Tensor, reuse: bool = False, **options: Unpack[Options]) -> None:
+        super().__init__(params, lr=lr, method={"reuse": int(reuse)}, **options)
+
+    def estimate(self, losses: Losses) -> Estimate:
+        """One-sided differences over the unbiased standard deviation of the losses (equations 3 and 4 of the paper)."""
+        probes = self.draw(self.probes)
+        clean, side = one_side(losses, probes, self.eps)
+        before = self.carry if self.reuse and self.carry.shape == side.shape else side[:0]
+        among = torch.cat((side, torch.where(before.isfinite(), before, side[: len(before)])))
+        return Estimate(probes, (side - clean) / (len(probes) * among.std()), clean, carry=side)
