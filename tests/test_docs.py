@@ -2,7 +2,9 @@
 
 import importlib
 import re
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -24,6 +26,8 @@ def test_integrations(section, tmp_path, monkeypatch):
     model, tokenizer = tiny.load(None)
     data = tiny.encode(tokenizer, tiny.reviews())
     config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, pad_token_id=0)  # fmt: skip
+    module = ModuleType("page")  # whose classes can be pickled
+    monkeypatch.setitem(sys.modules, "page", module)
     names = {
         "model": model, "tokenizer": tokenizer, "train": data[:192], "evaluation": data[192:], "collate": tiny.collate,
         "classifier": LlamaForSequenceClassification(config).bfloat16(),
@@ -33,12 +37,13 @@ def test_integrations(section, tmp_path, monkeypatch):
         from datasets import Dataset
 
         names["texts"] = Dataset.from_list([{"text": prompt + answer} for prompt, answer in tiny.reviews()[:40]])
+    vars(module).update(names)
     before = [p.detach().clone() for p in model.parameters()]
     with torch.random.fork_rng():
         for number, code in enumerate(BLOCKS[section]):
-            exec(compile(code, f"{section}, block {number}", "exec"), names)
+            exec(compile(code, f"{section}, block {number}", "exec"), vars(module))
     if section == "numpy":
-        assert abs(names["w"] - 1).max() < 0.1
+        assert abs(module.w - 1).max() < 0.1
     elif section != "PEFT":
         assert not all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
 
