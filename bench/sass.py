@@ -314,11 +314,14 @@ def judge(variant: Variant, capability: int) -> Result:
         for w in (64, 128)
     }
     residual = form.residual // 8 * (1 if form.dst else 2)
-    expected = BYTES[form.src] + BYTES[form.dst or form.src] + (0, 4, 8)[form.hessian] + residual
-    short = moved[128] + (moved[64] if form.residual == 8 else 0) < expected
+    expected = BYTES[form.src] + BYTES[form.dst or form.src] + (0, 4, 8, 0)[form.hessian] + residual
+    cached = (0, 0, 0, 4)[form.hessian]  # the columns' factors, the same for each row
+    short = moved[128] + (moved[64] if form.residual == 8 else 0) < expected + cached
     narrow = [op for op in widths if ".128" not in op and (".U16" in op or ".U8" in op)]
     if short or narrow:
-        problems.append(f"128-bit accesses move {moved[128]:g} bytes a weight of {expected}; {' '.join(narrow)}")
+        problems.append(
+            f"128-bit accesses move {moved[128]:g} bytes a weight of {expected + cached}; {' '.join(narrow)}"
+        )
     if compiled.stack or compiled.local:
         problems.append(f"{compiled.stack + compiled.local} bytes of local memory")
     if variant.budget and capability in (80, 90) and total > variant.budget:

@@ -2,13 +2,14 @@
 
 import ctypes
 import os
+from array import array
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 LIBRARY = Path(__file__).with_name("libzo_core.so")
 ISAS = ("portable", "avx2", "avx512")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -124,51 +125,65 @@ def run_pass(
     hessian_min: float = 0.0,
     hessian_max: float = float("inf"),
     residuals: Sequence[Tensor] = (),
+    row_scales: Sequence[Tensor] = (),
+    column_scales: Sequence[Tensor] = (),
 ) -> None:
     """``zo_run`` on CPU tensors; arguments as in ``bindings.ops``, already checked."""
     kept_bits = [8 * r.itemsize if r.numel() else 0 for r in residuals] if residuals else [0] * len(src)
-    table = [
-        [
+    table = array("q")
+    for i, (source, target) in enumerate(zip(src, dst, strict=True)):
+        table.extend((
             source.data_ptr(), target.data_ptr(), hessians[i].data_ptr() if hessians else 0,
             residuals[i].data_ptr() if kept_bits[i] else 0, source.numel(), offsets[i] if offsets else 0,
             tensor_ids[i] | DTYPES[source.dtype] << 32, DTYPES[target.dtype] | kept_bits[i] << 32,
-        ]
-        for i, (source, target) in enumerate(zip(src, dst, strict=True))
-    ]  # fmt: skip
+            *(_factors(row_scales[i], column_scales[i]) if row_scales else (0, 0, 0)),
+        ))  # fmt: skip
     _run(
-        torch.tensor(table, dtype=torch.int64), streams, coeffs, seed, distribution, counters, decay, update, restore,
+        table.buffer_info()[0], len(src), streams, coeffs, seed, distribution, counters, decay, update, restore,
         curvature, smoothing, hessian_min, hessian_max,
     )  # fmt: skip
 
 
+def _factors(row_scale: Tensor, column_scale: Tensor) -> tuple[int, int, int]:
+    """The last fields of a ``zo_tensor``: the two factors and the number of columns. A vector is one row."""
+    if not column_scale.numel():
+        return 0, row_scale.data_ptr(), row_scale.numel()
+    return row_scale.data_ptr(), column_scale.data_ptr(), column_scale.numel()
+
+
 def run_rows(
     src: Tensor, rows: Tensor, dst: Tensor, tensor_id: int, offset: int, streams: Tensor, coeffs: Tensor, *, seed: int,
-    distribution: str, counters: Tensor, residual: Tensor | None = None,
+    distribution: str, counters: Tensor, residual: Tensor | None = None, hessian: Tensor | None = None,
+    row_scale: Tensor | None = None, column_scale: Tensor | None = None,
 ) -> None:  # fmt: skip
     """``perturb`` with a tensor a row: rows of ``src`` that ``rows`` names, into the rows of ``dst``."""
     n, width = dst.shape
     bits = 8 * residual.itemsize if residual is not None and residual.numel() else 0
-    table = torch.zeros(n, 8, dtype=torch.int64)
+    table = torch.zeros(n, 11, dtype=torch.int64)
     table[:, 0] = src.data_ptr() + rows * (width * src.itemsize)
     table[:, 1] = dst.data_ptr() + torch.arange(n) * (width * dst.itemsize)
+    if hessian is not None:
+        table[:, 2] = hessian.data_ptr() + rows * (width * hessian.itemsize)
     if residual is not None and bits:
         table[:, 3] = residual.data_ptr() + rows * (width * residual.itemsize)
     table[:, 4] = width
     table[:, 5] = offset + rows * width
     table[:, 6] = tensor_id | DTYPES[src.dtype] << 32
     table[:, 7] = DTYPES[dst.dtype] | bits << 32
+    if row_scale is not None and column_scale is not None:
+        table[:, 8:] = torch.tensor(_factors(row_scale, column_scale))
     counts = counters.new_zeros(1 + n)
-    _run(table, streams, coeffs.expand(-1, n), seed, distribution, counts)
+    _run(table.data_ptr(), n, streams, coeffs.expand(-1, n), seed, distribution, counts)
     counters += torch.stack((counts[0], counts[1:].sum()))
 
 
 def _run(
-    table: Tensor, streams: Tensor, coeffs: Tensor, seed: int, distribution: str, counters: Tensor,
+    table: int, n: int, streams: Tensor, coeffs: Tensor, seed: int, distribution: str, counters: Tensor,
     decay: Tensor | None = None, update: Tensor | None = None, restore: Tensor | None = None,
     curvature: Tensor | None = None, smoothing: Tensor | None = None, hessian_min: float = 0.0,
     hessian_max: float = float("inf"),
 ) -> None:  # fmt: skip
-    """``zo_run`` on a table whose rows are ``zo_tensor`` structs: eight int64, pairs of 32-bit fields in the last two."""
+    """``zo_run`` on n ``zo_tensor`` structs at this address: eleven int64, [6] and [7] pairs of 32-bit fields."""
     kept: list[Tensor] = []  # alive until the call returns
 
     def pointer(x: Tensor | None, dtype: torch.dtype = torch.float32) -> int | None:
@@ -193,5 +208,5 @@ def _run(
         update=0 if update is None else int(update) & 0xFFFFFFFF,
         threads=torch.get_num_threads(),
     )
-    if status := _require().zo_run(job, table.data_ptr(), len(table), counters.data_ptr()):
+    if status := _require().zo_run(job, table, n, counters.data_ptr()):
         raise RuntimeError(f"zo_run refused its arguments (status {status}): please report this as a bug")

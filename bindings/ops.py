@@ -6,7 +6,13 @@ All ops write into tensors they are given. One pass computes, for tensor i and e
     H'  = clamp( H (1 - smoothing + sum_k curvature[k] z_k^2), hessian_min, hessian_max )
 
 ``update_`` is it in place. ``perturb`` writes ``dst`` instead and neither restores nor changes H. Without
-hessians H = 1. ``perturb_rows`` is ``perturb`` of the rows of a matrix that an int64 tensor ``rows`` names (an embedding's
+hessians H = 1. Scales in two factors may take the place of H^-1/2, then only read and without restore, curvature and
+smoothing: s(e) = row_scales[i][e // n] * column_scales[i][e % n] for element e of the *full* tensor i, and
+n = column_scales[i].numel().
+
+    dst = round( (1 - decay) * src  +  s sum_k coeffs[k] z_k )
+
+``perturb_rows`` is ``perturb`` of the rows of a matrix that an int64 tensor ``rows`` names (an embedding's
 looked-up ones): row j of dst from row rows[j] of src, coefficients float32 (K, 1); rows are not checked. Arguments,
 for T tensors and K streams, all on the device of the weights:
 
@@ -16,6 +22,7 @@ for T tensors and K streams, all on the device of the weights:
     coeffs       float32 (K, T); a zero leaves the tensor out of that stream at no cost
     decay        float32 (T,), or None for 0
     update       int64, one element: stream of the stochastic rounding of 16-bit results; None rounds to nearest
+    hessians     T tensors H, float32, of the shapes of the weights, or []; ``hessian`` of the whole matrix in perturb_rows
     restore, curvature   float32 (K, T); smoothing float32 (T,); given together, with hessians, float32
     seed         64-bit run seed as a signed integer (``signed64``)
     distribution "gaussian" or "rademacher"
@@ -25,6 +32,10 @@ for T tensors and K streams, all on the device of the weights:
                  an element is weight + residual (docs/noise.md). int8 or int16, of the shape of their weights; an empty
                  one for a tensor that keeps none. update_ reads and writes them, perturb reads them, and so does
                  perturb_rows, which takes one tensor, ``residual``
+    row_scales, column_scales   T tensors each, float32, contiguous, of any shape, given together, or None. The rows of n
+                 columns must reach the end of the tensor, the last one need not be whole. An empty column_scales[i] is
+                 for a vector: row_scales[i] has a number for each element. perturb_rows takes ``row_scale`` and
+                 ``column_scale``, by the index in the matrix plus ``offset``
 
 Errors (TypeError for dtypes, ValueError for all else) come before anything is written.
 """
@@ -56,10 +67,12 @@ _COMMON = (
 _SCHEMAS = (
     f"update_(Tensor(a!)[] weights, Tensor(b!)[] hessians, {_COMMON}, Tensor? restore=None, Tensor? curvature=None, "
     f"Tensor? smoothing=None, float hessian_min={HESSIAN_RANGE[0]}, float hessian_max={HESSIAN_RANGE[1]}, "
-    "Tensor(c!)[]? residuals=None) -> ()",
-    f"perturb(Tensor[] src, Tensor(a!)[] dst, Tensor[] hessians, {_COMMON}, Tensor[]? residuals=None) -> ()",
+    "Tensor(c!)[]? residuals=None, Tensor[]? row_scales=None, Tensor[]? column_scales=None) -> ()",
+    f"perturb(Tensor[] src, Tensor(a!)[] dst, Tensor[] hessians, {_COMMON}, Tensor[]? residuals=None, "
+    "Tensor[]? row_scales=None, Tensor[]? column_scales=None) -> ()",
     "perturb_rows(Tensor src, Tensor rows, Tensor(a!) dst, int tensor_id, int offset, Tensor streams, Tensor coeffs, *, "
-    "int seed, str distribution, Tensor(z!) counters, Tensor? residual=None) -> ()",
+    "int seed, str distribution, Tensor(z!) counters, Tensor? residual=None, Tensor? hessian=None, "
+    "Tensor? row_scale=None, Tensor? column_scale=None) -> ()",
     "philox_(Tensor(a!) words, *, int seed, int domain, int tensor_id, int stream, int block, int rounds=7) -> ()",
 )
 
@@ -131,6 +144,31 @@ def _check_residuals(
     return {name: r for name, (r, _) in kept.items()}
 
 
+def _check_scales(
+    row_scales: Sequence[Tensor],
+    column_scales: Sequence[Tensor],
+    like: str,
+    weights: Sequence[Tensor],
+    offsets: Sequence[int],
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """The factors of the scales by name."""
+    for name, factors in (("row_scales", row_scales), ("column_scales", column_scales)):
+        _check_tensors(name, factors, device, (torch.float32,))
+        if len(factors) != len(weights):
+            raise ValueError(f"{name}: expected {len(weights)} tensors as {like} has, got {len(factors)}")
+    for i, (rows, columns, w) in enumerate(zip(row_scales, column_scales, weights, strict=True)):
+        n, end = columns.numel() or 1, w.numel() and w.numel() + (offsets[i] if offsets else 0)
+        if rows.numel() * n < end:
+            raise ValueError(
+                f"row_scales[{i}]: expected {-(-end // n)} numbers or more, one for each row of {n} of the first {end} "
+                f"elements of the full tensor, got {rows.numel()}"
+            )
+    return {f"row_scales[{i}]": x for i, x in enumerate(row_scales)} | {
+        f"column_scales[{i}]": x for i, x in enumerate(column_scales)
+    }
+
+
 def _check_overlap(written: dict[str, Tensor], read: dict[str, Tensor]) -> None:
     """What is written may share no memory with anything else; what is only read may, with what is only read."""
     if any(isinstance(t, FakeTensor) or t.is_meta for t in (*written.values(), *read.values())):
@@ -168,6 +206,8 @@ def _check_pass(
     hessian_min: float = HESSIAN_RANGE[0],
     hessian_max: float = HESSIAN_RANGE[1],
     residuals: Sequence[Tensor] | None = None,
+    row_scales: Sequence[Tensor] | None = None,
+    column_scales: Sequence[Tensor] | None = None,
 ) -> None:
     device, count, k = streams.device, len(src), streams.numel()
     read, written = ("weights", "weights") if in_place else ("src", "dst")
@@ -199,10 +239,19 @@ def _check_pass(
     if hessians or changes_hessians:
         _check_tensors("hessians", hessians, device, (torch.float32,))
         _check_shapes("hessians", hessians, read, src)
+    if (row_scales is None) != (column_scales is None):
+        raise ValueError("row_scales, column_scales: expected both or none")
+    if row_scales is not None and hessians:
+        raise ValueError(
+            f"row_scales, column_scales: expected without hessians, got {len(hessians)} hessians too: the noise of a call is "
+            "scaled by one or the other"
+        )
     if not 0 < hessian_min <= hessian_max:
         raise ValueError(f"hessian_min, hessian_max: expected 0 < min <= max, got {hessian_min} and {hessian_max}")
     kept = _check_residuals(residuals, read, src, device) if residuals is not None else {}
     scales = {f"hessians[{i}]": h for i, h in enumerate(hessians)}
+    if row_scales is not None and column_scales is not None:
+        scales = _check_scales(row_scales, column_scales, read, src, offsets, device)
     sources = {} if in_place else {f"src[{i}]": t for i, t in enumerate(src)} | kept
     targets = {f"{written}[{i}]": t for i, t in enumerate(dst)} | (kept if in_place else {})
     _check_overlap(targets | (scales if changes_hessians else {}), sources if changes_hessians else sources | scales)
@@ -210,7 +259,8 @@ def _check_pass(
 
 def _check_rows(
     src: Tensor, rows: Tensor, dst: Tensor, tensor_id: int, offset: int, streams: Tensor, coeffs: Tensor,
-    residual: Tensor | None = None, **options: Any,
+    residual: Tensor | None = None, hessian: Tensor | None = None, row_scale: Tensor | None = None,
+    column_scale: Tensor | None = None, **options: Any,
 ) -> None:  # fmt: skip
     if src.dim() != 2 or rows.dim() != 1 or tuple(dst.shape) != (rows.numel(), src.shape[1]):
         raise ValueError(
@@ -220,10 +270,13 @@ def _check_rows(
     _check_scalars("rows", rows, tuple(rows.shape), streams.device, torch.int64)
     if not rows.is_contiguous():
         raise ValueError("rows: expected a contiguous tensor: pass rows.contiguous()")
-    residuals = [residual] if residual is not None else None
-    _check_pass([src], [src], [], [tensor_id], [offset], streams, coeffs, in_place=True, residuals=residuals, **options)
+    beside = {"residual": residual, "hessian": hessian, "row_scale": row_scale, "column_scale": column_scale}
+    given = {name: x for name, x in beside.items() if x is not None}
+    lists: dict[str, Any] = {f"{name}s": [x] for name, x in given.items()}
+    hessians = lists.pop("hessians", [])
+    _check_pass([src], [src], hessians, [tensor_id], [offset], streams, coeffs, in_place=True, **lists, **options)
     _check_tensors("dst", [dst], streams.device, DTYPES)
-    _check_overlap({"dst": dst}, {"src": src, "rows": rows} | ({} if residual is None else {"residual": residual}))
+    _check_overlap({"dst": dst}, {"src": src, "rows": rows} | given)
 
 
 def _check_philox(words: Tensor, *, rounds: int = 7, **numbers: int) -> None:
@@ -268,11 +321,17 @@ def backend_for(device: torch.device) -> ModuleType:
 
 def _run(
     src: list[Tensor], dst: list[Tensor], *args: Any, in_place: bool, seed: int, residuals: list[Tensor] | None = None,
-    **options: Any,
+    row_scales: list[Tensor] | None = None, column_scales: list[Tensor] | None = None, **options: Any,
 ) -> None:  # fmt: skip
-    _check_pass(src, dst, *args, in_place=in_place, seed=seed, residuals=residuals, **options)
+    _check_pass(
+        src, dst, *args, in_place=in_place, seed=seed, residuals=residuals, row_scales=row_scales,
+        column_scales=column_scales, **options,
+    )  # fmt: skip
     kept = residuals or []
-    backend_for(args[3].device).run_pass(src, dst, *args, seed=seed & _UINT64, residuals=kept, **options)
+    backend_for(args[3].device).run_pass(
+        src, dst, *args, seed=seed & _UINT64, residuals=kept, row_scales=row_scales or [],
+        column_scales=column_scales or [], **options,
+    )  # fmt: skip
     written = (*dst, *args[0], *kept) if in_place else dst
     increment_version([t for t in written if not t.is_inference()])
 

@@ -133,6 +133,13 @@ def join(weight: Tensor, residual: Tensor) -> Tensor:
     return torch.where(weight.isfinite(), value.copysign(weight.float()), weight.float())
 
 
+def factored(row_scale: Tensor, column_scale: Tensor, element: Tensor) -> Tensor:
+    """float32 scales of these elements of a full tensor: row factor times column factor, an empty one for a vector's 1."""
+    if not (n := column_scale.numel()):
+        return row_scale.view(-1)[element]
+    return row_scale.view(-1)[element // n] * column_scale.view(-1)[element % n]
+
+
 def _finite(*scalars: Tensor | None) -> bool:
     return all(bool(s.isfinite().all()) for s in scalars if s is not None)
 
@@ -163,6 +170,8 @@ def run_pass(
     hessian_min: float = 0.0,
     hessian_max: float = math.inf,
     residuals: Sequence[Tensor] = (),
+    row_scales: Sequence[Tensor] = (),
+    column_scales: Sequence[Tensor] = (),
 ) -> None:
     """The operation of docs/noise.md on a list of tensors; arguments as in ``bindings.ops``, already checked."""
     if not _finite(coeffs, decay, restore, curvature, smoothing):
@@ -196,6 +205,8 @@ def run_pass(
                     base = weight + back / hessian.sqrt()
                     hessian.mul_(1 - smoothing[i] + squares).clamp_(hessian_min, hessian_max)
                 noise = noise / hessian.sqrt()
+            elif row_scales:
+                noise = noise * factored(row_scales[i], column_scales[i], element)
             out = noise + (base if keep is None else keep * base)
 
             limit = torch.finfo(target.dtype).max
@@ -218,7 +229,8 @@ def run_pass(
 
 def run_rows(
     src: Tensor, rows: Tensor, dst: Tensor, tensor_id: int, offset: int, streams: Tensor, coeffs: Tensor, *, seed: int,
-    distribution: str, counters: Tensor, residual: Tensor | None = None,
+    distribution: str, counters: Tensor, residual: Tensor | None = None, hessian: Tensor | None = None,
+    row_scale: Tensor | None = None, column_scale: Tensor | None = None,
 ) -> None:  # fmt: skip
     """``perturb`` of the rows of ``src`` that ``rows`` names, into the rows of ``dst``."""
     width = src.shape[1]
@@ -226,9 +238,11 @@ def run_rows(
         return
     for dst_row, row in zip(dst, rows.tolist(), strict=True):
         run_pass(
-            [src[row]], [dst_row], [], [tensor_id], [offset + row * width], streams, coeffs, seed=seed,
+            [src[row]], [dst_row], [] if hessian is None else [hessian[row]], [tensor_id], [offset + row * width], streams, coeffs, seed=seed,
             distribution=distribution, counters=counters,
             residuals=[residual[row]] if residual is not None and residual.numel() else (),
+            row_scales=() if row_scale is None else [row_scale],
+            column_scales=() if column_scale is None else [column_scale],
         )  # fmt: skip
         if not _finite(coeffs):
             return  # counted once

@@ -25,7 +25,7 @@ class Case:
     """One call. ``dst`` None is in place; ``hessian``: "", "read" or "update"; ``bad``: what is not finite or too large.
 
     ``residual``: bits of the residuals of all tensors but the second, which keeps none; ``mixed``: tensor i has the dtype
-    and the residual of MIXED[i].
+    and the residual of MIXED[i]. ``columns``: numbers of columns of scales in two factors, taken in turn, 0 for a vector.
     """
 
     distribution: str = "gaussian"
@@ -41,6 +41,7 @@ class Case:
     bad: str = ""
     residual: int = 0
     mixed: bool = False
+    columns: tuple[int, ...] = ()
 
     def kinds(self) -> list[tuple[torch.dtype, int]]:
         """Dtype and bits of the residual, 0 for none, of each tensor of ``src``."""
@@ -50,7 +51,13 @@ class Case:
 
     def one_order(self) -> bool:
         """Whether every backend must make the same bits: sums of one addend that is the same for all."""
-        return self.distribution == "rademacher" and self.k <= 1 and not self.decay and not self.hessian
+        return (
+            self.distribution == "rademacher"
+            and self.k <= 1
+            and not self.decay
+            and not self.hessian
+            and not self.columns
+        )
 
     def __str__(self) -> str:
         base = Case()
@@ -98,6 +105,12 @@ def make(case: Case, device: str = "cpu") -> dict[str, Any]:
     if case.hessian:
         pairs = [_guarded(uniform(n, low=0.5, high=2), case.skewed) for n in case.sizes]
         hessians, buffers = [v for v, _ in pairs], buffers + [b for _, b in pairs]
+    scales: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for i, size in enumerate(case.sizes if case.columns else ()):
+        n = case.columns[i % len(case.columns)]
+        end = size + (case.offsets[i] if case.offsets else 0)
+        for factors, length in zip(scales, (-(-end // (n or 1)), n), strict=True):
+            factors.append(_guarded(uniform(length, low=0.5, high=2), case.skewed)[0])
     residuals: list[Tensor] = []
     if case.residual or case.mixed:
         for v, (_, bits) in zip(values, kinds, strict=True):
@@ -116,6 +129,8 @@ def make(case: Case, device: str = "cpu") -> dict[str, Any]:
     options: dict[str, Any] = {"counters": torch.zeros(1 + count, dtype=torch.int64, device=device)}
     if residuals:
         options["residuals"] = residuals
+    if case.columns:
+        options |= {"row_scales": scales[0], "column_scales": scales[1]}
     if case.decay:
         options["decay"] = uniform(count, low=0, high=0.1)
         if case.bad == "decay":
@@ -152,7 +167,7 @@ def check(case: Case, backend: Any, noise: float, device: str = "cpu") -> None:
     added = spread * got["args"][6].abs().sum(0)  # most that a tensor can be moved by
     if case.hessian == "update":
         added = added + spread * got["options"]["restore"].abs().sum(0)
-    scale = 2.0 if case.hessian else 1.0
+    scale = 2.0 if case.hessian else 4.0 if case.columns else 1.0
     moved = noise if case.distribution == "gaussian" else 0.0
     kinds = case.kinds() if case.dst is None else [(case.dst, 0)] * len(case.sizes)
     for i, ((dtype, bits), x, y) in enumerate(zip(kinds, got["args"][1], expected["args"][1], strict=True)):
@@ -220,6 +235,24 @@ def _cases() -> list[Case]:
                    mixed=True, decay=k > 1, hessian=h, stochastic=s, skewed=k)
               for d in both for k, h, s in ((1, "", True), (1, "", False), (3, "", True), (2, "read", True),
                                             (9, "update", False))]  # fmt: skip
+    cases += [
+        Case(d, t, columns=c, stochastic=t is F16) for d in both for t in EPS for c in ((1, 3, 8), (0,), (64, 100))
+    ]
+    cases += [Case(d, t, o, sizes=(2600, 1500, 2100, 5), offsets=offsets, k=k, decay=k > 1, columns=c)
+              for d in both for t, o, k, c, offsets in (
+                  (F32, None, 1, (24, 0, 1000), ()), (F32, BF16, 2, (1024, 1032, 7), (1024, 77, 5, 0)),
+                  (BF16, None, 1, (4096, 0, 64), (2**20, 2048, 3, 0)), (BF16, F32, 3, (4100, 16, 1 << 20), ()),
+                  (F16, F16, 9, (2056, 40, 131), (9, 0, 1030, 7)),
+              )]  # fmt: skip
+    cases += [Case(d, F32, sizes=(2100, 129, 1, 5), offsets=(2**34 + 1003, 1, 127, 64), k=2, columns=((1 << 22) + 8, 3))
+              for d in both]  # fmt: skip
+    cases += [Case(d, BF16, residual=r, stochastic=s, k=k, columns=(24, 1, 0), decay=True)
+              for d in both for r, s, k in ((8, True, 1), (16, True, 2), (8, False, 3))]  # fmt: skip
+    cases += [Case(d, sizes=(2100, 1290, 40, 5, 2200, 300, 77), offsets=(1024, 1, 127, 64, 0, 2047, 5), k=k, mixed=True,
+                   stochastic=True, skewed=k - 1, columns=(16, 8, 0, 3, 1024))
+              for d, k in (("gaussian", 1), ("gaussian", 2), ("rademacher", 1), ("rademacher", 9))]  # fmt: skip
+    cases += [Case("gaussian", BF16, bad="weights", columns=(8,)), Case("rademacher", F16, bad="range", columns=(8, 3)),
+              Case("gaussian", F32, sizes=(), columns=(8,)), Case("gaussian", BF16, bad="coeffs", columns=(8,))]  # fmt: skip
     return cases
 
 

@@ -9,10 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from twins import TwinFZOO, TwinHiZOO, TwinMeZO, TwinSPSA
-from zo_core import layers
-from zo_core.bindings import ops
 
 import zo_core
+from zo_core import layers
 
 ENGINES = pytest.mark.parametrize("engine", ["shadow", "inplace"])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -45,6 +45,9 @@ def test_opcheck(distribution):
     weights = [args[0][0].bfloat16(), args[0][1]]
     torch.library.opcheck(zo.update_.default, [weights, *args[1:]], full | kept)
     torch.library.opcheck(zo.perturb.default, [weights, dst, *args[1:]], full | kept)
+    factors = {"row_scales": [torch.ones(5), torch.ones(41)], "column_scales": [torch.ones(8), torch.empty(0)]}
+    torch.library.opcheck(zo.update_.default, args, full | factors)
+    torch.library.opcheck(zo.perturb.default, [args[0], dst, *args[1:]], full | factors)
     key = {"seed": 1, "domain": 0, "tensor_id": 0, "stream": 0, "block": 0}
     torch.library.opcheck(zo.philox_.default, [torch.empty(3, 4, dtype=torch.int32)], key)
 
@@ -55,6 +58,12 @@ def buffer(n: int) -> Tensor:
 
 def kept(*residuals: Tensor, dtype: torch.dtype = torch.bfloat16) -> dict:
     return {"weights": [torch.zeros(40), torch.zeros(41, dtype=dtype)], "residuals": list(residuals)}
+
+
+def scaled(rows: object = 6, columns: object = 7, **others: object) -> dict:
+    """Scales of the second of two tensors, of 40 and 41 elements: tensors, or how many ones."""
+    row, column = (torch.ones(x) if isinstance(x, int) else x for x in (rows, columns))
+    return {"row_scales": [torch.ones(40), row], "column_scales": [torch.empty(0), column], **others}
 
 
 SHARED = buffer(100)
@@ -110,6 +119,27 @@ WRONG = {
         ValueError,
         r"residuals\[0\] and residuals\[1\] overlap",
     ),
+    "row scales alone": ({"row_scales": [torch.ones(40), torch.ones(41)]}, ValueError, r"column_scales: expected both"),
+    "scales and hessians": (
+        scaled(hessians=[torch.ones(40), torch.ones(41)]),
+        ValueError,
+        r"row_scales, column_scales: expected without hessians",
+    ),
+    "too few row scales": (
+        scaled() | {"row_scales": [torch.ones(40)]},
+        ValueError,
+        r"row_scales: expected 2 tensors as weights has, got 1",
+    ),
+    "too few column scales": (scaled() | {"column_scales": [torch.ones(40)]}, ValueError, r"column_scales.*got 1"),
+    "row scale dtype": (scaled(torch.ones(6).half()), TypeError, r"row_scales\[1\]: expected torch.float32.*float16"),
+    "column scale dtype": (scaled(columns=torch.ones(7).double()), TypeError, r"column_scales\[1\].*float64"),
+    "row scale device": (scaled(torch.ones(6, device="meta")), ValueError, r"row_scales\[1\].*cpu.*meta"),
+    "column scale layout": (scaled(columns=torch.ones(14)[::2]), ValueError, r"column_scales\[1\].*contiguous"),
+    "too few rows": (scaled(5), ValueError, r"row_scales\[1\]: expected 6 numbers or more.*rows? of 7.*41.*got 5"),
+    "too few rows for the offset": (scaled(offsets=[0, 2]), ValueError, r"row_scales\[1\]: expected 7 .*43.*got 6"),
+    "too few numbers of a vector": (scaled(40, 0), ValueError, r"row_scales\[1\]: expected 41 .*got 40"),
+    "row scales that are written": (scaled(SHARED, weights=[SHARED[:40], buffer(41)]), ValueError, r"overlap"),
+    "column scales that are written": (scaled(2, SHARED, weights=[SHARED[:40], buffer(41)]), ValueError, r"overlap"),
     "hessian range": ({"hessian_min": 0.0}, ValueError, r"hessian_min"),
 }
 
@@ -143,6 +173,11 @@ def test_wrong_destinations_are_refused():
     zo.perturb(src, [torch.empty(40), torch.empty(40)], *rest, **options, residuals=[shared, shared])
     with pytest.raises(ValueError, match=r"residuals\[0\].* overlap"):
         zo.perturb(src, [torch.empty(40), shared.view(torch.float16)], *rest, **options, residuals=[shared, NONE])
+
+
+def test_scales_may_share_memory_and_a_tensor_without_elements_needs_none():
+    args, options = arguments(weights=[torch.zeros(40), torch.zeros(0)])
+    zo.update_(*args, **options, row_scales=[SHARED, SHARED[:0]], column_scales=[SHARED, SHARED[:7]])
 
 
 def test_fakes_check_as_well():

@@ -1,6 +1,7 @@
 """The operation on lists of tensors: every CPU backend against the equations in float64, and its guarantees."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ def run(
 
 
 def exact(i, src, streams, coeffs, *, offset=0, distribution="gaussian", hessian=None, decay=0.0, restore=None,
-          curvature=None, smoothing=0.0, limits=(0.0, math.inf)):  # fmt: skip
+          curvature=None, smoothing=0.0, limits=(0.0, math.inf), scale=1.0):  # fmt: skip
     """Tensor i in float64, straight from the equations; also the size of what was summed, for error bounds."""
     element = torch.arange(src.numel()) + offset
     z = [reference.DISTRIBUTIONS[distribution](element, tensor_id=i, stream=s, seed=SEED) for s in streams]
@@ -51,7 +52,7 @@ def exact(i, src, streams, coeffs, *, offset=0, distribution="gaussian", hessian
         square = sum(float(curvature[k]) * z[k] ** 2 for k in range(len(z)))
         new = (old * (1 - smoothing + square)).clamp(*limits)
     base = src.double() + (total(restore) / old.sqrt() if restore is not None else 0)
-    out = (1 - decay) * base + total(coeffs) / new.sqrt()
+    out = (1 - decay) * base + scale * total(coeffs) / new.sqrt()
     added = coeffs.abs().sum() + (restore.abs().sum() if restore is not None else 0)
     size = src.double().abs() + 10 * added  # |z| < 6.8, and H in the tests is over 0.45
     return out, new, size
@@ -100,6 +101,25 @@ def test_the_operation(backend, form, src_dtype, dst_dtype, stochastic, distribu
         if hessians:
             assert torch.allclose(hessians[i].double(), new_hessian.expand(sizes[i]), rtol=1e-5, atol=0)
     assert not counters.any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_scales_in_two_factors_go_by_the_index_in_the_full_tensor(backend, dtype):
+    """Shards of a matrix take the factors of the whole; a vector has a factor for each element."""
+    rows, columns, cut = torch.linspace(0.5, 1, 33), torch.linspace(1, 0.7, 97), (0, 1, 130, 2049, 33 * 97 - 5)
+    whole, coeffs = spread(cut[-1], dtype), torch.tensor([[0.01], [-0.02]])
+    expected, _, size = exact(
+        0, whole, [5, 6], coeffs[:, 0], scale=torch.outer(rows.double(), columns.double()).view(-1)[: cut[-1]]
+    )
+    vector = torch.outer(rows, columns).view(-1)
+    for row, column in ((rows.view(-1, 1), columns), (vector, torch.empty(0))):
+        parts = [whole[a:b].clone() for a, b in pairwise(cut)]
+        for part, offset in zip(parts, cut, strict=False):
+            run(
+                backend, [part], [part], [5, 6], coeffs, ids=[0], offsets=[offset], row_scales=[row],
+                column_scales=[column],
+            )  # fmt: skip
+        assert_close(torch.cat(parts), expected, size, dtype, stochastic=False)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -47,6 +47,30 @@ def test_rows_with_residuals_are_those_of_the_perturbed_matrix(backend, monkeypa
     assert torch.equal(dst, whole[names])
 
 
+@pytest.mark.parametrize("columns", [0, 1, 37, 100])
+def test_rows_with_scales_are_those_of_the_perturbed_matrix(backend, monkeypatch, columns):
+    monkeypatch.setattr(ops, "backend_for", lambda device: backend)
+    (src, names, dst, *rest), options = arguments([8, 0, 8, 3])
+    tensor_id, offset, streams, coeffs = rest
+    whole = torch.empty_like(src)
+    row, column = torch.rand(-(-(1000 + src.numel()) // (columns or 1))) + 0.5, torch.rand(columns) + 0.5
+    torch.ops.zo_core.perturb(
+        [src], [whole], [], [tensor_id], [offset], streams, coeffs, **options, row_scales=[row], column_scales=[column]
+    )
+    torch.ops.zo_core.perturb_rows(src, names, dst, *rest, **options, row_scale=row, column_scale=column)
+    assert torch.equal(dst, whole[names])
+
+
+def test_rows_with_a_hessian_are_those_of_the_perturbed_matrix(backend, monkeypatch):
+    monkeypatch.setattr(ops, "backend_for", lambda device: backend)
+    (src, names, dst, *rest), options = arguments([8, 0, 8, 3])
+    tensor_id, offset, streams, coeffs = rest
+    whole, hessian = torch.empty_like(src), torch.rand(src.shape) + 0.5
+    torch.ops.zo_core.perturb([src], [whole], [hessian], [tensor_id], [offset], streams, coeffs, **options)
+    torch.ops.zo_core.perturb_rows(src, names, dst, *rest, **options, hessian=hessian)
+    assert torch.equal(dst, whole[names])
+
+
 def test_saturated_elements_of_all_rows_are_counted(backend, monkeypatch):
     monkeypatch.setattr(ops, "backend_for", lambda device: backend)
     args, options = arguments([5, 5, 2])
@@ -72,6 +96,9 @@ def test_schema_and_fake():
     residual = torch.ones(args[0].shape, dtype=torch.int8)
     args = (args[0].half(), *args[1:])
     torch.library.opcheck(torch.ops.zo_core.perturb_rows.default, args, options | {"residual": residual})
+    torch.library.opcheck(torch.ops.zo_core.perturb_rows.default, args, options | {"hessian": torch.ones(9, 37)})
+    factors = {"row_scale": torch.ones(37), "column_scale": torch.ones(37)}
+    torch.library.opcheck(torch.ops.zo_core.perturb_rows.default, args, options | factors)
 
 
 def test_messages_name_the_argument():
@@ -80,5 +107,19 @@ def test_messages_name_the_argument():
         torch.ops.zo_core.perturb_rows(args[0], args[1], args[2][:1], *args[3:], **options)
     with pytest.raises(TypeError, match=r"residuals\[0\].*float32"):
         torch.ops.zo_core.perturb_rows(*args, **options, residual=torch.ones(args[0].shape, dtype=torch.int8))
+    with pytest.raises(ValueError, match=r"hessians\[0\].*\(9, 37\).*\(8, 37\)"):
+        torch.ops.zo_core.perturb_rows(*args, **options, hessian=torch.ones(8, 37))
+    shared = torch.ones(9, 37)
+    for scales in (
+        {"hessian": shared},
+        {"row_scale": shared, "column_scale": torch.ones(37)},
+        {"row_scale": torch.ones(37), "column_scale": shared},
+    ):
+        with pytest.raises(ValueError, match="(hessian|row_scale|column_scale) overlap"):
+            torch.ops.zo_core.perturb_rows(*args[:2], shared[:2], *args[3:], **options, **scales)
+    with pytest.raises(
+        ValueError, match=r"row_scales\[0\].*expected 37 numbers.*1333.*got 36"
+    ):  # 1000 + 9 * 37 elements
+        torch.ops.zo_core.perturb_rows(*args, **options, row_scale=torch.ones(36), column_scale=torch.ones(37))
     with pytest.raises(TypeError, match="rows"):
         torch.ops.zo_core.perturb_rows(args[0], args[1].int(), *args[2:], **options)

@@ -13,6 +13,8 @@ pytest.importorskip("triton", reason="triton is not installed")
 if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
     pytest.skip("needs a GPU, or TRITON_INTERPRET=1 in a process of its own", allow_module_level=True)
 
+import triton
+import triton.language as tl
 from cases import SEED, Case, run
 from zo_core.kernels import reference
 from zo_core.kernels import triton as backend
@@ -91,7 +93,9 @@ def test_the_table_is_made_once_and_again_when_a_tensor_moves():
     assert len(launch._tables) == len(made) + 1
 
 
-@pytest.mark.parametrize("part", ["src", "dst", "hessians", "residual", "offset", "id"])
+@pytest.mark.parametrize(
+    "part", ["src", "dst", "hessians", "residual", "offset", "id", "factors", "row", "column", "width"]
+)
 def test_whatever_the_table_holds_makes_a_new_one(part):
     launch._tables.clear()
     t = [torch.zeros(4, device=DEVICE) for _ in range(6)]
@@ -104,9 +108,11 @@ def test_whatever_the_table_holds_makes_a_new_one(part):
         "offsets": [0],
         "ids": [0],
         "columns": [0],
+        "factors": [(64, 64, 2)],
     }
     other = {"src": {"src": [t[3]]}, "dst": {"dst": [t[4]]}, "hessians": {"hessians": [t[5]]}, "residual": {"residuals": [t[7]]},
-             "offset": {"offsets": [4]}, "id": {"ids": [1]}}[part]  # fmt: skip
+             "offset": {"offsets": [4]}, "id": {"ids": [1]}, "factors": {"factors": ()}, "row": {"factors": [(0, 64, 2)]},
+             "column": {"factors": [(64, 80, 2)]}, "width": {"factors": [(64, 64, 4)]}}[part]  # fmt: skip
     tables = [launch._table(**arguments, device=t[0].device)[0] for arguments in (first, first | other, first)]
     assert not torch.equal(tables[0], tables[1]) and tables[0] is tables[2]
 
@@ -135,8 +141,21 @@ def test_rows_and_runs_of_the_table():
         2,
         8,
     )
-    assert rows[0] == [64, 64, 0, 0, tile * tiles + 1, 0, 4, 1, 48]
-    assert rows[1] == [192 - 272, 192 - 272, 0, 136, 141, tile, 6, 5, 200 - 136]  # 136 elements into the second tile
+    assert rows[0] == [64, 64, 0, 0, tile * tiles + 1, 0, 4, 1, 48, 0, 0, 0]
+    assert rows[1] == [
+        192 - 272,
+        192 - 272,
+        0,
+        136,
+        141,
+        tile,
+        6,
+        5,
+        200 - 136,
+        0,
+        0,
+        0,
+    ]  # 136 elements into the second tile
     assert runs == [(0, 0), (0, tiles), (1, 0)]
 
 
@@ -145,6 +164,43 @@ def test_eight_residuals_are_aligned_to_their_size(bits, alignment):
     for at in range(2 * alignment):
         rows, _ = launch.tile_rows([64], [64], [0], [at], [9], [0], [0], [3], 2, 2, bits)
         assert rows[0][7] == 6 + (at % alignment == 0)
+
+
+@pytest.mark.parametrize(
+    ("factors", "aligned"),
+    [
+        ((4, 64, 8), True),
+        ((4, 68, 8), False),
+        ((4, 64, 12), False),
+        ((0, 64, 1 << 62), True),
+        ((0, 68, 1 << 62), False),
+    ],
+)
+def test_factors_of_columns_are_read_at_once_where_whole_groups_of_them_are_in_a_row(factors, aligned):
+    rows, _ = launch.tile_rows([64], [64], [0], [0], [9], [3], [0], [3], 2, 2, 0, [factors])
+    rows += launch.tile_rows([74], [74], [0], [0], [9], [5], [0], [3], 2, 2, 0, [factors])[0]
+    assert [r[7] for r in rows] == [6, 6 + aligned] and all(tuple(r[9:]) == factors for r in rows)
+
+
+@triton.jit
+def places_kernel(numbers, out, n: tl.constexpr):
+    e, columns, at = tl.load(numbers), tl.load(numbers + 1), tl.arange(0, n)
+    line, place = passes._place(e, columns)
+    row, column = passes._places(line, place, columns, at)
+    tl.store(out + at, row)
+    tl.store(out + n + at, column)
+
+
+@pytest.mark.parametrize(
+    "columns", [1, 2, 3, 8, 24, 100, 511, 1000, 1016, 1023, 1024, 1025, 1032, 4096, 2**31 + 8, 2**62]
+)
+def test_rows_and_columns_are_those_of_a_division(columns):
+    ends = range(0, 2 * columns, max(columns // 7, 1)) if columns < 2**40 else (0,)
+    for e in {max(x + d, 0) for x in (*ends, 2**56 // columns * columns) for d in (0, -1, -700, -1023)}:
+        out = torch.empty(2, passes.TILE, dtype=torch.int64, device=DEVICE)
+        places_kernel[(1,)](torch.tensor([e, columns], device=DEVICE), out, passes.TILE)
+        at = torch.arange(passes.TILE, device=DEVICE) + e
+        assert torch.equal(out, torch.stack((at // columns, at % columns))), e
 
 
 def test_a_tensor_of_more_than_2_31_elements_has_int64_rows_and_runs():
@@ -175,6 +231,31 @@ def test_gathered_rows_are_those_of_the_whole_matrix(width, distribution, k, bit
     expected = torch.empty_like(got)
     reference.run_rows(src, rows, expected, 5, 2**33 + 3, streams, coeffs, residual=rest, **key)
     assert torch.equal(expected, whole[rows])
+
+
+@pytest.mark.parametrize("columns", [None, 0, 1, 8, 104, 1032])
+@pytest.mark.parametrize(
+    ("distribution", "k", "width"), [("gaussian", 1, 130), ("gaussian", 1, 1504), ("rademacher", 1, 1024)]
+)
+def test_gathered_rows_with_scales_are_those_of_the_whole_matrix(distribution, k, width, columns):
+    """Columns None: a Hessian; 0: a factor an element."""
+    src = torch.linspace(-1, 1, 9 * width, device=DEVICE).view(9, width)
+    rows = torch.tensor([7, 0, 8], device=DEVICE)
+    streams, coeffs = torch.arange(k, device=DEVICE), torch.linspace(0.01, -0.02, k, device=DEVICE)[:, None]
+    key = {"seed": SEED, "distribution": distribution, "counters": torch.zeros(2, dtype=torch.int64, device=DEVICE)}
+    whole, got = torch.empty_like(src), torch.full((3, width), torch.nan, device=DEVICE)
+    g = torch.Generator().manual_seed(1)
+    if columns is None:
+        hessian = (torch.rand(src.shape, generator=g) + 0.5).to(DEVICE)
+        of_whole, of_rows = {"hessians": [hessian]}, {"hessian": hessian}
+    else:
+        row = (torch.rand(-(-(1024 + src.numel()) // (columns or 1)), generator=g) + 0.5).to(DEVICE)
+        column = (torch.rand(columns, generator=g) + 0.5).to(DEVICE)
+        of_whole = {"hessians": [], "row_scales": [row], "column_scales": [column]}
+        of_rows = {"row_scale": row, "column_scale": column}
+    reference.run_pass([src], [whole], of_whole.pop("hessians"), [5], [1024], streams, coeffs, **of_whole, **key)
+    backend.run_rows(src, rows, got, 5, 1024, streams, coeffs, **of_rows, **key)
+    assert torch.allclose(got, whole[rows], rtol=1e-6, atol=1e-6)
 
 
 def test_gathered_rows_with_a_coefficient_that_is_not_finite_are_a_counted_no_op():

@@ -31,7 +31,12 @@ class Twin:
                 p.copy_(value)
 
     def at(self, loss, c: float, stream: int = 0) -> float:
-        self.put([v + c * h**-0.5 * self.z(i, stream) for i, (v, h) in enumerate(zip(self.values, self.hessians))])
+        self.put(
+            [
+                v + c * h**-0.5 * self.z(i, stream)
+                for i, (v, h) in enumerate(zip(self.values, self.hessians, strict=False))
+            ]
+        )
         value = float(loss().detach())
         self.put(self.values)
         return value

@@ -1,6 +1,6 @@
-"""The command line: `zo-core finetune`, `zo-core evaluate`, `zo-core doctor`.
+"""The command line: `zo-core finetune`, `zo-core sweep`, `zo-core evaluate`, `zo-core doctor`.
 
-The options of the first two are the fields of `FinetuneConfig`: names, types, defaults and help are there.
+The options of the first three are the fields of `FinetuneConfig`: names, types, defaults and help are there.
 """
 
 from __future__ import annotations
@@ -45,6 +45,19 @@ Without options: SmolLM2-135M on movie-review sentences, for about eight minutes
       --template 'Review: {text}\\nRating:' --label '1= bad' --label '5= good'
 
   zo-core finetune --output runs/reviews --resume --time-budget 40m
+"""
+
+SWEEP_HELP = """Choose a learning rate and eps on the validation part, by short runs.
+
+Values half a decade apart around --lr, then around --eps, further in the direction that is
+better; a run that falls behind the best one by two standard errors is stopped. A sweep that
+was stopped goes on in its --output.
+
+[bold]Examples[/]
+
+  zo-core sweep --method fzoo --steps 50
+
+  zo-core sweep --method mezo --steps 200 --no-eps --model ./my-model --data mine.csv
 """
 
 EVALUATE_HELP = """Accuracy and loss of a model, or of a finished run, on labelled text.
@@ -178,6 +191,30 @@ def finetune(
     else:
         config = FinetuneConfig(**options)
     runs.finetune(config, resume=resume, overwrite=overwrite, console=out)
+
+
+@app.command(help=SWEEP_HELP)
+@_with_options("Model", "Data", "Method")
+def sweep(
+    ctx: typer.Context,
+    steps: Annotated[int, typer.Option(help="Of a trial.", min=4, rich_help_panel="Sweep")] = 100,
+    tries: Annotated[int, typer.Option(help="Values on a ladder, at most.", min=3, rich_help_panel="Sweep")] = 6,
+    eps_too: Annotated[
+        bool, typer.Option("--eps-too/--no-eps", help="Look for eps too.", rich_help_panel="Sweep")
+    ] = True,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder.", rich_help_panel="Sweep")] = Path(
+        "runs/sweep"
+    ),
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Forget the sweep in --output.", rich_help_panel="Sweep")
+    ] = False,
+    **options: Any,
+) -> None:
+    """Run the command; its help is `SWEEP_HELP`."""
+    from zo_core.integrations import sweep as sweeps
+
+    config = FinetuneConfig(**{**options, "steps": steps, "output": output})
+    sweeps.sweep(config, tries=tries, eps_too=eps_too, overwrite=overwrite, console=out)
 
 
 @app.command(help=EVALUATE_HELP)

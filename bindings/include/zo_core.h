@@ -6,7 +6,8 @@
  *   H'  = clamp( H * (1 - smoothing + sum_k curvature[k] z_k^2), hessian_min, hessian_max )
  *
  * z_k is the noise of stream k at element `offset + e` of tensor `id`: a pure function, never stored.
- * Without a hessian H = H' = 1. Sums are float32, the result is rounded once. A bfloat16 or float16 src may keep a
+ * Without a hessian H = H' = 1, or H^-1/2 is given in two factors, row_scale[f / columns] * column_scale[f % columns] with
+ * f = offset + e, the index in the full tensor. Sums are float32, the result is rounded once. A bfloat16 or float16 src may keep a
  * residual of 8 or 16 bits an element: src above is then the value weight + residual (docs/noise.md), and in place
  * what rounding takes becomes the new residual.
  *
@@ -27,7 +28,7 @@
 extern "C" {
 #endif
 
-#define ZO_ABI_VERSION 2   /* layout of the structs below */
+#define ZO_ABI_VERSION 3   /* layout of the structs below */
 #define ZO_NOISE_VERSION 1 /* docs/noise.md */
 
 enum zo_dtype { ZO_FLOAT32 = 0, ZO_BFLOAT16 = 1, ZO_FLOAT16 = 2 };
@@ -46,7 +47,10 @@ typedef struct zo_tensor {
   int64_t offset; /* index of the first element in the full, unsharded tensor; at most 2^56 */
   uint32_t id;    /* tensor id of the noise */
   int32_t src_dtype, dst_dtype;
-  int32_t residual_bits; /* 8 or 16, or 0 for none; 0 for float32 */
+  int32_t residual_bits;     /* 8 or 16, or 0 for none; 0 for float32 */
+  const float *row_scale;    /* one float32 for each row that `columns` divide the full tensor into; NULL for 1 */
+  const float *column_scale; /* `columns` float32, or NULL for no scales; not with a hessian */
+  int64_t columns;           /* at least 1 with a column_scale; a vector is one row */
 } zo_tensor;
 
 typedef struct zo_pass {

@@ -192,6 +192,20 @@ int64_t finish_from(const Tile &t, Buffers &buf) {
   }
 }
 
+// Multiplies the noise in the buffers by the scales of its elements, a row or what the tile has of one at a time.
+void scale(const Tile &t, Buffers &buf) {
+  const int64_t end = t.offset + t.end;
+  int64_t e = t.offset + t.begin, row = e / t.columns, column = e - row * t.columns;
+  float *__restrict noise = buf.coeffs + (e & 127);
+  for (; e < end; row++, column = 0) {
+    const float factor = t.row_scale ? t.row_scale[row] : 1.0f, *factors = t.column_scale + column;
+    const int64_t n = t.columns - column < end - e ? t.columns - column : end - e;
+    for (int64_t i = 0; i < n; i++) noise[i] *= factor * factors[i];
+    noise += n;
+    e += n;
+  }
+}
+
 template <class Sink>
 ZO_INLINE void each_z(int distribution, int64_t e, int64_t n, Noise key, Sink sink) {
   if (distribution == ZO_GAUSSIAN)
@@ -228,6 +242,7 @@ int64_t run_tile(const zo_pass &pass, const Tile &t) {
     memset(buf.restore, 0, sizeof buf.restore);
     memset(buf.curvature, 0, sizeof buf.curvature);
   }
+  if (t.column_scale) scale(t, buf);
   if (t.stochastic)
     philox_words(buf.random, (uint64_t)e >> 3, n >> 3, ZO_DOMAIN_ROUNDING, {pass.seed, t.id, pass.update});
   switch (t.src_dtype + t.residual_bits) {

@@ -9,6 +9,8 @@ struct Tile {
   void *dst;
   float *hessian;
   void *residual;
+  const float *row_scale, *column_scale;
+  int64_t columns;
   int64_t offset, begin, end;  // elements [begin, end) of a tensor whose first element has index `offset`
   int64_t index, n_tensors;    // column of the coefficient matrices, and how many they have
   uint32_t id;

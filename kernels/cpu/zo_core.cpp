@@ -81,6 +81,10 @@ bool partly_overlap(const zo_tensor &t) {
 
 bool valid_dtype(int32_t d) { return d >= ZO_FLOAT32 && d <= ZO_FLOAT16; }
 
+bool valid_scales(const zo_tensor &t) {
+  return t.column_scale ? t.columns > 0 && !t.hessian : !t.row_scale;
+}
+
 bool valid_residual(const zo_tensor &t) {
   if (t.residual_bits == 0) return true;
   return (t.residual_bits == 8 || t.residual_bits == 16) && t.src_dtype != ZO_FLOAT32 && (!t.numel || t.residual);
@@ -115,7 +119,7 @@ extern "C" int zo_run(const zo_pass *pass, const zo_tensor *tensors, int64_t n_t
     const zo_tensor &t = tensors[i];
     if (t.numel < 0 || t.offset < 0 || t.numel > MAX_INDEX || t.offset > MAX_INDEX || !valid_dtype(t.src_dtype) || !valid_dtype(t.dst_dtype) ||
         (t.numel && (!t.src || !t.dst)) || (p.curvature && t.numel && !t.hessian) ||
-        !valid_residual(t) || partly_overlap(t))
+        !valid_residual(t) || !valid_scales(t) || partly_overlap(t))
       return ZO_BAD_ARGUMENT;
   }
   const int64_t matrix = p.n_streams * n_tensors;
@@ -142,6 +146,7 @@ extern "C" int zo_run(const zo_pass *pass, const zo_tensor *tensors, int64_t n_t
       const int64_t start = (t.offset / ZO_TILE + tile - first_tile[i]) * ZO_TILE - t.offset;
       Tile x = {};
       x.src = t.src, x.dst = t.dst, x.hessian = t.hessian, x.residual = t.residual, x.offset = t.offset;
+      x.row_scale = t.row_scale, x.column_scale = t.column_scale, x.columns = t.columns;
       x.begin = start < 0 ? 0 : start;
       x.end = start + ZO_TILE < t.numel ? start + ZO_TILE : t.numel;
       x.index = i, x.n_tensors = n_tensors, x.id = t.id, x.src_dtype = t.src_dtype, x.dst_dtype = t.dst_dtype;

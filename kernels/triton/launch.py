@@ -13,7 +13,7 @@ import triton
 
 from . import passes, sums
 
-_CACHED = 1024  # tables kept: a shadow engine needs one a module; one is 72 bytes a tensor and 8 a run of tiles
+_CACHED = 1024  # tables kept: a shadow engine needs one a module; one is 96 bytes a tensor and 8 a run of tiles
 
 _DTYPES = {torch.float32: triton.language.float32, torch.bfloat16: triton.language.bfloat16,
            torch.float16: triton.language.float16}  # fmt: skip
@@ -47,11 +47,15 @@ _tables: OrderedDict[_Key, tuple[Tensor, Tensor]] = OrderedDict()
 def tile_rows(
     src: Sequence[int], dst: Sequence[int], hessians: Sequence[int], residuals: Sequence[int], sizes: Sequence[int],
     offsets: Sequence[int], ids: Sequence[int], columns: Sequence[int], src_bytes: int, dst_bytes: int, residual_bits: int,
+    factors: Sequence[tuple[int, int, int]] = (),
 ) -> tuple[list[list[int]], list[tuple[int, int]]]:  # fmt: skip
-    """Rows of the table and (row, first tile) of each program, from addresses and element counts; empty ones left out."""
+    """Rows of the table and (row, first tile) of each program, from addresses and element counts; empty ones left out.
+
+    ``factors``: what ``_factors`` makes of the two scales of each tensor, or none.
+    """
     rows, runs = [], []
-    for s, d, h, r, n, offset, tensor_id, column in zip(
-        src, dst, hessians, residuals, sizes, offsets, ids, columns, strict=True
+    for s, d, h, r, n, offset, tensor_id, column, (row_scale, column_scale, width) in zip(
+        src, dst, hessians, residuals, sizes, offsets, ids, columns, factors or [(0, 0, 0)] * len(src), strict=True
     ):
         if not n:
             continue
@@ -59,20 +63,30 @@ def tile_rows(
         s, d, h = s - shift * src_bytes, d - shift * dst_bytes, h - shift * 4 if h else 0
         r -= shift * residual_bits // 8
         aligned = s % 16 == d % 16 == h % 16 == r % (residual_bits or 1) == 0  # 8 elements of a residual are its bits
+        aligned &= column_scale % 16 == width % 8 == 0
         rows.append([s, d, h, shift, shift + n, offset - shift, tensor_id, column * 2 + aligned, r])
+        rows[-1] += [row_scale, column_scale, width]
         tiles = -(-(shift + n) // passes.TILE)
         runs += [(len(rows) - 1, first) for first in range(0, tiles, passes.TILES)]
     return rows, runs
 
 
+def _factors(row_scale: Tensor, column_scale: Tensor) -> tuple[int, int, int]:
+    """Addresses of the two factors and the number of columns. A vector is one row without end, of factor 1, at 0."""
+    if not column_scale.numel():
+        return 0, row_scale.data_ptr(), 1 << 62
+    return row_scale.data_ptr(), column_scale.data_ptr(), column_scale.numel()
+
+
 def _table(src: list[Tensor], dst: list[Tensor], hessians: list[Tensor], residuals: list[Tensor], offsets: list[int],
-           ids: list[int], columns: list[int], device: torch.device) -> tuple[Tensor, Tensor]:  # fmt: skip
+           ids: list[int], columns: list[int], device: torch.device,
+           factors: Sequence[tuple[int, int, int]] = ()) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The table on the device, made when these tensors are first seen: addresses and sizes are all it depends on."""
     addresses = [[t.data_ptr() for t in tensors] for tensors in (src, dst, hessians, residuals)]
     sizes = [t.numel() for t in src]
     bits = 8 * residuals[0].element_size() if residuals else 0
     kind = (device, src[0].dtype, dst[0].dtype, bits)
-    key = (kind, *map(tuple, (*addresses, sizes, offsets, ids, columns)))
+    key = (kind, *map(tuple, (*addresses, sizes, offsets, ids, columns, factors)))
     if (found := _tables.get(key)) is not None:
         _tables.move_to_end(key)
         return found
@@ -80,7 +94,7 @@ def _table(src: list[Tensor], dst: list[Tensor], hessians: list[Tensor], residua
         raise RuntimeError("zo_core: these tensors are new: run the pass once on them before capturing a CUDA graph")
     rows, runs = tile_rows(
         addresses[0], addresses[1], addresses[2] or [0] * len(src), addresses[3] or [0] * len(src), sizes, offsets, ids,
-        columns, src[0].element_size(), dst[0].element_size(), bits,
+        columns, src[0].element_size(), dst[0].element_size(), bits, factors,
     )  # fmt: skip
     made = (
         torch.tensor(rows, dtype=torch.int64).view(-1, passes.ROW.value).to(device),
@@ -141,6 +155,8 @@ def _run_pass(
     hessian_min: float = 0.0,
     hessian_max: float = math.inf,
     residuals: Sequence[Tensor] = (),
+    row_scales: Sequence[Tensor] = (),
+    column_scales: Sequence[Tensor] = (),
 ) -> None:
     """The pass of ``bindings.ops``, one launch a kind of tensor after a small one that looks at the scalars."""
     if not src:
@@ -158,7 +174,8 @@ def _run_pass(
         none if decay is None else decay, none if smoothing is None else smoothing, go, counters, count,
         streams.numel(), moves, decay is not None, curvature is not None, 512, **options(4),
     )  # fmt: skip
-    summed = passes.use_sums(_DISTRIBUTIONS[distribution], int(bool(hessians)), streams.numel())
+    form = 3 if row_scales else 2 if curvature is not None else int(bool(hessians))  # as passes.py numbers them
+    summed = passes.use_sums(_DISTRIBUTIONS[distribution], form, streams.numel())
     digits, totals, scales, n_steps = _digits(coeffs, none, summed)
     groups: dict[tuple[torch.dtype, torch.dtype, int], list[int]] = {}
     for i, (s, d) in enumerate(zip(src, dst, strict=True)):
@@ -174,6 +191,7 @@ def _run_pass(
             [tensor_ids[i] for i in members],
             members,
             device,
+            [_factors(row_scales[i], column_scales[i]) for i in members] if row_scales else (),
         )
         if not len(runs):
             continue
@@ -184,8 +202,7 @@ def _run_pass(
             _int32(seed), _int32(seed >> 32), count, streams.numel(), hessian_min, min(hessian_max, 3.4e38),
             **passes.constants(
                 _DTYPES[src_dtype], _DTYPES[dst_dtype], _DISTRIBUTIONS[distribution],
-                2 if curvature is not None else int(bool(hessians)), update is not None, decay is not None, streams.numel(),
-                bits, not moves,
+                form, update is not None, decay is not None, streams.numel(), bits, not moves,
             ),
             **options(),
         )  # fmt: skip
@@ -193,7 +210,8 @@ def _run_pass(
 
 def _run_rows(
     src: Tensor, rows: Tensor, dst: Tensor, tensor_id: int, offset: int, streams: Tensor, coeffs: Tensor, *, seed: int,
-    distribution: str, counters: Tensor, residual: Tensor | None = None,
+    distribution: str, counters: Tensor, residual: Tensor | None = None, hessian: Tensor | None = None,
+    row_scale: Tensor | None = None, column_scale: Tensor | None = None,
 ) -> None:  # fmt: skip
     """``perturb_rows`` of ``bindings.ops``: rows of ``src`` that ``rows`` names, into the rows of ``dst``."""
     if not dst.numel():
@@ -201,15 +219,17 @@ def _run_rows(
     coeffs = coeffs.contiguous()
     go, k, none = torch.empty(2, dtype=torch.int32, device=src.device), streams.numel(), counters
     passes.gate_kernel[(1,)](coeffs, none, none, none, none, go, counters, 1, k, True, False, False, 512, **options(4))
-    summed = passes.use_sums(_DISTRIBUTIONS[distribution], 0, k)
+    form = 3 if row_scale is not None else int(hessian is not None)
+    summed = passes.use_sums(_DISTRIBUTIONS[distribution], form, k)
     digits, totals, scales, steps = _digits(coeffs, none, summed)
     width = src.shape[1]
     tiles = -(-width // passes.TILE) + 1  # a row may start anywhere in its first tile
     bits = 8 * residual.element_size() if residual is not None and residual.numel() else 0
+    factors = (0, 0, 0) if row_scale is None or column_scale is None else _factors(row_scale, column_scale)
     passes.rows_kernel[(rows.numel() * tiles,)](
-        src, rows, dst, residual if bits else none, go, streams, digits, totals, scales, coeffs, counters, tiles, width, _int32(tensor_id),
-        offset, _int32(seed), _int32(seed >> 32), k, steps, _DISTRIBUTIONS[distribution], bits, k == 1, summed, passes.TILE,
-        **options(),
+        src, rows, dst, residual if bits else none, none if hessian is None else hessian, *factors, go, streams, digits,
+        totals, scales, coeffs, counters, tiles, width, _int32(tensor_id), offset, _int32(seed), _int32(seed >> 32), k,
+        steps, _DISTRIBUTIONS[distribution], form, bits, k == 1, summed, passes.TILE, **options(),
     )  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """The pass of ``bindings.ops`` in Triton: one launch for all tensors of a dtype, whatever their number.
 
-A device table has a row of nine int64 for each tensor; a second one names a tensor and a run of tiles for each
+A device table has a row of twelve int64 for each tensor; a second one names a tensor and a run of tiles for each
 program. Tiles start at multiples of TILE of the *element index*, so a tile's Philox blocks are the same whatever
 offset a tensor starts at, and their block numbers never carry into the upper word.
 """
@@ -18,15 +18,16 @@ from .sums import weighted_signs
 # 64 to 128 bytes in flight, which with 24 to 32 programs a multiprocessor covers the latency of HBM (Little's law:
 # H100 25 bytes/ns/SM x 700 ns = 18 KB; 32 programs x 32 lanes x 64 bytes = 64 KB).
 WARPS = 1
-ROW = tl.constexpr(9)  # int64 of a tensor in the table
+ROW = tl.constexpr(12)  # int64 of a tensor in the table
 TILE = 1024
 PART = tl.constexpr(128)
 MIN_SUMS = 5
 TILES = 32  # at most 62, the bits of _tiles' mask; a program: its first loads (table, scalars), about 1 us, are then under 5% of its time
 
-NO_HESSIAN = tl.constexpr(0)  # the forms of the Hessian argument: none, read, or updated
+NO_HESSIAN = tl.constexpr(0)  # the forms of the Hessian argument: none, read, or updated; or scales in two factors
 SCALED = tl.constexpr(1)
 UPDATED = tl.constexpr(2)
+FACTORED = tl.constexpr(3)
 
 _LIMITS = {tl.float32: 3.4028234663852886e38, tl.bfloat16: 3.3895313892515355e38, tl.float16: 65504.0}
 
@@ -135,8 +136,53 @@ def _pointer(address, start, TYPE: tl.constexpr, RESIDUAL: tl.constexpr):
 
 
 @triton.jit
+def _place(e, columns):
+    """Row and column of element e, int64."""
+    line = (e.to(tl.uint64) // columns.to(tl.uint64)).to(tl.int64)
+    return line, e - line * columns
+
+
+@triton.jit
+def _places(line, place, columns, at):
+    """Row and column, int64, of elements ``at``, int32 from 0 to 1023, after the one in row ``line`` and column ``place``.
+
+    Of a row longer than 1024 only the last 1024 count here, so that 32 bits are enough until the end: with n up to 1024 and
+    x below n + 1023, x n is below 2^21, so the upper bits of x (2^21 / n + 1), which is below 2^31, are x / n.
+    """
+    short = tl.minimum(columns, 1024).to(tl.int32)
+    x = short - tl.minimum(columns - place, short).to(tl.int32) + at
+    down = (x * ((1 << 21) // short + 1)) >> 21
+    return line + down, place + at - down * columns
+
+
+@triton.jit
+def _scales(
+    row_scale, column_scale, columns, line, place, a, b, mask, CAREFUL: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
+    WIDTH: tl.constexpr,
+):  # fmt: skip
+    """float32 scales (A, B, 32) of a tile that starts in row ``line`` and column ``place``; no row_scale, 0: a factor of 1.
+
+    Not CAREFUL: columns are a multiple of 8, so that WIDTH neighbours are in one row and their columns' factors are read at once.
+    """
+    rows, values = row_scale.to(tl.pointer_type(tl.float32)), column_scale.to(tl.pointer_type(tl.float32))
+    start = a[:, None, None] + b[None, :, None]
+    at = start + tl.arange(0, 32)[None, None, :]
+    if CAREFUL:
+        row, column = _places(line, place, columns, at)
+        known = mask & (tl.broadcast_to(row_scale, (A, B, 32)) != 0)
+        return tl.load(rows + row, mask=known, other=1.0) * tl.load(values + column, mask=mask, other=1.0)
+    else:
+        row, _ = _places(line, place, columns, start + (tl.arange(0, 32 // WIDTH) * WIDTH)[None, None, :])
+        factor = tl.load(rows + row, mask=tl.broadcast_to(row_scale, (A, B, 32 // WIDTH)) != 0, other=1.0)
+        factor = tl.reshape(tl.broadcast_to(factor[:, :, :, None], (A, B, 32 // WIDTH, WIDTH)), (A, B, 32))
+        _, column = _places(line, place, columns, at & -WIDTH)
+        values += tl.max_contiguous(tl.multiple_of(column + (at & (WIDTH - 1)), (1, 1, WIDTH)), (1, 1, WIDTH))
+        return factor * tl.load(tl.multiple_of(values, (1, 1, 16)))
+
+
+@triton.jit
 def _tile(
-    src, dst, residual, hessian, start, shift, end, first, tensor_id, column, keep, remain, c, r, q, stream, streams, digits, totals, scales, n_steps, coeffs, restore, curvature,
+    src, dst, residual, hessian, row_scale, column_scale, columns, line, place, start, shift, end, first, tensor_id, column, keep, remain, c, r, q, stream, streams, digits, totals, scales, n_steps, coeffs, restore, curvature,
     update, counters, k0, k1, n_tensors, n_streams, hessian_min, hessian_max,
     DISTRIBUTION: tl.constexpr, HESSIAN: tl.constexpr, RESIDUAL: tl.constexpr, KEEPS: tl.constexpr, STOCHASTIC: tl.constexpr,
     HAS_DECAY: tl.constexpr, ONE: tl.constexpr, SUMS: tl.constexpr, CAREFUL: tl.constexpr, TILE: tl.constexpr,
@@ -162,7 +208,7 @@ def _tile(
         weight = join_residual(loaded, left, CAREFUL)
     else:
         weight = to_float32(loaded)
-    if HESSIAN != 0:
+    if HESSIAN == 1 or HESSIAN == 2:
         h = _load(hessian + at, mask, 1.0, CAREFUL)
 
     noise = _zeros_like(weight)
@@ -197,7 +243,9 @@ def _tile(
         )
 
     base = weight
-    if HESSIAN != 0:
+    if HESSIAN == 3:
+        noise = noise * _scales(row_scale, column_scale, columns, line, place, a, b, mask, CAREFUL, A, B, WIDTH)
+    elif HESSIAN != 0:
         scale = rsqrt(h)
         if HESSIAN == 2:
             base = tl.fma(back, scale, weight)
@@ -248,7 +296,7 @@ def _tile(
 
 @triton.jit
 def _tiles(
-    src, dst, residual, hessian, shift, end, first, tensor_id, column, aligned, begin, stop, streams, digits, totals, scales, n_steps, coeffs, restore, curvature,
+    src, dst, residual, hessian, row_scale, column_scale, columns, shift, end, first, tensor_id, column, aligned, begin, stop, streams, digits, totals, scales, n_steps, coeffs, restore, curvature,
     decay, smoothing, update, counters, k0, k1, n_tensors, n_streams, hessian_min, hessian_max,
     SRC_TYPE: tl.constexpr, DST_TYPE: tl.constexpr, DISTRIBUTION: tl.constexpr, HESSIAN: tl.constexpr, RESIDUAL: tl.constexpr,
     KEEPS: tl.constexpr, STOCHASTIC: tl.constexpr, HAS_DECAY: tl.constexpr, ONE: tl.constexpr, SUMS: tl.constexpr, TILE: tl.constexpr,
@@ -270,6 +318,10 @@ def _tiles(
     whole_stop = tl.maximum(tl.minimum(stop, end // TILE), whole)
     one = tl.full((), 1, tl.int64)  # the interpreter's loop variables are Python integers
     rest = ((one << (whole - begin)) - 1) | ((one << (stop - begin)) - (one << (whole_stop - begin)))
+    line, place, down, right = one, one, one, one
+    if HESSIAN == 3:  # the row and column where a tile starts, and how far on the next one does
+        line, place = _place(first + whole * TILE, columns)
+        down, right = _place(one * TILE, columns)
     for t in range(whole, whole_stop):
         start = one * t * TILE
         # An address from a table has no known alignment: the hint, on the pointer, gives 128-bit accesses.
@@ -278,24 +330,30 @@ def _tiles(
             tl.multiple_of(_pointer(dst, start, DST_TYPE, RESIDUAL), 16),
             tl.multiple_of(_pointer(residual, start, REST_TYPE, RESIDUAL), 8 if RESIDUAL == 8 else 16),
             tl.multiple_of(_pointer(hessian, start, tl.float32, RESIDUAL), 16),
-            tl.multiple_of(start, TILE), shift, end, first, tensor_id, column, keep, remain, c, r, q, stream, streams, digits, totals, scales, n_steps,
+            row_scale, column_scale, columns, line, place, tl.multiple_of(start, TILE), shift, end, first, tensor_id, column, keep, remain, c, r, q, stream, streams, digits, totals, scales, n_steps,
             coeffs, restore, curvature, update, counters, k0, k1, n_tensors, n_streams, hessian_min, hessian_max,
             DISTRIBUTION, HESSIAN, RESIDUAL, KEEPS, STOCHASTIC, HAS_DECAY, ONE, SUMS, False, TILE,
         )  # fmt: skip
         if not ordinary:
             rest |= one << (t - begin)
+        if HESSIAN == 3:
+            line, place = line + down, place + right
+            if place >= columns:
+                line, place = line + 1, place - columns
     # In smaller steps: few registers for what runs seldom.
     if rest != 0:
         for t in range(begin, stop):
             if (rest >> (t - begin)) & 1 != 0:
                 for part in range(TILE // PART):
                     start = one * t * TILE + part * PART
+                    if HESSIAN == 3:
+                        line, place = _place(first + start, columns)
                     _tile(
                         _pointer(src, start, SRC_TYPE, RESIDUAL),
                         _pointer(dst, start, DST_TYPE, RESIDUAL),
                         _pointer(residual, start, REST_TYPE, RESIDUAL),
                         _pointer(hessian, start, tl.float32, RESIDUAL),
-                        start, shift, end, first, tensor_id, column, keep, remain, c, r, q, stream, streams, digits, totals, scales, n_steps,
+                        row_scale, column_scale, columns, line, place, start, shift, end, first, tensor_id, column, keep, remain, c, r, q, stream, streams, digits, totals, scales, n_steps,
                         coeffs, restore, curvature, update, counters, k0, k1, n_tensors, n_streams, hessian_min, hessian_max,
                         DISTRIBUTION, HESSIAN, RESIDUAL, KEEPS, STOCHASTIC, HAS_DECAY, ONE, SUMS, True, PART,
                     )  # fmt: skip
@@ -319,17 +377,21 @@ def pass_kernel(
         end = tl.load(row + 4)
         stop = tl.minimum(begin + TILES, tl.cdiv(end, TILE))
         _tiles(
-            tl.load(row), tl.load(row + 1), tl.load(row + 8), tl.load(row + 2), tl.load(row + 3), end, tl.load(row + 5),
+            tl.load(row), tl.load(row + 1), tl.load(row + 8), tl.load(row + 2), tl.load(row + 9), tl.load(row + 10),
+            tl.load(row + 11), tl.load(row + 3), end, tl.load(row + 5),
             tl.load(row + 6).to(tl.uint32), column, aligned, begin, stop, streams, digits, totals, scales, n_steps, coeffs, restore, curvature,
             decay, smoothing, update, counters, k0, k1, n_tensors, n_streams, hessian_min, hessian_max,
             SRC_TYPE, DST_TYPE, DISTRIBUTION, HESSIAN, RESIDUAL, KEEPS, STOCHASTIC, HAS_DECAY, ONE, SUMS, TILE,
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["n_tiles", "width", "tensor_id", "offset", "k0", "k1", "n_streams", "n_steps"])
+_NOT_SPECIALIZED = "row_scale column_scale columns n_tiles width tensor_id offset k0 k1 n_streams n_steps".split()
+
+
+@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
 def rows_kernel(
-    src, rows, dst, residual, go, streams, digits, totals, scales, coeffs, counters, n_tiles, width, tensor_id, offset, k0, k1,
-    n_streams, n_steps, DISTRIBUTION: tl.constexpr, RESIDUAL: tl.constexpr, ONE: tl.constexpr, SUMS: tl.constexpr, TILE: tl.constexpr,
+    src, rows, dst, residual, hessian, row_scale, column_scale, columns, go, streams, digits, totals, scales, coeffs, counters, n_tiles, width, tensor_id, offset, k0, k1,
+    n_streams, n_steps, DISTRIBUTION: tl.constexpr, HESSIAN: tl.constexpr, RESIDUAL: tl.constexpr, ONE: tl.constexpr, SUMS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """A program makes one tile of one gathered row: a row is a tensor that starts at its own offset in the matrix."""
     j = (tl.program_id(0) // n_tiles).to(tl.int64)
@@ -343,12 +405,15 @@ def rows_kernel(
     to_at = dst.to(tl.int64) + (j * width - shift) * (DST_TYPE.primitive_bitwidth // 8)
     rest_at = residual.to(tl.int64) + (row * width - shift) * (RESIDUAL // 8)
     zero = tl.full((), 0, tl.int64)
+    scale_at = hessian.to(tl.int64) + (row * width - shift) * 4 if HESSIAN == 1 else zero
+    column_scale, columns = column_scale.to(tl.int64), columns.to(tl.int64)
+    aligned = ((from_at | to_at | scale_at | column_scale | (columns & 7)) & 15) == 0
     if (tl.load(go) != 0) & (t * TILE < shift + width):
         _tiles(
-            from_at, to_at, rest_at, zero, shift, shift + width, at - shift, tensor_id.to(tl.uint32, bitcast=True), zero,
-            (((from_at | to_at) & 15) == 0) & ((rest_at & (RESIDUAL - 1 if RESIDUAL else 0)) == 0), t, t + 1, streams, digits, totals, scales, n_steps, coeffs, coeffs, coeffs,
+            from_at, to_at, rest_at, scale_at, row_scale.to(tl.int64), column_scale, columns, shift, shift + width, at - shift, tensor_id.to(tl.uint32, bitcast=True), zero,
+            aligned & ((rest_at & (RESIDUAL - 1 if RESIDUAL else 0)) == 0), t, t + 1, streams, digits, totals, scales, n_steps, coeffs, coeffs, coeffs,
             coeffs, coeffs, counters, counters, k0, k1, 1, n_streams, 0.0, 0.0,
-            SRC_TYPE, DST_TYPE, DISTRIBUTION, 0, RESIDUAL, False, False, False, ONE, SUMS, TILE,
+            SRC_TYPE, DST_TYPE, DISTRIBUTION, HESSIAN, RESIDUAL, False, False, False, ONE, SUMS, TILE,
         )  # fmt: skip
 
 
@@ -376,7 +441,7 @@ def philox_kernel(
 
 def use_sums(distribution: int, hessian: int, k: int) -> bool:
     """Whether sums of signs go to the tensor cores: from 5 streams on they are cheaper there."""
-    return distribution == 1 and not hessian and k >= MIN_SUMS
+    return distribution == 1 and hessian in (0, 3) and k >= MIN_SUMS
 
 
 def constants(

@@ -7,13 +7,45 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from torch import nn
 
+import zo_core
 from zo_core.integrations.assets import names
 
-METHODS = {"mezo": "MeZO"}  # name on the command line -> optimizer class in zo_core
+
+class Method(NamedTuple):
+    """A method on the command line: its optimizer, what makes it this one, and the options it starts from."""
+
+    optimizer: str  # a class in zo_core
+    fixed: dict[str, Any]
+    defaults: dict[str, Any]
+
+
+_MEZO = {"lr": 3e-5, "probes": 1, "distribution": "rademacher"}
+_HIZOO = {"lr": 3e-5, "probes": 1, "distribution": "gaussian", "smoothing": 1e-6}
+_FZOO = {"lr": 1e-3, "probes": 8, "distribution": "rademacher"}
+_SPSA = {"lr": 1e-4, "probes": 4, "distribution": "rademacher", "alpha": 0.1}
+METHODS = {
+    "mezo": Method("MeZO", {}, _MEZO),
+    "lezo": Method("LeZO", {}, {**_MEZO, "rho": 0.75}),
+    "hizoo": Method("HiZOO", {"hessian": "diagonal"}, _HIZOO),
+    "hizoo-l": Method("HiZOO", {"hessian": "factored"}, _HIZOO),
+    "fzoo": Method("FZOO", {}, _FZOO),
+    "fzoo-r": Method("FZOO", {"reuse": True}, {**_FZOO, "probes": 4}),
+    "spsa": Method("SPSA", {}, _SPSA),
+}
+
+
+def _defaults(option: str) -> str:
+    """The methods' defaults of an option, for its help."""
+    values: dict[Any, list[str]] = {}
+    for name, method in METHODS.items():
+        if option in method.defaults:
+            values.setdefault(method.defaults[option], []).append(name)
+    return "; ".join(f"{value} for {', '.join(methods)}" for value, methods in values.items())
 
 
 class RunError(RuntimeError):
@@ -84,14 +116,21 @@ class FinetuneConfig(BaseModel):
     test_size: float = _option(0.2, "Data", "Test part: a count, or a fraction below 1.", gt=0)
     split_seed: int = _option(0, "Data", "Seed of the division into parts.", ge=0, lt=2**63)
 
-    method: Literal["mezo"] = _option("mezo", "Method", "Zeroth-order method.")
-    lr: float = _option(3e-5, "Method", "Learning rate.", gt=0)
+    method: Literal["mezo", "lezo", "hizoo", "hizoo-l", "fzoo", "fzoo-r", "spsa"] = _option(
+        "mezo", "Method", "Zeroth-order method."
+    )
+    lr: float = _option(None, "Method", f"Learning rate. Without: {_defaults('lr')}.", gt=0)
     schedule: Literal["constant", "linear", "cosine"] = _option("linear", "Method", "How the learning rate falls.")
     warmup: float = _option(0.0, "Method", "Fraction of the run over which the learning rate rises.", ge=0, lt=1)
     eps: float = _option(1e-3, "Method", "Size of a perturbation.", gt=0)
     weight_decay: float = _option(0.0, "Method", "Weight decay.", ge=0)
-    probes: int = _option(1, "Method", "Random directions a step.", ge=1)
-    distribution: Literal["gaussian", "rademacher"] = _option("rademacher", "Method", "What directions are drawn from.")
+    probes: int = _option(None, "Method", f"Random directions a step. Without: {_defaults('probes')}.", ge=1)
+    distribution: Literal["gaussian", "rademacher"] = _option(
+        None, "Method", f"What directions are drawn from. Without: {_defaults('distribution')}."
+    )
+    rho: float = _option(0.0, "Method", "Fraction of the blocks that a step leaves out; 0.75 for lezo.", ge=0, lt=1)
+    smoothing: float | None = _option(None, "Method", f"Of the Hessian ({_defaults('smoothing')}).", ge=0, le=1)
+    alpha: float | None = _option(None, "Method", f"Power of the curvature ({_defaults('alpha')}).", ge=0, le=1)
     residual: Literal["none", "8", "16"] = _option(
         "8", "Method", "Low-order bits kept beside each 16-bit weight, so that small updates arrive."
     )
@@ -121,10 +160,43 @@ class FinetuneConfig(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
+    def _methods_own(cls, values: Any) -> Any:
+        """What is not given is as the method has it."""
+        method = METHODS.get(values.get("method", "mezo")) if isinstance(values, Mapping) else None
+        if method is None:
+            return values
+        for name in ("smoothing", "alpha"):
+            if values.get(name) is not None and name not in method.defaults:
+                takers = [m for m, known in METHODS.items() if name in known.defaults]
+                raise ValueError(f"{name} is an option of {', '.join(takers)}; {values.get('method', 'mezo')} has none")
+        return {**values, **{k: v for k, v in method.defaults.items() if values.get(k) is None}}
+
+    @model_validator(mode="before")
+    @classmethod
     def _budget(cls, values: Any) -> Any:
         if isinstance(values, Mapping) and values.get("steps") is None and values.get("time_budget") is None:
             return {**values, "time_budget": "8m"}
         return values
+
+    def optimizer(self, model: nn.Module) -> zo_core.ZOOptimizer:
+        """The method over the trainable parameters of a model."""
+        method = METHODS[self.method]
+        own = {name: getattr(self, name) for name in ("smoothing", "alpha") if name in method.defaults}
+        optimizer: zo_core.ZOOptimizer = getattr(zo_core, method.optimizer)(
+            model,
+            lr=self.lr,
+            eps=self.eps,
+            weight_decay=self.weight_decay,
+            probes=self.probes,
+            seed=self.seed,
+            distribution=self.distribution,
+            rho=self.rho,
+            residual=None if self.residual == "none" else int(self.residual),
+            engine=self.engine,
+            **method.fixed,
+            **own,
+        )
+        return optimizer
 
     def progress(self, step: int, seconds: float) -> float:
         """Fraction of the run that is over: the larger of steps and time."""

@@ -37,7 +37,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 import zo_core
 from zo_core.integrations import report, tasks
-from zo_core.integrations.config import METHODS, FinetuneConfig, RunError, stored_config
+from zo_core.integrations.config import FinetuneConfig, RunError, stored_config
 from zo_core.integrations.session import Session, first_line, prepare
 from zo_core.integrations.tasks import Evaluation
 
@@ -136,17 +136,7 @@ class Run:
         self.session, self.config, self.console = session, config, console
         self.state, self.signum = State(), 0
         self.folder, self.checkpoint = config.output, config.output / "checkpoint"
-        self.optimizer = getattr(zo_core, METHODS[config.method])(
-            session.model,
-            lr=config.lr,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            probes=config.probes,
-            seed=config.seed,
-            distribution=config.distribution,
-            residual=None if config.residual == "none" else int(config.residual),
-            engine=config.engine,
-        )
+        self.optimizer = config.optimizer(session.model)
         if config.dropout:  # dropout is the one user of torch's global generator; a checkpoint keeps its state
             torch.set_rng_state(torch.Generator().manual_seed(config.seed).get_state())
 
@@ -283,20 +273,17 @@ class Run:
 
     def step(self) -> float:
         """One optimizer step; returns its loss."""
-        config, state, scorer = self.config, self.state, self.session.scorer
-        start, train = time.perf_counter(), self.session.parts["train"]
+        config, state = self.config, self.state
+        start, forwards = time.perf_counter(), 0
         for group in self.optimizer.param_groups:
             group["lr"] = config.lr_at(config.progress(state.step, state.seconds))
         lr = self.optimizer.param_groups[0]["lr"]
-        indices = tasks.batch_indices(len(train), config.batch_size, step=state.step, seed=config.seed)
-        batch = tasks.collate([train[i] for i in indices], scorer.device)
-        forwards = 0
+        loss_of_batch = self.session.loss_of(state.step)
 
-        @torch.no_grad()
         def closure() -> torch.Tensor:
             nonlocal forwards
             forwards += 1
-            return scorer.loss(batch)
+            return loss_of_batch()
 
         self.session.model.train(config.dropout)
         loss = float(self.optimizer.step(closure))

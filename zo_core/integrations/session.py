@@ -27,6 +27,13 @@ class Session(NamedTuple):
     parts: dict[str, list[Encoded]]
     facts: dict[str, Any]
 
+    def loss_of(self, step: int) -> Callable[[], torch.Tensor]:
+        """The loss of a step's training batch, which is a function of seed and step, as a closure without gradients."""
+        train, config = self.parts["train"], self.config
+        indices = tasks.batch_indices(len(train), config.batch_size, step=step, seed=config.seed)
+        batch = tasks.collate([train[i] for i in indices], self.scorer.device)
+        return torch.no_grad()(lambda: self.scorer.loss(batch))
+
 
 def prepare(
     config: FinetuneConfig, status: Callable[[str], None] = lambda text: None, *, whole: bool = False

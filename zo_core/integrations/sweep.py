@@ -1,9 +1,29 @@
-"""Choosing a learning rate and eps: short runs on a validation split, bad ones stopped early."""
+"""Choose a learning rate and eps: short runs, judged on the validation part, hopeless ones stopped early.
+
+`zo-core sweep` in one function. Zeroth-order methods are sensitive to both; which values are right depends on the
+model, the data, the method and the number of steps.
+"""
 
 from __future__ import annotations
 
+import json
 import math
+import shlex
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from zo_core.integrations import tasks
+from zo_core.integrations.config import FinetuneConfig, RunError
+from zo_core.integrations.session import Session, prepare
+
+QUARTERS = 4  # of a run, at whose ends it is compared with the best one so far
+STANDARD_ERRORS = 2.0  # behind the best, paired over validation examples, that end a run
 
 
 def ladder(loss: Callable[[float], float], start: float, factor: float = 10**0.5, most: int = 6) -> dict[float, float]:
@@ -20,11 +40,11 @@ def ladder(loss: Callable[[float], float], start: float, factor: float = 10**0.5
     """
     found: dict[int, float] = {}
 
-    def at(rung: int) -> float:
-        if rung not in found:
-            value = loss(_round(start * factor**rung))
-            found[rung] = value if math.isfinite(value) else math.inf
-        return found[rung]
+    def value(rung: int) -> float:
+        return float(f"{start * factor**rung:.2g}")
+
+    def at(rung: int) -> None:
+        found[rung] = got if math.isfinite(got := loss(value(rung))) else math.inf
 
     for rung in (0, -1, 1):
         at(rung)
@@ -32,9 +52,158 @@ def ladder(loss: Callable[[float], float], start: float, factor: float = 10**0.5
         best = min(found, key=lambda rung: found[rung])
         if best not in (min(found), max(found)):
             break
-        at(best + (1 if best == max(found) else -1))
-    return {_round(start * factor**rung): value for rung, value in found.items()}
+        at(best + 1 if best == max(found) else best - 1)
+    return {value(rung): got for rung, got in found.items()}
 
 
-def _round(x: float) -> float:
-    return float(f"{x:.2g}")
+def behind(losses: torch.Tensor, best: torch.Tensor) -> float:
+    """By how many standard errors these losses, (n,), are above others of the same examples; inf if not finite."""
+    difference = losses - best
+    if not bool(difference.isfinite().all()):
+        return math.inf
+    error = float(difference.std()) / math.sqrt(len(difference))
+    return float(difference.mean()) / error if error else 0.0
+
+
+class Sweep:
+    """Trials of one session; each starts from the same weights, and is in `sweep.json` when it is done."""
+
+    def __init__(self, session: Session, console: Console) -> None:
+        self.session, self.console, self.path = session, console, session.config.output / "sweep.json"
+        self.start = {name: t.clone() for name, t in session.model.state_dict().items()}
+        self.best: list[torch.Tensor] = []  # validation losses of the best finished trial, at each quarter
+        about = session.config.model_dump(mode="json", exclude={"output", "lr", "eps"})
+        kept = json.loads(self.path.read_text()) if self.path.exists() else {"config": about, "trials": []}
+        if kept["config"] != about:
+            raise RunError(
+                f"--output {str(session.config.output)!r} holds a sweep of other options; choose another folder, or "
+                "--overwrite it"
+            )
+        self.kept: dict[str, Any] = kept
+
+    def trial(self, lr: float, eps: float) -> float:
+        """Final validation loss of a short run; infinite if it was stopped."""
+        for t in self.kept["trials"]:
+            if (t["lr"], t["eps"]) == (lr, eps):
+                return math.inf if t["loss"] is None else float(t["loss"])
+        seen, why = self.train(self.session.config.model_copy(update={"lr": lr, "eps": eps}))
+        loss = float(seen[-1].mean()) if why == "finished" else None
+        if loss is not None and (not self.best or loss < float(self.best[-1].mean())):
+            self.best = seen
+        self.kept["trials"].append(
+            {"lr": lr, "eps": eps, "loss": loss, "at_quarters": [float(s.mean()) for s in seen], "end": why}
+        )
+        self.path.write_text(json.dumps(self.kept, indent=1) + "\n")
+        self.console.print(f"lr {lr:g}, eps {eps:g}: {why if loss is None else f'validation loss {loss:.4f}'}")
+        return math.inf if loss is None else loss
+
+    def train(self, config: FinetuneConfig) -> tuple[list[torch.Tensor], str]:
+        """A short run: validation losses at the ends of its quarters, and how it ended."""
+        steps, session = config.steps or 0, self.session
+        ends, seen = [math.ceil(steps * (q + 1) / QUARTERS) for q in range(QUARTERS)], list[torch.Tensor]()
+        session.model.load_state_dict(self.start)
+        optimizer = config.optimizer(session.model)
+        with Progress(console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
+            task = bar.add_task(f"lr {config.lr:g}, eps {config.eps:g}", total=steps)
+            for step in range(steps):
+                for group in optimizer.param_groups:
+                    group["lr"] = config.lr_at(step / steps)
+                optimizer.step(session.loss_of(step))
+                bar.advance(task)
+                for _ in range(ends.count(step + 1)):
+                    part = session.parts["validation"]
+                    seen.append(tasks.evaluate(session.scorer, part, batch_size=config.eval_batch_size).losses)
+                    if not bool(seen[-1].isfinite().all()):
+                        return seen, "not finite"
+                    if (
+                        self.best
+                        and len(seen) < QUARTERS
+                        and behind(seen[-1], self.best[len(seen) - 1]) > STANDARD_ERRORS
+                    ):
+                        return seen, f"stopped at step {step + 1}"
+        return seen, "finished"
+
+
+def sweep(
+    config: FinetuneConfig, *, tries: int = 6, eps_too: bool = True, overwrite: bool = False,
+    console: Console | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Find lr by a ladder of half decades around `config.lr`, then eps by one around `config.eps`, on validation.
+
+    Args:
+        config: its `steps` are those of a trial; `output` is the sweep's folder, where it goes on if it was stopped.
+        tries: values on each ladder, at most; at least 3.
+        eps_too: whether eps is looked for.
+        overwrite: forget the sweep that is in the folder.
+        console: where progress is shown; nowhere when None.
+
+    Returns:
+        lr, eps, loss, the untrained loss, and the trials.
+
+    Raises:
+        RunError: the folder holds another sweep, no steps were given, or no trial ended well.
+        AssetError, TaskError: see `prepare`.
+    """
+    if config.steps is None:
+        raise RunError("--steps: a sweep needs the number of steps of a trial, say 100")
+    if tries < 3:
+        raise RunError(f"--tries: expected at least 3, got {tries}")
+    console = console or Console(quiet=True)
+    try:
+        config.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(
+            f"--output {str(config.output)!r} cannot be written: {error.strerror}; choose another"
+        ) from error
+    if overwrite:
+        (config.output / "sweep.json").unlink(missing_ok=True)
+    with console.status("starting") as status:
+        session = prepare(config, lambda text: status.update(text))
+    trials = Sweep(session, console)
+    before = tasks.evaluate(session.scorer, session.parts["validation"], batch_size=config.eval_batch_size).loss
+    console.print(f"before: validation loss {before:.4f}, {len(session.parts['validation'])} examples")
+    losses = ladder(lambda lr: trials.trial(lr, config.eps), config.lr, most=tries)
+    lr, eps = min(losses, key=lambda x: losses[x]), config.eps
+    if eps_too:
+        losses = ladder(lambda eps: trials.trial(lr, eps), config.eps, most=tries)
+        eps = min(losses, key=lambda x: losses[x])
+    best = min(losses.values())
+    if not math.isfinite(best):
+        raise RunError(f"no learning rate around --lr {config.lr:g} ended well; try another --lr or more --steps")
+    result = {**trials.kept, "before": before, "lr": lr, "eps": eps, "loss": best}
+    trials.path.write_text(json.dumps(result, indent=1) + "\n")
+    _plot(config.output / "sweep.png", result, config.method)
+    _show(console, result, config)
+    return result
+
+
+def _show(console: Console, result: dict[str, Any], config: FinetuneConfig) -> None:
+    table = Table("lr", "eps", "validation loss", "", title=f"{config.method}, {config.steps} steps a trial")
+    for t in sorted(result["trials"], key=lambda t: (t["eps"], t["lr"])):
+        mark = "best" if (t["lr"], t["eps"]) == (result["lr"], result["eps"]) else t["end"] * (t["loss"] is None)
+        table.add_row(f"{t['lr']:g}", f"{t['eps']:g}", "-" if t["loss"] is None else f"{t['loss']:.4f}", mark)
+    console.print(table)
+    chosen = {"model": config.model, "data": config.data, "method": config.method}
+    options = [f"--{k} {shlex.quote(str(v))}" for k, v in chosen.items() if v != FinetuneConfig.model_fields[k].default]
+    console.print(
+        "go on with\n  " + " ".join(["zo-core finetune", *options, f"--lr {result['lr']:g} --eps {result['eps']:g}"]),
+        highlight=False, soft_wrap=True, markup=False,
+    )  # fmt: skip
+
+
+def _plot(path: Path, result: dict[str, Any], title: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 4))
+    for eps in sorted({t["eps"] for t in result["trials"]}):
+        points = sorted((t["lr"], t["loss"]) for t in result["trials"] if t["eps"] == eps and t["loss"] is not None)
+        axes.plot(*zip(*points, strict=True), "o-", label=f"eps {eps:g}") if points else None
+    axes.axhline(result["before"], color="#9ca3af", linestyle="--", linewidth=1, label="before")
+    axes.set(xscale="log", xlabel="learning rate", ylabel="validation loss", title=title)
+    axes.legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)

@@ -312,15 +312,20 @@ class Scorer:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Accuracy and mean loss over a set of examples; `correct` (n,) bool is in the examples' order."""
+    """What a set of examples gave, in their order: `correct` (n,) bool, `losses` (n,) float32."""
 
     correct: torch.Tensor
-    loss: float
+    losses: torch.Tensor
 
     @property
     def n(self) -> int:
         """How many examples."""
         return len(self.correct)
+
+    @property
+    def loss(self) -> float:
+        """Mean loss."""
+        return float(self.losses.mean())
 
     @property
     def accuracy(self) -> float:
@@ -350,7 +355,7 @@ def evaluate(
 
     """
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].tokens))
-    correct, loss = torch.empty(len(examples), dtype=torch.bool), 0.0
+    correct, losses = torch.empty(len(examples), dtype=torch.bool), torch.empty(len(examples))
     training = scorer.model.training
     scorer.model.eval()
     try:
@@ -360,11 +365,11 @@ def evaluate(
                 batch = collate([examples[i] for i in chosen], scorer.device)
                 logits = scorer(batch)
                 correct[torch.tensor(chosen)] = (logits.argmax(-1) == batch.labels).cpu()
-                loss += F.cross_entropy(logits, batch.labels, reduction="sum").item()
+                losses[torch.tensor(chosen)] = F.cross_entropy(logits, batch.labels, reduction="none").cpu()
                 progress(len(chosen))
     finally:
         scorer.model.train(training)
-    return Evaluation(correct, loss / len(examples))
+    return Evaluation(correct, losses)
 
 
 def wilson_interval(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:

@@ -1,0 +1,121 @@
+"""Choosing a learning rate: the search itself, and sweeps of a tiny model."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import tiny_lm
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from zo_core.cli import app
+from zo_core.integrations import sweep as sweeps
+from zo_core.integrations.config import METHODS, FinetuneConfig, RunError
+from zo_core.integrations.finetune import finetune
+from zo_core.integrations.session import prepare
+from zo_core.integrations.sweep import behind, ladder, sweep
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    folder = tmp_path_factory.mktemp("inputs")
+    data = folder / "data.jsonl"
+    data.write_text("".join(json.dumps({"text": t, "label": v}) + "\n" for t, v in tiny_lm.rows(200)))
+    model = str(tiny_lm.save(folder / "llama"))
+    return {"model": model, "data": str(data), "autocast": False, "validation_size": 40, "test_size": 40, "steps": 8}
+
+
+@given(best=st.floats(-4, 4), start=st.floats(-2, 2))
+def test_a_ladder_finds_the_rung_nearest_the_minimum(best: float, start: float) -> None:
+    tried = ladder(lambda x: abs(math.log10(x) - best), 10**start, most=30)
+    found = min(tried, key=lambda x: tried[x])
+    assert abs(math.log10(found) - best) < 0.27
+    assert len(tried) <= 4 + 2 * abs(best - start)
+
+
+def test_a_ladder_stops_at_its_last_try_and_minds_no_nan() -> None:
+    assert len(ladder(lambda x: x, 1.0, most=5)) == 5
+    assert min(ladder(lambda x: math.nan if x > 1 else -x, 1.0).items(), key=lambda item: item[1]) == (1.0, -1.0)
+
+
+def test_behind_counts_paired_standard_errors() -> None:
+    best = torch.randn(400, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(400, generator=torch.Generator().manual_seed(1))
+    assert behind(best + 0.5 + 0.1 * noise, best) > 50
+    assert abs(behind(best + 0.1 * noise, best)) < 4
+    assert behind(best, best) == 0
+    assert behind(best + math.nan, best) == math.inf
+
+
+def test_a_sweep_finds_the_better_rates_goes_on_and_refuses_others(
+    inputs: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = FinetuneConfig(**inputs, probes=4, lr=1e-4, output=tmp_path)
+    result = sweep(config)
+    losses = {(t["lr"], t["eps"]): t["loss"] for t in result["trials"]}
+    finished = [loss for loss in losses.values() if loss is not None]
+    assert losses[result["lr"], result["eps"]] == result["loss"] == min(finished) < result["before"]
+    assert len({eps for _, eps in losses}) >= 3
+    assert (tmp_path / "sweep.png").stat().st_size > 1000
+    kept = json.loads((tmp_path / "sweep.json").read_text())
+    kept["trials"] = kept["trials"][:2]  # as if it had been stopped
+    (tmp_path / "sweep.json").write_text(json.dumps(kept))
+    assert sweep(config)["trials"][2:] != []
+    made = []
+    monkeypatch.setattr(sweeps.Sweep, "train", lambda *args: made.append(args))
+    assert sweep(config)["lr"] == result["lr"]
+    assert not made
+    with pytest.raises(RunError, match="other options"):
+        sweep(config.model_copy(update={"seed": 1}))
+
+
+def test_hopeless_trials_are_stopped(inputs: dict[str, object], tmp_path: Path) -> None:
+    trials = sweeps.Sweep(
+        prepare(FinetuneConfig(**{**inputs, "steps": 40}, probes=4, output=tmp_path)), sweeps.Console(quiet=True)
+    )
+    assert trials.trial(2e-3, 1e-3) < math.inf
+    assert trials.trial(3e-2, 1e-3) == math.inf
+    assert trials.kept["trials"][1]["end"] != "finished"
+    assert len(trials.kept["trials"][1]["at_quarters"]) < 4
+
+
+def test_the_command(inputs: dict[str, object], tmp_path: Path) -> None:
+    given = [f"--{k.replace('_', '-')}={v}" for k, v in inputs.items() if k != "autocast"]
+    command = [
+        "sweep",
+        *given,
+        "--no-autocast",
+        "--method=fzoo",
+        "--probes=4",
+        "--no-eps",
+        "--tries=3",
+        "-o",
+        str(tmp_path),
+    ]
+    result = CliRunner().invoke(app, command, env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    assert "zo-core finetune --model" in result.output and "--method fzoo" in result.output
+    assert "Choose a learning rate" in CliRunner().invoke(app, ["sweep", "--help"]).output
+
+
+# ---- methods on the command line -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_runs_with_its_own_defaults(method: str, inputs: dict[str, object], tmp_path: Path) -> None:
+    config = FinetuneConfig(**{**inputs, "steps": 2}, method=method, output=tmp_path / "run")
+    assert config.lr == METHODS[method].defaults["lr"]
+    assert FinetuneConfig(**inputs, method=method, lr=0.5).lr == 0.5
+    summary = finetune(config)
+    assert summary["steps"] == 2 and summary["skipped_steps"] == 0
+    assert summary["method"] == method
+
+
+def test_an_option_of_another_method_is_refused() -> None:
+    with pytest.raises(ValueError, match="smoothing is an option of hizoo, hizoo-l; mezo has none"):
+        FinetuneConfig(smoothing=0.1)
+    with pytest.raises(ValueError, match="alpha is an option of spsa"):
+        FinetuneConfig(method="fzoo", alpha=0.1)
