@@ -43,7 +43,7 @@ EXAMPLES = """examples:
 """
 PARTS = ("timing", "sweep", "forwards", "products", "seconds", "plot")
 EPS, BATCH, SWEEP_SEED = 1e-3, 16, 100
-MARKS = (0.0, 0.1, 0.2, 1 / 3, 0.5, 2 / 3, 0.85, 1.0)  # of the budget, where validation is looked at
+MARKS = (0.0, 0.125, 0.25, 1 / 3, 0.5, 0.75, 1.0)  # of the budget, where validation is looked at
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,8 @@ class Published:
 FIRST_ORDER, PUBLISHED = ("Adam", "SGD"), "MeZO, published"
 METHODS = {
     PUBLISHED: Method(Published, 1e-4, 2, "torch.normal in bfloat16, weights written to be probed"),
-    "MeZO": Method(ours("MeZO"), 1e-4, 2),
-    "LeZO": Method(ours("LeZO"), 1e-4, 2, "rho 0.75"),
+    "MeZO": Method(ours("MeZO", distribution="rademacher"), 1e-4, 2, "random signs"),
+    "LeZO": Method(ours("LeZO", distribution="rademacher"), 1e-4, 2, "rho 0.75, random signs"),
     "HiZOO": Method(ours("HiZOO"), 1e-4, 3, "smoothing 1e-6"),
     "HiZOO-L": Method(ours("HiZOO", hessian="factored"), 1e-4, 3, "smoothing 1e-6"),
     "FZOO": Method(ours("FZOO"), 1e-3, 9, "8 probes"),
@@ -227,7 +227,7 @@ def sweep(args: argparse.Namespace, study: Study) -> dict[str, float]:
             found = study.do(job_of(args, "sweep", name, lr, SWEEP_SEED, steps, marks=[0.0, 0.5, 1.0], test=0))
             return float(found["curve"][-1][1]) if found["finished"] else math.inf
 
-        tried = ladder(loss, METHODS[name].lr)
+        tried = ladder(loss, METHODS[name].lr, most=5)
         return min(tried, key=lambda lr: tried[lr])
 
     names = [name for name in args.methods if name != PUBLISHED]
@@ -258,8 +258,20 @@ def timing(args: argparse.Namespace) -> dict[str, Any]:
                 optimizer.step()
 
             work[name] = first_order
-    seconds = {name: quantiles(t) for name, t in interleaved(work, args.rounds, "steps").items()}
-    return {"seconds": seconds, "batch": list(batch[0].shape), "threads": torch.get_num_threads()}
+    times = interleaved(work, args.rounds, "steps")
+    found: dict[str, Any] = {}
+    for name, seconds in times.items():
+        found[name] = quantiles(seconds)
+        if name in METHODS and name not in FIRST_ORDER:
+            forwards = METHODS[name].forwards
+            rest = [s - forwards * f for s, f in zip(seconds, times["forward"], strict=True)]
+            found[name]["beside"] = quantiles(rest)["median"]
+    rows = [
+        [name, f"{f['median'] * 1e3:,.0f}", *([f"{f['beside'] * 1e3:,.0f}"] if "beside" in f else [""])]
+        for name, f in found.items()
+    ]
+    report("A step (medians), and what it takes beside its forwards", ["", "step ms", "beside ms"], rows, {}, None)
+    return {"seconds": found, "batch": list(batch[0].shape), "threads": torch.get_num_threads()}
 
 
 def runs_of(study: Study, what: str, method: str) -> list[dict[str, Any]]:
@@ -362,11 +374,11 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--published-seeds", type=int, default=1, help="of published MeZO, which is slow")
-    parser.add_argument("--forwards", type=int, default=300, help="budget of a run (default 300)")
-    parser.add_argument("--sweep-forwards", type=int, default=120, help="budget of a run that chooses a learning rate")
+    parser.add_argument("--forwards", type=int, default=240, help="budget of a run (default 240)")
+    parser.add_argument("--sweep-forwards", type=int, default=96, help="budget of a run that chooses a learning rate")
     parser.add_argument("--longest", type=int, default=32, help="tokens of a prompt; longer ones are left out")
-    parser.add_argument("--validation", type=int, default=160, help="sentences")
-    parser.add_argument("--test", type=int, default=640, help="sentences")
+    parser.add_argument("--validation", type=int, default=128, help="sentences")
+    parser.add_argument("--test", type=int, default=480, help="sentences")
     parser.add_argument("--workers", type=int, default=torch.get_num_threads(), help="processes that share the cores")
     parser.add_argument("--rounds", type=int, default=7, help="of timing")
     parser.add_argument("--json", type=Path, default=Path("bench/results/methods.json"))

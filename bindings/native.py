@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+from array import array
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -131,8 +132,8 @@ def run_pass(
     """``zo_run`` on CPU tensors; arguments as in ``bindings.ops``, already checked."""
     table = _table(src, dst, hessians, tensor_ids, offsets, residuals, row_scales, column_scales)
     _run(
-        table, streams, coeffs, seed, distribution, counters, decay, update, restore, curvature, smoothing, hessian_min,
-        hessian_max,
+        table.buffer_info()[0], len(src), streams, coeffs, seed, distribution, counters, decay, update, restore,
+        curvature, smoothing, hessian_min, hessian_max,
     )  # fmt: skip
 
 
@@ -153,7 +154,8 @@ def run_steps(
         job.distribution, job.rounding = DISTRIBUTIONS[distribution], updates is not None
         job.update = rounding[s] & 0xFFFFFFFF
     table = _table(weights, weights, (), tensor_ids, offsets, residuals)
-    if status := _require().zo_run_steps(jobs, len(jobs), table.data_ptr(), len(table), counters.data_ptr()):
+    address, count = table.buffer_info()[0], len(weights)
+    if status := _require().zo_run_steps(jobs, len(jobs), address, count, counters.data_ptr()):
         raise RuntimeError(f"zo_run_steps refused its arguments (status {status}): please report this as a bug")
 
 
@@ -161,19 +163,18 @@ def _table(
     src: Sequence[Tensor], dst: Sequence[Tensor], hessians: Sequence[Tensor], tensor_ids: Sequence[int],
     offsets: Sequence[int], residuals: Sequence[Tensor], row_scales: Sequence[Tensor] = (),
     column_scales: Sequence[Tensor] = (),
-) -> Tensor:  # fmt: skip
-    """``zo_tensor`` structs, one a row."""
+) -> "array[int]":  # fmt: skip
+    """``zo_tensor`` structs, one a tensor: eleven int64, [6] and [7] pairs of 32-bit fields."""
     kept_bits = [8 * r.itemsize if r.numel() else 0 for r in residuals] if residuals else [0] * len(src)
-    table = [
-        [
+    table = array("q")
+    for i, (source, target) in enumerate(zip(src, dst, strict=True)):
+        table.extend((
             source.data_ptr(), target.data_ptr(), hessians[i].data_ptr() if hessians else 0,
             residuals[i].data_ptr() if kept_bits[i] else 0, source.numel(), offsets[i] if offsets else 0,
             tensor_ids[i] | DTYPES[source.dtype] << 32, DTYPES[target.dtype] | kept_bits[i] << 32,
             *(_factors(row_scales[i], column_scales[i]) if row_scales else (0, 0, 0)),
-        ]
-        for i, (source, target) in enumerate(zip(src, dst, strict=True))
-    ]  # fmt: skip
-    return torch.tensor(table, dtype=torch.int64)
+        ))  # fmt: skip
+    return table
 
 
 def _factors(row_scale: Tensor, column_scale: Tensor) -> tuple[int, int, int]:
@@ -205,17 +206,17 @@ def run_rows(
     if row_scale is not None and column_scale is not None:
         table[:, 8:] = torch.tensor(_factors(row_scale, column_scale))
     counts = counters.new_zeros(1 + n)
-    _run(table, streams, coeffs.expand(-1, n), seed, distribution, counts)
+    _run(table.data_ptr(), n, streams, coeffs.expand(-1, n), seed, distribution, counts)
     counters += torch.stack((counts[0], counts[1:].sum()))
 
 
 def _run(
-    table: Tensor, streams: Tensor, coeffs: Tensor, seed: int, distribution: str, counters: Tensor,
+    table: int, n: int, streams: Tensor, coeffs: Tensor, seed: int, distribution: str, counters: Tensor,
     decay: Tensor | None = None, update: Tensor | None = None, restore: Tensor | None = None,
     curvature: Tensor | None = None, smoothing: Tensor | None = None, hessian_min: float = 0.0,
     hessian_max: float = float("inf"),
 ) -> None:  # fmt: skip
-    """``zo_run`` on a table whose rows are ``zo_tensor`` structs: eleven int64, [6] and [7] pairs of 32-bit fields."""
+    """``zo_run`` on n ``zo_tensor`` structs at this address: eleven int64, [6] and [7] pairs of 32-bit fields."""
     kept: list[Tensor] = []  # alive until the call returns
 
     def pointer(x: Tensor | None, dtype: torch.dtype = torch.float32) -> int | None:
@@ -240,5 +241,5 @@ def _run(
         update=0 if update is None else int(update) & 0xFFFFFFFF,
         threads=torch.get_num_threads(),
     )
-    if status := _require().zo_run(job, table.data_ptr(), len(table), counters.data_ptr()):
+    if status := _require().zo_run(job, table, n, counters.data_ptr()):
         raise RuntimeError(f"zo_run refused its arguments (status {status}): please report this as a bug")
