@@ -258,8 +258,20 @@ def timing(args: argparse.Namespace) -> dict[str, Any]:
                 optimizer.step()
 
             work[name] = first_order
-    seconds = {name: quantiles(t) for name, t in interleaved(work, args.rounds, "steps").items()}
-    return {"seconds": seconds, "batch": list(batch[0].shape), "threads": torch.get_num_threads()}
+    times = interleaved(work, args.rounds, "steps")
+    found: dict[str, Any] = {}
+    for name, seconds in times.items():
+        found[name] = quantiles(seconds)
+        if name in METHODS and name not in FIRST_ORDER:
+            forwards = METHODS[name].forwards
+            rest = [s - forwards * f for s, f in zip(seconds, times["forward"], strict=True)]
+            found[name]["beside"] = quantiles(rest)["median"]
+    rows = [
+        [name, f"{f['median'] * 1e3:,.0f}", *([f"{f['beside'] * 1e3:,.0f}"] if "beside" in f else [""])]
+        for name, f in found.items()
+    ]
+    report("A step (medians), and what it takes beside its forwards", ["", "step ms", "beside ms"], rows, {}, None)
+    return {"seconds": found, "batch": list(batch[0].shape), "threads": torch.get_num_threads()}
 
 
 def runs_of(study: Study, what: str, method: str) -> list[dict[str, Any]]:

@@ -6,10 +6,10 @@
  *   H'  = clamp( H * (1 - smoothing + sum_k curvature[k] z_k^2), hessian_min, hessian_max )
  *
  * z_k is the noise of stream k at element `offset + e` of tensor `id`: a pure function, never stored.
- * Without a hessian H = H' = 1, or H^-1/2 is given in two factors, row_scale[f / columns] * column_scale[f % columns] with
- * f = offset + e, the index in the full tensor. Sums are float32, the result is rounded once. A bfloat16 or float16 src may keep a
- * residual of 8 or 16 bits an element: src above is then the value weight + residual (docs/noise.md), and in place
- * what rounding takes becomes the new residual.
+ * Without a hessian H = H' = 1, or H^-1/2 is given in two factors, row_scale[f / columns] * column_scale[f % columns]
+ * with f = offset + e, the index in the full tensor. Sums are float32, the result is rounded once. A bfloat16 or float16
+ * src may keep a residual of 8 or 16 bits an element: src above is then the value weight + residual (docs/noise.md), and
+ * in place what rounding takes becomes the new residual.
  *
  * The library holds no state but the selected instruction set, allocates nothing that outlives a call, and
  * is safe to call from several threads on disjoint tensors. Set structs to zero before filling them in.
