@@ -24,7 +24,7 @@ def python(code: str, **environment: str) -> str:
 
 def test_public_names():
     methods = {"FZOO", "HiZOO", "LeZO", "MeZO", "SPSA", "ZOOptimizer"}
-    assert set(zo_core.__all__) == {*methods, "arrays", "backend_info", "losses", "noise"}
+    assert set(zo_core.__all__) == {*methods, "backend_info", "losses", "noise"}
     assert all(hasattr(zo_core, name) for name in zo_core.__all__)
     public = {name for name in vars(zo_core.noise) if not name.startswith("_")}
     assert {"sample", "permutation", "VERSION"} <= public
