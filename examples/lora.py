@@ -16,7 +16,7 @@ def main() -> None:
     """Train, and save the adapters."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--model")
-    options.add_argument("--lr", type=float, help="default: what is published, 1e-4")
+    options.add_argument("--lr", type=float, help="default: what is published, 1e-4 with eps 1e-2")
     options.add_argument("--steps", type=int, default=100)
     options.add_argument("--output", default="runs/lora")
     given = options.parse_args()
@@ -34,7 +34,7 @@ def main() -> None:
     )
     trainer = ZOTrainer(model, arguments, train_dataset=data[:192], eval_dataset=data[192:], data_collator=collate)
     trainer.train()
-    print(trainer.evaluate(), f"lr {arguments.learning_rate}, eps {trainer.zo_optimizer.eps}")
+    print(trainer.evaluate(), trainer.zo_optimizer.defaults["lr"])
     model.save_pretrained(given.output)
 
 

@@ -12,7 +12,8 @@
  * in place what rounding takes becomes the new residual.
  *
  * The library holds no state but the selected instruction set, allocates nothing that outlives a call, and
- * is safe to call from several threads on disjoint tensors.
+ * is safe to call from several threads on disjoint tensors. Set structs to zero before filling them in.
+ * examples/c/perturb.c is a program that uses it; docs/integrations.md has the rules in one place.
  */
 #ifndef ZO_CORE_H
 #define ZO_CORE_H

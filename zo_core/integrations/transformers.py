@@ -128,15 +128,15 @@ class ZOMixin(_Trainer):
             args, model = self.args, self.model if model is None else model
             kinds = [config.peft_type.value for config in getattr(model, "peft_config", {}).values()] or [""]
             lr, eps = PUBLISHED.get(kinds[0], (None, None)) if args.zo_method == "MeZO" else (None, None)
-            args.learning_rate = lr if args.learning_rate is None else args.learning_rate
-            if args.learning_rate is None:
+            lr = lr if args.learning_rate is None else args.learning_rate
+            if lr is None:
                 raise ValueError(f"learning_rate: expected a number, got None; none is known for {args.zo_method} here")
             named = {name: getattr(args, name) for name in ("eps", "probes", "distribution", "engine")}
             named["eps"] = eps if args.eps is None else args.eps
             options: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
             options |= {"weight_decay": args.weight_decay, "seed": args.seed, "residual": args.residual}
-            options |= {"lr": args.learning_rate, **(args.zo_options or {})}
-            self.optimizer = optimizer_class(args.zo_method)(model, **options)
+            options |= args.zo_options or {}
+            self.optimizer = optimizer_class(args.zo_method)(model, lr=lr, **options)
         if not isinstance(optimizer := self.zo_optimizer, ZOOptimizer):
             raise TypeError(f"optimizers: expected an optimizer of zo_core, got {type(optimizer).__name__}")
         optimizer.step = MethodType(_step, optimizer)  # type: ignore[method-assign]

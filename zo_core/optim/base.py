@@ -461,6 +461,8 @@ class ZOOptimizer(torch.optim.Optimizer):
                 f"state_dict: expected state[{_STATE!r}] with {sorted(self._own)} as zo_core optimizers "
                 f"save, got {sorted(saved) if isinstance(saved, dict) else saved!r}"
             )
+        if saved["hessian"] != self._own["hessian"]:
+            raise ValueError(f"state_dict: expected hessian={self._own['hessian']!r}, got one of {saved['hessian']!r}")
         super().load_state_dict(state_dict)
         device = self._tensors()[0].device
         with torch.inference_mode(False):
