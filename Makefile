@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 RUN = runs/demo
 NATIVE = $(wildcard kernels/cpu/* bindings/include/*)
 
-.PHONY: help setup demo test test-triton lint format bench clean
+.PHONY: help setup demo test test-triton test-oldest test-hosts lint format bench clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -29,6 +29,22 @@ test-triton: setup  ## the Triton kernels in the interpreter, in a process of th
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/test_cases.py tests/test_triton.py
 	$(BIN)/python -m bench.sass
 
+test-oldest: setup  ## Trainer and PEFT on the oldest transformers that is supported, in an environment over the usual one
+	$(call over,oldest,transformers==5.0.0)
+	$(VENV)-oldest/bin/python -m pytest -q tests/test_transformers.py tests/test_peft.py
+
+test-hosts: setup  ## what is skipped where TRL, Lightning and ml_dtypes are not installed, in such an environment
+	$(call over,hosts,-c constraints.txt torch lightning ml_dtypes trl)
+	$(VENV)-hosts/bin/python -m pytest -q tests/test_trl.py tests/test_docs.py tests/test_arrays.py tests/test_examples.py
+
+# $(call over,NAME,PACKAGES): an environment that has these packages, and all others from $(VENV)
+define over
+test -x $(VENV)-$(1)/bin/python || $(PYTHON) -m venv $(VENV)-$(1)
+site='import site; print(site.getsitepackages()[0])' && \
+	$(BIN)/python -c "$$site" > "$$($(VENV)-$(1)/bin/python -c "$$site")/shared.pth"
+$(VENV)-$(1)/bin/python -m pip install -q --disable-pip-version-check $(2)
+endef
+
 lint: setup  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -44,4 +60,4 @@ bench: setup  ## passes and whole steps against the published way, as JSON in be
 	$(BIN)/python -m bench.step --autocast --json bench/results/step_autocast.json
 
 clean:  ## remove what make made, but not runs
-	rm -rf $(VENV) build dist *.egg-info bindings/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-hosts build dist *.egg-info bindings/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

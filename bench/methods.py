@@ -258,8 +258,20 @@ def timing(args: argparse.Namespace) -> dict[str, Any]:
                 optimizer.step()
 
             work[name] = first_order
-    seconds = {name: quantiles(t) for name, t in interleaved(work, args.rounds, "steps").items()}
-    return {"seconds": seconds, "batch": list(batch[0].shape), "threads": torch.get_num_threads()}
+    times = interleaved(work, args.rounds, "steps")
+    found: dict[str, Any] = {}
+    for name, seconds in times.items():
+        found[name] = quantiles(seconds)
+        if name in METHODS and name not in FIRST_ORDER:
+            forwards = METHODS[name].forwards
+            rest = [s - forwards * f for s, f in zip(seconds, times["forward"], strict=True)]
+            found[name]["beside"] = quantiles(rest)["median"]
+    rows = [
+        [name, f"{f['median'] * 1e3:,.0f}", *([f"{f['beside'] * 1e3:,.0f}"] if "beside" in f else [""])]
+        for name, f in found.items()
+    ]
+    report("A step (medians), and what it takes beside its forwards", ["", "step ms", "beside ms"], rows, {}, None)
+    return {"seconds": found, "batch": list(batch[0].shape), "threads": torch.get_num_threads()}
 
 
 def runs_of(study: Study, what: str, method: str) -> list[dict[str, Any]]:
@@ -362,7 +374,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--published-seeds", type=int, default=1, help="of published MeZO, which is slow")
-    parser.add_argument("--forwards", type=int, default=240, help="budget of a run (default 240)")
+    parser.add_argument("--forwards", type=int, default=192, help="budget of a run (default 192)")
     parser.add_argument("--sweep-forwards", type=int, default=96, help="budget of a run that chooses a learning rate")
     parser.add_argument("--longest", type=int, default=32, help="tokens of a prompt; longer ones are left out")
     parser.add_argument("--validation", type=int, default=128, help="sentences")

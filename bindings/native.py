@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 LIBRARY = Path(__file__).with_name("libzo_core.so")
 ISAS = ("portable", "avx2", "avx512")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -61,6 +61,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     if (found := library.zo_abi_version()) != ABI_VERSION:
         return None, f"{LIBRARY.name} has ABI version {found}, this package needs {ABI_VERSION}: rebuild it"
     library.zo_run.argtypes = (ctypes.POINTER(_PassStruct), _ptr, _i64, _ptr)
+    library.zo_run_steps.argtypes = (ctypes.POINTER(_PassStruct), _i64, _ptr, _i64, _ptr)
     library.zo_philox.argtypes = (_u64, _u32, _u32, _u32, _u64, _i64, _i32, _ptr)
     if (isa := os.environ.get("ZO_CORE_ISA")) and (isa not in ISAS or library.zo_isa_set(ISAS.index(isa))):
         choices = ", ".join(name for i, name in enumerate(ISAS) if library.zo_isa_available(i))
@@ -129,6 +130,41 @@ def run_pass(
     column_scales: Sequence[Tensor] = (),
 ) -> None:
     """``zo_run`` on CPU tensors; arguments as in ``bindings.ops``, already checked."""
+    table = _table(src, dst, hessians, tensor_ids, offsets, residuals, row_scales, column_scales)
+    _run(
+        table.buffer_info()[0], len(src), streams, coeffs, seed, distribution, counters, decay, update, restore,
+        curvature, smoothing, hessian_min, hessian_max,
+    )  # fmt: skip
+
+
+def run_steps(
+    weights: Sequence[Tensor], tensor_ids: Sequence[int], offsets: Sequence[int], streams: Tensor, coeffs: Tensor, *,
+    seed: int, distribution: str, counters: Tensor, decay: Tensor | None = None, updates: Tensor | None = None,
+    residuals: Sequence[Tensor] = (),
+) -> None:  # fmt: skip
+    """``zo_run_steps`` on CPU tensors; arguments as ``replay_`` in ``bindings.ops``, already checked."""
+    streams, coeffs = streams.to(torch.int32).contiguous(), coeffs.contiguous()
+    decay = decay.contiguous() if decay is not None else None
+    rounding = updates.tolist() if updates is not None else [0] * len(streams)
+    jobs = (_PassStruct * len(streams))()
+    for s, job in enumerate(jobs):
+        job.seed, job.n_streams, job.threads = seed, streams.shape[1], torch.get_num_threads()
+        job.streams, job.coeffs = streams[s].data_ptr(), coeffs[s].data_ptr()
+        job.decay = decay[s].data_ptr() if decay is not None else None
+        job.distribution, job.rounding = DISTRIBUTIONS[distribution], updates is not None
+        job.update = rounding[s] & 0xFFFFFFFF
+    table = _table(weights, weights, (), tensor_ids, offsets, residuals)
+    address, count = table.buffer_info()[0], len(weights)
+    if status := _require().zo_run_steps(jobs, len(jobs), address, count, counters.data_ptr()):
+        raise RuntimeError(f"zo_run_steps refused its arguments (status {status}): please report this as a bug")
+
+
+def _table(
+    src: Sequence[Tensor], dst: Sequence[Tensor], hessians: Sequence[Tensor], tensor_ids: Sequence[int],
+    offsets: Sequence[int], residuals: Sequence[Tensor], row_scales: Sequence[Tensor] = (),
+    column_scales: Sequence[Tensor] = (),
+) -> "array[int]":  # fmt: skip
+    """``zo_tensor`` structs, one a tensor: eleven int64, [6] and [7] pairs of 32-bit fields."""
     kept_bits = [8 * r.itemsize if r.numel() else 0 for r in residuals] if residuals else [0] * len(src)
     table = array("q")
     for i, (source, target) in enumerate(zip(src, dst, strict=True)):
@@ -138,10 +174,7 @@ def run_pass(
             tensor_ids[i] | DTYPES[source.dtype] << 32, DTYPES[target.dtype] | kept_bits[i] << 32,
             *(_factors(row_scales[i], column_scales[i]) if row_scales else (0, 0, 0)),
         ))  # fmt: skip
-    _run(
-        table.buffer_info()[0], len(src), streams, coeffs, seed, distribution, counters, decay, update, restore,
-        curvature, smoothing, hessian_min, hessian_max,
-    )  # fmt: skip
+    return table
 
 
 def _factors(row_scale: Tensor, column_scale: Tensor) -> tuple[int, int, int]:

@@ -37,6 +37,10 @@ for T tensors and K streams, all on the device of the weights:
                  for a vector: row_scales[i] has a number for each element. perturb_rows takes ``row_scale`` and
                  ``column_scale``, by the index in the matrix plus ``offset``
 
+``replay_`` is S times ``update_`` without hessians, one step after the other, to the same bits and counts; the native
+backend reads and writes each weight once a call. Streams are int64 (S, K), coeffs float32 (S, K, T), decay (S, T), and
+``updates``, int64 (S,), has a stream of the stochastic rounding for each step.
+
 Errors (TypeError for dtypes, ValueError for all else) come before anything is written.
 """
 
@@ -73,6 +77,8 @@ _SCHEMAS = (
     "perturb_rows(Tensor src, Tensor rows, Tensor(a!) dst, int tensor_id, int offset, Tensor streams, Tensor coeffs, *, "
     "int seed, str distribution, Tensor(z!) counters, Tensor? residual=None, Tensor? hessian=None, "
     "Tensor? row_scale=None, Tensor? column_scale=None) -> ()",
+    "replay_(Tensor(a!)[] weights, int[] tensor_ids, int[] offsets, Tensor streams, Tensor coeffs, *, int seed, "
+    "str distribution, Tensor(z!) counters, Tensor? decay=None, Tensor? updates=None, Tensor(b!)[]? residuals=None) -> ()",
     "philox_(Tensor(a!) words, *, int seed, int domain, int tensor_id, int stream, int block, int rounds=7) -> ()",
 )
 
@@ -279,6 +285,24 @@ def _check_rows(
     _check_overlap({"dst": dst}, {"src": src, "rows": rows} | given)
 
 
+def _check_replay(
+    weights: Sequence[Tensor], tensor_ids: Sequence[int], offsets: Sequence[int], streams: Tensor, coeffs: Tensor, *,
+    decay: Tensor | None = None, updates: Tensor | None = None, **options: Any,
+) -> None:  # fmt: skip
+    if streams.dim() != 2:
+        raise ValueError(f"streams: expected shape (S, K), one row a step, got {tuple(streams.shape)}")
+    (steps, k), count = streams.shape, len(weights)
+    for name, x, shape, dtype in (
+        ("coeffs", coeffs, (steps, k, count), torch.float32),
+        ("decay", decay, (steps, count), torch.float32),
+        ("updates", updates, (steps,), torch.int64),
+    ):
+        if x is not None:
+            _check_scalars(name, x, shape, streams.device, dtype)
+    one = streams.new_empty(k), coeffs.new_empty(k, count)  # a step of it: all else is as in a pass
+    _check_pass(weights, weights, [], tensor_ids, offsets, *one, in_place=True, **options)
+
+
 def _check_philox(words: Tensor, *, rounds: int = 7, **numbers: int) -> None:
     if words.dtype != torch.int32 or words.dim() != 2 or words.shape[1] != 4 or not words.is_contiguous():
         raise ValueError(f"words: expected contiguous int32 of shape (n, 4), got {words.dtype} {tuple(words.shape)}")
@@ -351,6 +375,23 @@ def _perturb_rows(src: Tensor, rows: Tensor, dst: Tensor, *args: Any, seed: int,
         increment_version([dst])
 
 
+def _replay_(
+    weights: list[Tensor], tensor_ids: list[int], offsets: list[int], streams: Tensor, coeffs: Tensor, *, seed: int,
+    decay: Tensor | None = None, updates: Tensor | None = None, residuals: list[Tensor] | None = None, **options: Any,
+) -> None:  # fmt: skip
+    args = weights, tensor_ids, offsets, streams, coeffs
+    _check_replay(*args, seed=seed, decay=decay, updates=updates, residuals=residuals, **options)
+    backend, kept = backend_for(streams.device), residuals or []
+    options |= {"seed": seed & _UINT64, "residuals": kept}
+    if backend is native:
+        native.run_steps(*args, decay=decay, updates=updates, **options)
+    else:
+        for s in range(len(streams)):
+            step = {"decay": None if decay is None else decay[s], "update": None if updates is None else updates[s]}
+            backend.run_pass(weights, weights, [], tensor_ids, offsets, streams[s], coeffs[s], **step, **options)
+    increment_version([t for t in (*weights, *kept) if not t.is_inference()])
+
+
 def _philox_(words: Tensor, *, seed: int, **options: int) -> None:
     _check_philox(words, **options)
     backend_for(words.device).philox_(words, seed=seed & _UINT64, **options)
@@ -368,6 +409,10 @@ def _fake_perturb_rows(*args: Any, **options: Any) -> None:
     _check_rows(*args, **options)
 
 
+def _fake_replay_(*args: Any, **options: Any) -> None:
+    _check_replay(*args, **options)
+
+
 def _fake_philox_(words: Tensor, *, seed: int, **options: int) -> None:
     _check_philox(words, **options)
 
@@ -377,6 +422,7 @@ _KERNELS: tuple[tuple[Callable[..., None], Callable[..., None]], ...] = (
     (_update_, _fake_update_),
     (_perturb, _fake_perturb),
     (_perturb_rows, _fake_perturb_rows),
+    (_replay_, _fake_replay_),
     (_philox_, _fake_philox_),
 )
 for _schema, (_kernel, _fake) in zip(_SCHEMAS, _KERNELS, strict=True):

@@ -246,6 +246,7 @@ def _cases() -> list[Case]:
               )]  # fmt: skip
     cases += [Case(d, F32, sizes=(2100, 129, 1, 5), offsets=(2**34 + 1003, 1, 127, 64), k=2, columns=((1 << 22) + 8, 3))
               for d in both]  # fmt: skip
+    cases += [Case(d, BF16, sizes=(5200, 7200), offsets=(0, 1024), columns=(1032, 4096)) for d in both]
     cases += [Case(d, BF16, residual=r, stochastic=s, k=k, columns=(24, 1, 0), decay=True)
               for d in both for r, s, k in ((8, True, 1), (16, True, 2), (8, False, 3))]  # fmt: skip
     cases += [Case(d, sizes=(2100, 1290, 40, 5, 2200, 300, 77), offsets=(1024, 1, 127, 64, 0, 2047, 5), k=k, mixed=True,

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import tiny_lm
+import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
 from zo_core.cli import app
@@ -46,7 +48,8 @@ def test_help_has_examples_groups_and_every_option() -> None:
     }
     assert [name for name in names if f"--{name}" not in text] == []
     assert "zo-core evaluate runs/reviews" in call("evaluate", "--help").output
-    assert all(name in call("--help").output for name in ("finetune", "evaluate", "doctor"))
+    assert "zo-core replay smollm2 runs/reviews tuned" in call("replay", "--help").output
+    assert all(name in call("--help").output for name in ("finetune", "evaluate", "replay", "doctor"))
 
 
 def test_finetune_then_evaluate_then_resume(inputs: list[str], tmp_path: Path) -> None:
@@ -72,6 +75,44 @@ def test_finetune_then_evaluate_then_resume(inputs: list[str], tmp_path: Path) -
     assert result.exit_code == 0, result.output
     assert json.loads((folder / "summary.json").read_text())["steps"] == 8
     assert "this run is finished" in call("finetune", "-o", folder, "--resume").output
+
+
+def test_replay_makes_a_run_again_as_a_folder_and_as_a_file(inputs: list[str], tmp_path: Path) -> None:
+    base, run = inputs[1], tmp_path / "run"
+    options = ["--steps", 7, "--lr", 1e-3, "--eval-every", 100, "--no-keep-best", "--dtype", "bfloat16"]
+    assert call("finetune", *inputs, *options, "-o", run).exit_code == 0
+    result = call("replay", base, run, tmp_path / "again")
+    assert result.exit_code == 0, result.output
+    assert "step 7 of 7 written to" in result.output
+    expected = load_file(run / "model" / "model.safetensors")
+    found = load_file(tmp_path / "again" / "model.safetensors")
+    assert expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in found)
+    assert (tmp_path / "again" / "tokenizer.json").exists()
+
+    torn = tmp_path / "torn.zoj"
+    torn.write_bytes((run / "journal.zoj").read_bytes() + b"torn")
+    file = f"{base}/model.safetensors"
+    assert "4 bytes at the journal's end" in call("replay", file, torn, tmp_path / "again.safetensors").output
+    found = load_file(tmp_path / "again.safetensors")
+    assert expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in found)
+    assert call("replay", file, torn, tmp_path / "before.safetensors", "--step", 0).exit_code == 0
+    before = {name: x.bfloat16() for name, x in load_file(file).items()}
+    found = load_file(tmp_path / "before.safetensors")
+    assert all(torch.equal(before[name], found[name]) for name in found)
+
+    for arguments, says in (
+        ((base, run, tmp_path / "again"), "OUT"),
+        ((file, run, tmp_path / "new"), "expected a .safetensors file, as BASE is one"),
+        ((base, run, tmp_path / "new", "--step", 8), "--step: expected 0 to 7"),
+        ((run / "model", run, tmp_path / "new"), "base: expected weights with SHA-256"),
+        ((base, run / "config.json", tmp_path / "new"), "the file is none"),
+        ((base, run / "nothing", tmp_path / "new"), "No such file"),
+        ((tmp_path / "nothing", run, tmp_path / "new"), "BASE"),
+        ((tmp_path / "no.safetensors", run, tmp_path / "new.safetensors"), "No such file"),
+    ):
+        result = call("replay", *arguments)
+        assert result.exit_code == 2 and says in result.output, result.output
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(

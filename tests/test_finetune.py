@@ -19,6 +19,7 @@ from zo_core.integrations import finetune as runs
 from zo_core.integrations import tasks
 from zo_core.integrations.config import FinetuneConfig, RunError, resumed_config
 from zo_core.integrations.finetune import RunInterrupted, finetune
+from zo_core.integrations.replay import replay_model
 from zo_core.integrations.session import prepare
 
 
@@ -188,9 +189,13 @@ def test_a_stopped_process_goes_on_as_if_nothing_had_happened(
         assert child.returncode == 128 + signum, said
         assert torch.load(folder / "checkpoint" / "state.pt")["state"]["step"] == done
         assert f"zo-core finetune --output '{folder}' --resume" in said
-    finetune(resumed_config(folder, {}), resume=True)
+    summary = finetune(resumed_config(folder, {}), resume=True)
     assert losses(folder) == losses(uninterrupted)
     assert same(folder, uninterrupted)
+    journal = (folder / "journal.zoj").read_bytes()
+    assert journal == (uninterrupted / "journal.zoj").read_bytes()
+    replay_model(str(inputs["model"]), folder, tmp_path / "again" / "model", step=summary["selected_step"])
+    assert same(tmp_path / "again", folder)
 
 
 @pytest.mark.parametrize("when", ["before", "validation", "step", "after"])
@@ -227,6 +232,22 @@ def test_a_stop_in_any_phase_can_be_resumed(
     assert losses(folder) == losses(tmp_path / "whole")
     kinds = [[(x["kind"], x["step"]) for x in runs.read_metrics(f)] for f in (folder, tmp_path / "whole")]
     assert kinds[0] == kinds[1]
+
+
+def test_a_damaged_journal_stops_a_resumed_run_and_a_missing_one_does_not(
+    inputs: dict[str, object], tmp_path: Path
+) -> None:
+    folder, options = tmp_path / "run", {**inputs, "steps": 4}
+    finetune(FinetuneConfig(**options, output=folder))
+    journal = folder / "journal.zoj"
+    journal.write_bytes(journal.read_bytes()[:-100])
+    with pytest.raises(
+        RunError, match=r"all 4 steps that the optimizer has taken, got 2 .*; remove .* to go on without"
+    ):
+        finetune(resumed_config(folder, {"steps": 6}), resume=True)
+    journal.unlink()
+    assert finetune(resumed_config(folder, {"steps": 6}), resume=True)["steps"] == 6
+    assert not journal.exists()
 
 
 def test_a_time_budget_counts_over_resumes(inputs: dict[str, object], tmp_path: Path) -> None:

@@ -266,9 +266,9 @@ def test_the_hessian_takes_the_shape_of_the_true_one(hessian):
     model = Quadratic(H, torch.zeros(5), torch.zeros(5))
     opt = zo_core.HiZOO(model, lr=0.0, eps=1e-1, smoothing=2e-3, hessian=hessian)
     mean = torch.zeros(5)
-    for step in range(9_000):
+    for step in range(6_000):
         opt.step(model)
-        mean += opt._own["hessians"][0][0] if step >= 5_000 else 0
+        mean += opt._own["hessians"][0][0] if step >= 2_500 else 0
     shape = mean / mean.sum()
     assert torch.allclose(shape, H / H.sum(), rtol=0.25)
 
@@ -331,6 +331,21 @@ def test_rho_may_be_set_anew_between_steps():
     opt.param_groups[0]["rho"] = 0.0
     opt.step(loss_of(model))
     assert not any(torch.equal(p, q) for p, q in zip(model.parameters(), network().parameters(), strict=True))
+
+
+def test_a_rho_out_of_range_is_refused_before_a_weight_is_touched():
+    model = network()
+    opt = zo_core.LeZO(model, lr=1e-2)
+    opt.param_groups[0]["rho"] = 1.5
+    with pytest.raises(ValueError, match="rho: expected"):
+        opt.step(loss_of(model))
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), network().parameters(), strict=True))
+
+
+def test_a_state_of_another_metric_is_refused():
+    state = zo_core.HiZOO(network(), lr=1e-2).state_dict()
+    with pytest.raises(ValueError, match="state_dict: expected hessian='factored', got one of 'diagonal'"):
+        zo_core.HiZOO(network(), lr=1e-2, hessian="factored").load_state_dict(state)
 
 
 # ---- options ---------------------------------------------------------------------------------------------------

@@ -1,11 +1,12 @@
-"""The README's code runs as it stands there."""
+"""The code in the README and in docs/methods.md runs as it stands there."""
 
 import re
 from pathlib import Path
 
 import torch
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_python_example_trains(capsys):
@@ -17,6 +18,13 @@ def test_the_python_example_trains(capsys):
     assert float(loss) < 0.2 and skipped == "0"
 
 
+def test_the_methods_page():
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "methods.md").read_text(encoding="utf-8"), re.S)
+    with torch.random.fork_rng():
+        exec(code, names := {})
+    assert names["opt"].updates == 10
+
+
 def test_every_linked_file_exists():
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
-        assert (Path(__file__).parent.parent / target).exists(), target
+        assert (ROOT / target).exists(), target

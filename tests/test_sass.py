@@ -81,3 +81,9 @@ def test_a_form_over_its_budget_fails(monkeypatch):
 def test_eight_streams_cost_at_most_twenty_instructions(capability):
     result = sass.judge(next(v for v in sass.VARIANTS if v.form.k == 8), capability)
     assert not result.problems and result.total <= 20
+
+
+def test_scales_in_factors_cost_at_most_eight_instructions():
+    for distribution, src in (("gaussian", "bfloat16"), ("gaussian", "float32"), ("rademacher", "bfloat16")):
+        plain, scaled = (sass.judge(sass.Variant("", Form(distribution, src, hessian=h)), 90) for h in (0, 3))
+        assert not scaled.problems and scaled.total <= plain.total + 8

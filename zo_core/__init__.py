@@ -6,6 +6,7 @@ if not (Path(__file__).parent / "kernels").is_dir():  # a plain checkout: kernel
     __path__.append(str(Path(__file__).parent.parent))
 
 from . import losses, noise
+from .journal import Journal, JournalError, replay
 from .noise import backend_info
 from .optim.base import ZOOptimizer
 from .optim.fzoo import FZOO
@@ -14,5 +15,18 @@ from .optim.lezo import LeZO
 from .optim.mezo import MeZO
 from .optim.spsa import SPSA
 
-__all__ = ["FZOO", "SPSA", "HiZOO", "LeZO", "MeZO", "ZOOptimizer", "backend_info", "losses", "noise"]
+__all__ = [
+    "FZOO",
+    "SPSA",
+    "HiZOO",
+    "Journal",
+    "JournalError",
+    "LeZO",
+    "MeZO",
+    "ZOOptimizer",
+    "backend_info",
+    "losses",
+    "noise",
+    "replay",
+]
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""The command line: `zo-core finetune`, `zo-core sweep`, `zo-core evaluate`, `zo-core doctor`.
+"""The command line: `zo-core finetune`, `zo-core sweep`, `zo-core evaluate`, `zo-core replay`, `zo-core doctor`.
 
 The options of the first three are the fields of `FinetuneConfig`: names, types, defaults and help are there.
 """
@@ -18,6 +18,7 @@ try:
     import typer
     from pydantic import ValidationError
     from rich.console import Console
+    from rich.progress import Progress
     from rich.table import Table
 except ImportError as error:
     raise SystemExit(f"zo-core needs {error.name}: pip install 'zo_core[train]'") from error
@@ -70,6 +71,19 @@ a model's folder, a name or a hub id.
   zo-core evaluate runs/reviews
 
   zo-core evaluate smollm2 --data mine.csv --part all --json
+"""
+
+REPLAY_HELP = """Make the weights of a run again, from the model it started with and its journal.
+
+BASE is that model: a folder, a name or a hub id, or a .safetensors file. JOURNAL is
+the run's folder or its journal.zoj. OUT, a new folder (or .safetensors file), gets
+the model as it was after the last step, or after --step steps.
+
+[bold]Examples[/]
+
+  zo-core replay smollm2 runs/reviews tuned
+
+  zo-core replay base.safetensors journal.zoj tuned.safetensors --step 400
 """
 
 
@@ -247,6 +261,27 @@ def evaluate(
     table.add_row("loss", f"{found['loss']:.4f}")
     table.add_row("seconds", f"{found['seconds']:.1f}")
     out.print(table)
+
+
+@app.command(help=REPLAY_HELP)
+def replay(
+    base: Annotated[str, typer.Argument(help="What the run started with.")],
+    journal: Annotated[Path, typer.Argument(help="The run's folder, or its journal.zoj.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="Where the weights go.")],
+    step: Annotated[int | None, typer.Option(help="Steps to make. Without: all.")] = None,
+) -> None:
+    """Run the command; its help is `REPLAY_HELP`."""
+    with _readable_errors(), Progress(console=err, transient=True, disable=not err.is_terminal) as bar:
+        from zo_core.integrations.replay import replay_model
+
+        task = bar.add_task("starting", total=None)
+        made = replay_model(
+            base, journal, output, step=step, status=lambda text: bar.update(task, description=text),
+            progress=lambda done, steps: bar.update(task, description="replaying", completed=done, total=steps),
+        )  # fmt: skip
+    out.print(f"step {made['steps']} of {made['of']} written to {output}", highlight=False, soft_wrap=True)
+    if made["dropped"]:
+        out.print(f"{made['dropped']} bytes at the journal's end are no whole record and were left out", style="yellow")
 
 
 def _run_folder(target: Path) -> Path | None:

@@ -54,7 +54,13 @@ def tensors_of(blocks: Sequence[nn.Module], tensors: Sequence[Tensor], module: n
 
 
 def left_out(blocks: Sequence[set[int]], rho: float, *, seed: int, step: int) -> set[int]:
-    """Numbers of the tensors that a step leaves out: floor(rho n) of n blocks, a pure function of seed and step."""
+    """Numbers of the tensors that a step leaves out: floor(rho n) of n blocks, a pure function of seed and step.
+
+    Raises:
+        ValueError: rho is not in [0, 1).
+    """
+    if not 0 <= rho < 1:
+        raise ValueError(f"rho: expected a fraction of the blocks, 0 to less than 1, got {rho}")
     count = int(rho * len(blocks) + 1e-9)  # 0.7 * 10 is 7
     if not count:
         return set()

@@ -94,6 +94,28 @@ class ParamSpace:
             **self._noise(),
         )
 
+    def replay_(self, streams: Tensor, coeffs: Tensor, decay: Tensor, updates: Tensor | None) -> None:
+        """S times ``update_`` without a Hessian, one step after the other, to the same bits in one pass.
+
+        Args:
+            streams: int64 (S, K).
+            coeffs: float32 (S, K, T).
+            decay: float32 (S, T).
+            updates: int64 (S,), streams of the stochastic rounding; None rounds to nearest.
+        """
+        torch.ops.zo_core.replay_(
+            self.tensors,
+            list(range(len(self.tensors))),
+            [],
+            streams,
+            coeffs,
+            counters=self.counters,
+            decay=decay,
+            updates=updates,
+            residuals=self.residuals or None,
+            **self._noise(),
+        )
+
     def _learn(self, probes: Sequence[Probe], curvature: Tensor, smoothing: Tensor) -> list[list[Tensor]]:
         """New factors of all tensors; the old ones where nothing changes."""
         out = []

@@ -6,13 +6,14 @@
  *   H'  = clamp( H * (1 - smoothing + sum_k curvature[k] z_k^2), hessian_min, hessian_max )
  *
  * z_k is the noise of stream k at element `offset + e` of tensor `id`: a pure function, never stored.
- * Without a hessian H = H' = 1, or H^-1/2 is given in two factors, row_scale[f / columns] * column_scale[f % columns] with
- * f = offset + e, the index in the full tensor. Sums are float32, the result is rounded once. A bfloat16 or float16 src may keep a
- * residual of 8 or 16 bits an element: src above is then the value weight + residual (docs/noise.md), and in place
- * what rounding takes becomes the new residual.
+ * Without a hessian H = H' = 1, or H^-1/2 is given in two factors, row_scale[f / columns] * column_scale[f % columns]
+ * with f = offset + e, the index in the full tensor. Sums are float32, the result is rounded once. A bfloat16 or float16
+ * src may keep a residual of 8 or 16 bits an element: src above is then the value weight + residual (docs/noise.md), and
+ * in place what rounding takes becomes the new residual.
  *
  * The library holds no state but the selected instruction set, allocates nothing that outlives a call, and
- * is safe to call from several threads on disjoint tensors.
+ * is safe to call from several threads on disjoint tensors. Set structs to zero before filling them in.
+ * examples/c/perturb.c is a program that uses it; docs/integrations.md has the rules in one place.
  */
 #ifndef ZO_CORE_H
 #define ZO_CORE_H
@@ -28,7 +29,7 @@
 extern "C" {
 #endif
 
-#define ZO_ABI_VERSION 3   /* layout of the structs below */
+#define ZO_ABI_VERSION 4   /* layout of the structs below */
 #define ZO_NOISE_VERSION 1 /* docs/noise.md */
 
 enum zo_dtype { ZO_FLOAT32 = 0, ZO_BFLOAT16 = 1, ZO_FLOAT16 = 2 };
@@ -71,6 +72,11 @@ typedef struct zo_pass {
 /* Runs one pass. counters holds 1 + n_tensors. counters[0] += 1 and nothing else is written when any scalar is
  * not finite; counters[1 + i] += elements of tensor i whose result was beyond the range of dst_dtype and saturated. */
 ZO_API int zo_run(const zo_pass *pass, const zo_tensor *tensors, int64_t n_tensors, int64_t *counters);
+
+/* Runs passes one after the other on tensors in place (src is dst): the same bits and counts as a zo_run each, but memory
+ * is read and written once, as all passes go over a tile before the next one. The first pass says how many threads. */
+ZO_API int zo_run_steps(const zo_pass *passes, int64_t n_passes, const zo_tensor *tensors, int64_t n_tensors,
+                        int64_t *counters);
 
 /* Writes 4 * n_blocks raw Philox4x32 words of consecutive blocks (rounds: 7, the noise's, or 10). */
 ZO_API int zo_philox(uint64_t seed, uint32_t domain, uint32_t tensor_id, uint32_t stream, uint64_t block,

@@ -105,11 +105,7 @@ bool touches(const zo_pass &p, const zo_tensor &t, int64_t i, int64_t n) {
   return false;
 }
 
-}  // namespace
-
-extern "C" int zo_run(const zo_pass *pass, const zo_tensor *tensors, int64_t n_tensors, int64_t *counters) {
-  if (!pass || !counters || n_tensors < 0 || (n_tensors && !tensors)) return ZO_BAD_ARGUMENT;
-  const zo_pass &p = *pass;
+int check(const zo_pass &p, const zo_tensor *tensors, int64_t n_tensors) {
   if (p.n_streams < 0 || (p.n_streams && n_tensors && (!p.streams || !p.coeffs)) || p.threads < 1 ||
       (p.distribution != ZO_GAUSSIAN && p.distribution != ZO_RADEMACHER) ||
       (p.rounding != ZO_NEAREST && p.rounding != ZO_STOCHASTIC) || (p.curvature && (!p.restore || !p.smoothing)) ||
@@ -122,21 +118,38 @@ extern "C" int zo_run(const zo_pass *pass, const zo_tensor *tensors, int64_t n_t
         !valid_residual(t) || !valid_scales(t) || partly_overlap(t))
       return ZO_BAD_ARGUMENT;
   }
+  return ZO_OK;
+}
+
+bool finite(const zo_pass &p, int64_t n_tensors) {
   const int64_t matrix = p.n_streams * n_tensors;
-  if (!finite(p.coeffs, matrix) || !finite(p.restore, matrix) || !finite(p.curvature, matrix) ||
-      !finite(p.decay, n_tensors) || !finite(p.curvature ? p.smoothing : nullptr, n_tensors)) {
-    counters[0]++;
-    return ZO_OK;
-  }
+  return finite(p.coeffs, matrix) && finite(p.restore, matrix) && finite(p.curvature, matrix) &&
+         finite(p.decay, n_tensors) && finite(p.curvature ? p.smoothing : nullptr, n_tensors);
+}
+
+// The passes one after the other, all of them over a tile before the next tile.
+int run(const zo_pass *passes, int64_t n_passes, const zo_tensor *tensors, int64_t n_tensors, int64_t *counters) {
+  for (int64_t s = 0; s < n_passes; s++)
+    if (check(passes[s], tensors, n_tensors) != ZO_OK) return ZO_BAD_ARGUMENT;
+  std::vector<const zo_pass *> steps;
+  for (int64_t s = 0; s < n_passes; s++)
+    if (finite(passes[s], n_tensors))
+      steps.push_back(&passes[s]);
+    else
+      counters[0]++;
 
   std::vector<int64_t> first_tile(1, 0);  // of each tensor, in one row of all tiles
-  for (int64_t i = 0; i < n_tensors; i++)
-    first_tile.push_back(first_tile.back() + (touches(p, tensors[i], i, n_tensors) ? tiles_of(tensors[i]) : 0));
+  for (int64_t i = 0; i < n_tensors; i++) {
+    bool touched = false;
+    for (size_t s = 0; s < steps.size() && !touched; s++) touched = touches(*steps[s], tensors[i], i, n_tensors);
+    first_tile.push_back(first_tile.back() + (touched ? tiles_of(tensors[i]) : 0));
+  }
   const int64_t tiles = first_tile.back();
   const Variant &variant = *variant_of(current_isa);
 
   // All threads or one: OpenMP ends the threads that a smaller team leaves out, and starts them again.
-  const int64_t threads = tiles * ZO_TILE >= 2 * MIN_PER_THREAD ? p.threads : 1;
+  const int64_t work = tiles * ZO_TILE * (int64_t)steps.size();
+  const int64_t threads = work >= 2 * MIN_PER_THREAD ? passes[0].threads : 1;
   on_threads(threads, [&](int64_t k) {
     const int64_t from = tiles * k / threads, to = tiles * (k + 1) / threads;
     int64_t i = 0;
@@ -152,16 +165,37 @@ extern "C" int zo_run(const zo_pass *pass, const zo_tensor *tensors, int64_t n_t
       x.index = i, x.n_tensors = n_tensors, x.id = t.id, x.src_dtype = t.src_dtype, x.dst_dtype = t.dst_dtype;
       x.residual_bits = t.residual_bits;
       const bool keeps_all = t.src == t.dst && t.residual_bits == 16;  // what rounding takes: nothing random about it
-      x.stochastic = p.rounding == ZO_STOCHASTIC && t.dst_dtype != ZO_FLOAT32 && !keeps_all;
-      x.curvature = p.curvature != nullptr;
-      x.keep = 1.0f - (p.decay ? p.decay[i] : 0.0f);
-      x.remain = 1.0f - (p.curvature ? p.smoothing[i] : 0.0f);
-      x.hessian_min = p.hessian_min, x.hessian_max = p.hessian_max;
-      if (const int64_t saturated = variant.run_tile(p, x))
-        __atomic_fetch_add(&counters[1 + i], saturated, __ATOMIC_RELAXED);
+      int64_t saturated = 0;
+      for (const zo_pass *step : steps) {
+        const zo_pass &p = *step;
+        if (!touches(p, t, i, n_tensors)) continue;
+        x.stochastic = p.rounding == ZO_STOCHASTIC && t.dst_dtype != ZO_FLOAT32 && !keeps_all;
+        x.curvature = p.curvature != nullptr;
+        x.keep = 1.0f - (p.decay ? p.decay[i] : 0.0f);
+        x.remain = 1.0f - (p.curvature ? p.smoothing[i] : 0.0f);
+        x.hessian_min = p.hessian_min, x.hessian_max = p.hessian_max;
+        saturated += variant.run_tile(p, x);
+      }
+      if (saturated) __atomic_fetch_add(&counters[1 + i], saturated, __ATOMIC_RELAXED);
     }
   });
   return ZO_OK;
+}
+
+}  // namespace
+
+extern "C" int zo_run(const zo_pass *pass, const zo_tensor *tensors, int64_t n_tensors, int64_t *counters) {
+  if (!pass || !counters || n_tensors < 0 || (n_tensors && !tensors)) return ZO_BAD_ARGUMENT;
+  return run(pass, 1, tensors, n_tensors, counters);
+}
+
+extern "C" int zo_run_steps(const zo_pass *passes, int64_t n_passes, const zo_tensor *tensors, int64_t n_tensors,
+                            int64_t *counters) {
+  if (n_passes < 0 || (n_passes && !passes) || !counters || n_tensors < 0 || (n_tensors && !tensors))
+    return ZO_BAD_ARGUMENT;
+  for (int64_t i = 0; i < n_tensors; i++)
+    if (tensors[i].src != tensors[i].dst) return ZO_BAD_ARGUMENT;
+  return n_passes ? run(passes, n_passes, tensors, n_tensors, counters) : ZO_OK;
 }
 
 extern "C" int zo_philox(uint64_t seed, uint32_t domain, uint32_t tensor_id, uint32_t stream, uint64_t block,

@@ -4,6 +4,7 @@
 
     config.json     what was asked for
     metrics.jsonl   one line a step, one line an evaluation
+    journal.zoj     from which `zo-core replay` makes the weights of any step again
     checkpoint/     state.pt (optimizer, counters) and the weights it names; what --resume starts from
     model/          the tuned model and its tokenizer, for plain transformers
     summary.json    what came out        plot.png   loss and accuracy over the run
@@ -36,13 +37,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 import zo_core
+from zo_core import Journal, JournalError
 from zo_core.integrations import report, tasks
 from zo_core.integrations.config import FinetuneConfig, RunError, stored_config
 from zo_core.integrations.session import Session, first_line, prepare
 from zo_core.integrations.tasks import Evaluation
 
 SKIPS_IN_A_ROW = 20  # steps with a non-finite loss after which a run gives up
-OUR_FILES = ("config.json", "metrics.jsonl", "summary.json", "plot.png", "checkpoint", "model")
+OUR_FILES = ("config.json", "metrics.jsonl", "journal.zoj", "summary.json", "plot.png", "checkpoint", "model")
 
 
 class RunInterrupted(Exception):
@@ -147,6 +149,8 @@ class Run:
         self.checkpoint.mkdir(exist_ok=True)
         self.metrics.flush()
         os.fsync(self.metrics.fileno())
+        if self.optimizer.journal is not None:  # no checkpoint is ahead of it
+            self.optimizer.journal.sync()
         self.state.metrics_bytes = self.metrics.tell()
         if best:
             self.state.best_step = self.state.step
@@ -197,7 +201,18 @@ class Run:
         self.metrics = open(self.folder / "metrics.jsonl", "ab")  # noqa: SIM115 - open for the whole run
         self.metrics.truncate(min(self.state.metrics_bytes, self.metrics.tell()))
         self.metrics.seek(0, os.SEEK_END)
+        self.optimizer.journal = self._journal()
         self.saved_at = time.monotonic()
+
+    def _journal(self) -> Journal | None:
+        """The run's journal at the step of the checkpoint; None for a run that went without one so far."""
+        path = self.folder / "journal.zoj"
+        try:
+            if path.exists():
+                return Journal.resume(path, self.optimizer)
+            return None if self.state.step else Journal.create(path, self.optimizer)
+        except JournalError as error:
+            raise RunError(f"{error}; remove {str(path)!r} to go on without a journal") from error
 
     def log(self, kind: str, **values: Any) -> None:
         """Add a line to metrics.jsonl; a value that is not finite becomes null."""
@@ -474,6 +489,8 @@ def finetune(
                 run.save()
                 raise
             run.save()
+            if run.optimizer.journal is not None:
+                run.optimizer.journal.close()
             summary = run.finish()
     except OSError as error:
         raise RunError(f"--output {str(config.output)!r} cannot be written: {error}") from error

@@ -63,16 +63,16 @@ def prepare(
         parts = tasks.split_examples(
             examples, validation=config.validation_size, test=config.test_size, seed=config.split_seed
         )._asdict()
-    source, device = _model_source(config.model, status), _device(config.device)
+    source, device = model_source(config.model, status), _device(config.device)
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError as error:
         raise RunError("transformers is missing: pip install 'zo_core[train]'") from error
     status(f"loading {config.model}")
-    with _loading(config.model):
+    with loading(config.model):
         tokenizer = AutoTokenizer.from_pretrained(source)
     prompter = Prompter(tokenizer, config.template, words, config.max_length)
-    with _loading(config.model):
+    with loading(config.model):
         model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, config.dtype))
     model = model.to(device).eval()  # type: ignore[arg-type]
     longest = getattr(model.config, "max_position_embeddings", None)
@@ -100,13 +100,13 @@ def _majority(part: list[Encoded]) -> float:
 
 
 @contextmanager
-def _loading(name: str) -> Iterator[None]:
+def loading(name: str, what: str = "--model") -> Iterator[None]:
     """Turn what `from_pretrained` raises for a bad folder, name or network into one readable sentence."""
     try:
         yield
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise RunError(
-            f"--model {name!r} does not load: {first_line(error)}; expected a name "
+            f"{what} {name!r} does not load: {first_line(error)}; expected a name "
             f"({', '.join(names('model'))}), a folder with a causal language model and its tokenizer, or a "
             "hub id (needs network)"
         ) from error
@@ -125,7 +125,7 @@ def _autocast_is_faster(scorer: Scorer, batch: tasks.Batch) -> bool:
     return seconds[True] < 0.9 * seconds[False]
 
 
-def _model_source(name: str, status: Callable[[str], None]) -> str:
+def model_source(name: str, status: Callable[[str], None], what: str = "--model") -> str:
     """Where `from_pretrained` finds the model: a fetched asset, a folder, or `name` itself as a hub id."""
     if name in names("model"):
         return str(fetch(name, status))
@@ -134,7 +134,7 @@ def _model_source(name: str, status: Callable[[str], None]) -> str:
         return str(path)
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
         found = "a file" if path.exists() else "nothing"
-        raise RunError(f"--model {name!r}: expected a folder with a model, found {found} there")
+        raise RunError(f"{what} {name!r}: expected a folder with a model, found {found} there")
     return name
 
 

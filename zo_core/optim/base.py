@@ -18,6 +18,7 @@ from ..engines.base import Engine, uninterrupted
 from ..engines.inplace import InPlaceEngine
 from ..engines.shadow import ShadowEngine
 from ..estimators import Estimate, Losses
+from ..journal import Journal
 from ..kernels.reference import DISTRIBUTIONS
 from ..space import ParamSpace, Probe, some
 
@@ -107,6 +108,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         RuntimeError: ``processes`` without ``torch.distributed``.
     """
 
+    journal: Journal | None = None  # where each step leaves a record, if set
     _default: ClassVar[dict[str, Any]] = {"probes": 1, "distribution": "gaussian", "rho": 0.0, "hessian": None}
     _measures_curvature = False  # whether estimates have a curvature, which Hessian scaling needs
 
@@ -239,7 +241,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         done, self._stepping = False, True
         try:
             found = self.estimate(losses)
-            lr, decay = self._rates()
+            lr, decay = rates = self._rates()
             scalars = [found.coeffs.float().unsqueeze(1) * -lr, decay.unsqueeze(0)]
             if found.curvature is not None and state["hessian"]:
                 scalars += [
@@ -252,6 +254,11 @@ class ZOOptimizer(torch.optim.Optimizer):
             number = state["updates"] + state["skipped"]  # of the rounding: skipped steps restore, and round as well
             metric = [metric[0], metric[1][0]] if metric else []
             with uninterrupted():
+                if self.journal is not None:  # before the weights move: without its record a step does not happen
+                    self.journal.write_step(
+                        number, found, *rates, moved=usable, stochastic=self.stochastic_rounding, left_out=left_out,
+                        smoothing=self.param_groups[0]["smoothing"] if metric else None,
+                    )  # fmt: skip
                 rounding = number if self.stochastic_rounding else None
                 engine.update(found.probes, steps, decay[0], rounding, *metric)
                 state["updates"] += usable
@@ -526,6 +533,8 @@ class ZOOptimizer(torch.optim.Optimizer):
                 f"state_dict: expected state[{_STATE!r}] with {sorted(self._own)} as zo_core optimizers "
                 f"save, got {sorted(saved) if isinstance(saved, dict) else saved!r}"
             )
+        if saved["hessian"] != self._own["hessian"]:
+            raise ValueError(f"state_dict: expected hessian={self._own['hessian']!r}, got one of {saved['hessian']!r}")
         super().load_state_dict(state_dict)
         device = self._tensors()[0].device
         with torch.inference_mode(False):

@@ -1,0 +1,106 @@
+"""A run's model made again from the model it started with and its journal: the whole of the `zo-core replay` command."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zo_core.integrations.config import RunError
+from zo_core.integrations.session import first_line, loading, model_source
+from zo_core.journal import DTYPES, Journal, JournalError, replay
+
+
+def replay_model(
+    base: str,
+    journal: Path,
+    out: Path,
+    *,
+    step: int | None = None,
+    status: Callable[[str], None] = lambda text: None,
+    progress: Callable[[int, int], None] = lambda done, steps: None,
+) -> dict[str, Any]:
+    """Write the model that the run of `journal` had after `step` steps.
+
+    Args:
+        base: what the run started with: a model as `zo-core finetune` takes it, or a .safetensors file.
+        journal: the run's journal.zoj, or the run's folder.
+        out: a folder, or a .safetensors file if `base` is one; must not exist.
+        step: steps to make, skipped ones counted; None for all.
+        status: called with a short sentence at the start of each slow stage.
+        progress: called with the steps done and the steps to do.
+
+    Returns:
+        `steps` made, `of` those in the journal, and `dropped` bytes at its end.
+
+    Raises:
+        AssetError: a named model could not be fetched.
+        RunError: the base does not load or is not the run's, the journal is damaged, or `out` is taken.
+
+    """
+    if out.exists():
+        raise RunError(f"OUT {str(out)!r} is there already: choose another, or remove it")
+    one_file = base.endswith(".safetensors")
+    if one_file != (out.suffix == ".safetensors"):
+        raise RunError(f"OUT {str(out)!r}: expected a {'.safetensors file' if one_file else 'folder'}, as BASE is one")
+    path = journal / "journal.zoj" if journal.is_dir() else journal
+    part = out.with_name(out.name + ".part")
+    try:
+        steps = Journal.open(path)
+        if step is not None and not 0 <= step <= len(steps):
+            raise RunError(f"--step: expected 0 to {len(steps)}, the steps of {str(path)!r}, got {step}")
+        save = _replay_file if one_file else _replay_folder
+        out.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(part, ignore_errors=True)
+        made = save(base, steps, step, part, status, progress)
+        os.replace(part, out)
+    except JournalError as error:
+        raise RunError(f"{str(path)!r} and BASE {base!r}: {error}") from error
+    except OSError as error:
+        raise RunError(f"cannot replay {str(path)!r} into {str(out)!r}: {first_line(error)}") from error
+    return {"steps": made, "of": len(steps), "dropped": steps.dropped}
+
+
+def _replay_folder(
+    base: str, journal: Journal, step: int | None, part: Path, status: Callable[[str], None],
+    progress: Callable[[int, int], None],
+) -> int:  # fmt: skip
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = model_source(base, status, "BASE")
+    status(f"loading {base}")
+    with loading(base, "BASE"):
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        dtype = DTYPES[journal.header.tensors[0].dtype]
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    status("comparing weights")
+    made = replay(model, journal, step, progress=progress)
+    model.save_pretrained(part)
+    tokenizer.save_pretrained(part)
+    return made
+
+
+def _replay_file(
+    base: str, journal: Journal, step: int | None, part: Path, status: Callable[[str], None],
+    progress: Callable[[int, int], None],
+) -> int:  # fmt: skip
+    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import save_file
+
+    status("reading weights")
+    try:
+        with safe_open(base, "pt") as file:
+            about = file.metadata()
+            tensors: dict[str, torch.Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise RunError(f"BASE {base!r} is no safetensors file: {first_line(error)}") from error
+    for t in journal.header.tensors:
+        if t.name in tensors:  # trained in another dtype than it is stored in
+            tensors[t.name] = tensors[t.name].to(DTYPES[t.dtype])
+    made = replay(tensors, journal, step, progress=progress)
+    save_file(tensors, part, about)
+    return made

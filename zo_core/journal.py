@@ -1,0 +1,630 @@
+"""The journal of a run: an append-only file of the scalars from which all its weights can be made again.
+
+The bytes are described in docs/journal.md. Nothing is ever unpickled, and a reader believes no length that it has not
+compared with the size of the file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import struct
+import warnings
+import zlib
+from array import array
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from . import scaling
+from .bindings import native, ops
+from .engines.base import uninterrupted
+from .estimators import Estimate
+from .kernels.reference import DISTRIBUTIONS
+from .noise import VERSION as NOISE_VERSION
+from .space import ParamSpace, some
+
+if TYPE_CHECKING:
+    from .optim.base import ZOOptimizer
+
+FORMAT_VERSION = 1
+MAGIC = b"\x89ZOJ\r\n\x1a\n"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+RESIDUALS = {8: torch.int8, 16: torch.int16}
+
+_START = struct.Struct("<8sII")  # magic, format version, bytes of the JSON text that follows
+_FIXED = struct.Struct("<IIQQd")  # flags, K, step, first stream, loss
+_CRC = struct.Struct("<I")
+_CARRY_START = struct.Struct("<II")  # how many numbers, bytes of each
+_MOVED, _STOCHASTIC, _LEFT_OUT, _CURVATURE, _CARRY, _UNKNOWN = (1 << bit for bit in range(6))  # flags
+_FLOATS = np.dtype("<f4")
+_HASHED, _REPLAYED = 1 << 26, 1 << 22  # bytes hashed at once; coefficients in one call of replay_
+_STEPS = 64  # most steps in one call: by then memory traffic is a small part, and Ctrl-C waits a second, not a minute
+
+
+class JournalError(ValueError):
+    """A file that is no journal, or one that does not belong to the weights or the optimizer it is used with."""
+
+
+# ---- what is in it -----------------------------------------------------------------------------------------------
+
+
+class TensorInfo(NamedTuple):
+    """A trained tensor; ``rates`` says which of a record's pairs of learning rate and decay are its own."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    rates: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Header:
+    """What holds for all records. ``base`` is the SHA-256 of the weights' bytes before the first step."""
+
+    library: str
+    noise: int
+    backend: str
+    method: str
+    seed: int
+    distribution: str
+    residual: int  # bits, 0 for none
+    hessian: str  # one of scaling.KINDS, "" for none
+    engine: str
+    options: dict[str, Any]  # of the method, as they were at the start; for the reader, replay needs none
+    base: str
+    tensors: tuple[TensorInfo, ...]
+
+    @classmethod
+    def of(cls, optimizer: ZOOptimizer) -> Header:
+        """The header of a journal that starts with this optimizer's weights as they are."""
+        from . import __version__
+
+        own, first = optimizer._own, optimizer.param_groups[0]
+        tensors, names = optimizer._tensors(), iter(optimizer._names())
+        kinds: dict[tuple[int, bool], int] = {}
+        described = []
+        for number, group in enumerate(optimizer.param_groups):
+            for p in group["params"]:
+                rates = kinds.setdefault((number, bool(group["decay_vectors"] or p.ndim > 1)), len(kinds))
+                described.append(TensorInfo(next(names), tuple(p.shape), str(p.dtype).removeprefix("torch."), rates))
+        options = {k: v for k, v in first.items() if isinstance(v, str | int | float)}
+        return cls(
+            library=__version__, noise=NOISE_VERSION, backend=backend_of(tensors[0].device),
+            method=type(optimizer).__name__, seed=own["seed"], distribution=own["distribution"],
+            residual=own["residual"] or 0, hessian=own["hessian"] or "", engine=optimizer.engine,
+            options=options | {"stochastic_rounding": optimizer.stochastic_rounding}, base=hash_of(tensors),
+            tensors=tuple(described),
+        )  # fmt: skip
+
+    @classmethod
+    def parse(cls, text: bytes) -> Header:
+        """The header in this JSON text. JournalError unless every field is there and what it should be."""
+        try:
+            found = json.loads(text)
+            found["tensors"] = tuple(TensorInfo(n, tuple(s), d, r) for n, s, d, r in found["tensors"])
+            header = cls(**found)
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise JournalError(f"journal: its header is not one of format {FORMAT_VERSION}: {error}") from None
+        if header.noise != NOISE_VERSION:
+            raise JournalError(
+                f"journal: made with version {header.noise!r} of the noise by zo_core {header.library!r}, this one "
+                f"makes version {NOISE_VERSION}: use that version of the library"
+            )
+        kinds = {t.rates for t in header.tensors if type(t.rates) is int}
+        right = {
+            "library, backend, method, engine, base": all(
+                isinstance(x, str) for x in (header.library, header.backend, header.method, header.engine, header.base)
+            ),
+            "seed": type(header.seed) is int and 0 <= header.seed < 1 << 64,
+            "distribution": header.distribution in list(DISTRIBUTIONS),
+            "residual": type(header.residual) is int and header.residual in (0, *RESIDUALS),
+            "hessian": header.hessian in ("", *scaling.KINDS),
+            "options": isinstance(header.options, dict),
+            "tensors": bool(header.tensors) and all(map(_sound, header.tensors)) and kinds == set(range(len(kinds))),
+            "names": len({t.name for t in header.tensors if isinstance(t.name, str)}) == len(header.tensors),
+        }
+        if wrong := [name for name, fine in right.items() if not fine]:
+            raise JournalError(f"journal: its header has wrong {', '.join(wrong)}")
+        return header
+
+    def text(self) -> bytes:
+        """As JSON."""
+        return json.dumps(dataclasses.asdict(self), separators=(",", ":")).encode()
+
+    @property
+    def kinds(self) -> int:
+        """How many pairs of learning rate and decay a record has."""
+        return 1 + max(t.rates for t in self.tensors)
+
+    def compare(self, other: Header, *names: str) -> None:
+        """JournalError that names the first of these fields in which ``other``, which is at hand, differs."""
+        for name in names:
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if name == "tensors" and mine != theirs:
+                _compare_tensors(mine, theirs)
+            if mine != theirs:
+                raise JournalError(f"{name}: expected {mine!r} as in the journal, got {theirs!r}")
+
+
+def _sound(t: TensorInfo) -> bool:
+    shape = all(type(n) is int and n >= 0 for n in t.shape)
+    return shape and isinstance(t.dtype, str) and t.dtype in DTYPES and type(t.rates) is int
+
+
+def _compare_tensors(mine: Sequence[TensorInfo], theirs: Sequence[TensorInfo]) -> None:
+    ours, others = [t.name for t in mine], [t.name for t in theirs]
+    if missing := [n for n in ours if n not in set(others)]:
+        raise JournalError(f"tensors: {some(missing)} of the journal are not there: pass the model it was made with")
+    if extra := [n for n in others if n not in set(ours)]:
+        raise JournalError(f"tensors: {some(extra)} are trained but not in the journal: freeze what was frozen then")
+    for a, b in zip(mine, theirs, strict=True):
+        if a != b:
+            raise JournalError(f"tensors: expected {a} at this place as in the journal, got {b}")
+
+
+def backend_of(device: torch.device) -> str:
+    """Which arithmetic serves tensors on this device: backends with one name make the same bits."""
+    backend = ops.backend_for(device)
+    if backend is native:  # AVX2 and AVX-512 are one; the portable variant has no fused multiply-add
+        return "native portable" if native.get_isa() == "portable" else "native"
+    return f"{backend.__name__.rpartition('.')[2]} {device.type}"
+
+
+def hash_of(tensors: Sequence[Tensor]) -> str:
+    """SHA-256, in hexadecimal, of the bytes of the tensors in order, as if they were one."""
+    digest = hashlib.sha256()
+    for t in tensors:
+        flat = t.detach().reshape(-1).view(torch.uint8)
+        for part in torch.split(flat, _HASHED):
+            digest.update(part.cpu().numpy())  # type: ignore[arg-type]
+    return digest.hexdigest()
+
+
+class Record(NamedTuple):
+    """One step: theta <- (1 - decay) theta - lr sum_k coeffs[k] z(stream + k), with lr and decay of each tensor's group.
+
+    ``step`` counts from 0, skipped steps too, and is the stream of the stochastic rounding. A step that did not move the
+    weights (a loss was not finite) is a record like any other, with whatever numbers there were.
+    """
+
+    step: int
+    stream: int
+    coeffs: np.ndarray  # float32 (K,)
+    lr: np.ndarray  # float32, one a kind of rates
+    decay: np.ndarray  # float32, lr times weight decay
+    moved: bool
+    stochastic: bool
+    loss: float
+    left_out: frozenset[int] = frozenset()  # numbers of tensors that the step left out
+    curvature: np.ndarray | None = None  # float32 (K,), of methods that scale by a Hessian
+    smoothing: float = 0.0  # float32, with curvature
+    carry: np.ndarray | None = None  # float32 or float64 (n,), what the method keeps for its next step
+
+    def encode(self, header: Header, chain: int) -> bytes:
+        """The record's bytes. ``chain`` is the checksum before it."""
+        flags = _MOVED * self.moved | _STOCHASTIC * self.stochastic
+        flags |= _LEFT_OUT * bool(self.left_out) | _CURVATURE * (self.curvature is not None)
+        flags |= _CARRY * (self.carry is not None)
+        parts = [_FIXED.pack(flags, len(self.coeffs), self.step, self.stream, self.loss)]
+        parts += [x.astype(_FLOATS).tobytes() for x in (self.lr, self.decay, self.coeffs)]
+        if self.curvature is not None:
+            parts.append(np.append(self.curvature, self.smoothing).astype(_FLOATS).tobytes())
+        if self.left_out:
+            mask = np.zeros(len(header.tensors), dtype=bool)
+            mask[list(self.left_out)] = True
+            parts.append(np.packbits(mask, bitorder="little").tobytes())
+        if self.carry is not None:
+            numbers = self.carry.astype(self.carry.dtype.newbyteorder("<"))
+            parts += [_CARRY_START.pack(len(numbers), numbers.itemsize), numbers.tobytes()]
+        body = b"".join(parts)
+        return body + _CRC.pack(zlib.crc32(body, chain))
+
+
+def _decode(data: memoryview, at: int, header: Header, chain: int) -> tuple[Record, int] | None:
+    """The record at this place and its end; None if there is none that is whole."""
+    if len(data) - at < _FIXED.size:
+        return None
+    flags, k, step, stream, loss = _FIXED.unpack_from(data, at)
+    kinds, count = header.kinds, len(header.tensors)
+    floats = 2 * kinds + k + (k + 1) * bool(flags & _CURVATURE)
+    mask_at = at + _FIXED.size + 4 * floats
+    carry_at = end = mask_at + -(-count // 8) * bool(flags & _LEFT_OUT)
+    size = width = 0
+    if flags & _CARRY and end + _CARRY_START.size <= len(data):
+        size, width = _CARRY_START.unpack_from(data, end)
+        carry_at, end = end + _CARRY_START.size, end + _CARRY_START.size + size * width
+    if flags >= _UNKNOWN or (step | stream) >> 62 or end + _CRC.size > len(data):
+        return None
+    if zlib.crc32(data[at:end], chain) != _CRC.unpack_from(data, end)[0] or (flags & _CARRY and width not in (4, 8)):
+        return None
+    numbers = np.frombuffer(data, _FLOATS, floats, at + _FIXED.size)
+    lr, decay, coeffs, rest = np.split(numbers, (kinds, 2 * kinds, 2 * kinds + k))
+    bits = np.frombuffer(data, np.uint8, -(-count // 8), mask_at) if flags & _LEFT_OUT else np.zeros(0, np.uint8)
+    left_out = np.flatnonzero(np.unpackbits(bits, bitorder="little")[:count]).tolist()
+    curvature, smoothing = (rest[:-1], float(rest[-1])) if len(rest) else (None, 0.0)
+    carry = np.frombuffer(data, f"<f{width}", size, carry_at) if flags & _CARRY else None
+    record = Record(step, stream, coeffs, lr, decay, bool(flags & _MOVED), bool(flags & _STOCHASTIC), loss,
+                    frozenset(left_out), curvature, smoothing, carry)  # fmt: skip
+    return record, end + _CRC.size
+
+
+# ---- the file ----------------------------------------------------------------------------------------------------
+
+
+class Journal:
+    """A journal on disk: read it with ``open``, and give an optimizer one from ``create``, ``resume`` or ``recover``.
+
+        opt.journal = zo_core.Journal.create("run.zoj", opt)
+
+    Each step is then one write to the file, made before the step moves a weight: a process that is killed loses nothing
+    of it, and where writing fails (a full disk) the step does not happen. ``sync`` and ``close`` have the disk store
+    it; what the machine itself loses between them is a tail, which is dropped.
+
+    Attributes:
+        header: what holds for all records.
+        dropped: bytes at the end of the file that were no whole record when it was opened.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], writable: bool = False) -> None:
+        self.path = Path(path)
+        data = memoryview(self.path.read_bytes())
+        self.header, start = _read_start(data)
+        self._ends = array("Q", [start])  # of the header and of each record; the checksum is before it
+        while found := _decode(data, self._ends[-1], self.header, _crc_before(data, self._ends[-1])):
+            if found[0].step != len(self):
+                break
+            self._ends.append(found[1])
+        self.dropped = len(data) - self._ends[-1]
+        self._file = open(self.path, "r+b", buffering=0) if writable else None  # noqa: SIM115 - open for a whole run
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Journal:
+        """For reading. JournalError if the file is no journal; a torn record at its end is left out (``dropped``)."""
+        return cls(path)
+
+    @classmethod
+    def create(cls, path: str | os.PathLike[str], optimizer: ZOOptimizer) -> Journal:
+        """A new journal of an optimizer that has not stepped yet.
+
+        Raises:
+            JournalError: the optimizer has stepped.
+            FileExistsError: the file is there.
+        """
+        path = Path(path)
+        if steps := int(optimizer._own["steps"]):
+            raise JournalError(f"optimizer: expected one that has not stepped, got {steps} steps; resume goes on")
+        if path.exists():
+            raise FileExistsError(f"{path} exists: Journal.resume goes on with it, or remove it")
+        text = Header.of(optimizer).text()
+        start = _START.pack(MAGIC, FORMAT_VERSION, len(text)) + text
+        part = path.with_name(path.name + ".part")  # it appears under its name whole or not at all
+        with open(part, "wb") as file:
+            file.write(start + _CRC.pack(zlib.crc32(start)))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+        return cls(path, writable=True)
+
+    @classmethod
+    def resume(cls, path: str | os.PathLike[str], optimizer: ZOOptimizer) -> Journal:
+        """Go on with a journal where this optimizer, with its state loaded, stands; records beyond that are cut off.
+
+        Raises:
+            JournalError: the journal is of other tensors, another method, seed or noise, or ends before this step; at
+                step 0 also if the weights are not those it starts from.
+        """
+        with cls._for(path, optimizer) as journal:
+            if (steps := int(optimizer._own["steps"])) > len(journal):
+                raise JournalError(
+                    f"{path}: expected the records of all {steps} steps that the optimizer has taken, got {len(journal)}"
+                    f" (and {journal.dropped} bytes of none): go on without it, or from an older checkpoint"
+                )
+            journal._cut(steps)
+            return journal
+
+    @classmethod
+    def recover(cls, path: str | os.PathLike[str], optimizer: ZOOptimizer) -> Journal:
+        """Go on after the last record without a checkpoint: an optimizer that has not stepped makes all steps at once.
+
+        It and its weights are then as they were after that step, bit for bit where ``replay`` is. What is neither's, the
+        learning rate of a scheduler say, is the caller's to set.
+
+        Raises:
+            JournalError: the optimizer has stepped, or as ``resume``.
+        """
+        with cls._for(path, optimizer) as journal:
+            if optimizer._own["steps"]:
+                raise JournalError(
+                    "optimizer: expected one that has not stepped; Journal.resume goes on with its own steps"
+                )
+            _warn_of_rounding(journal.header, optimizer._tensors()[0].device, 3)
+            player, state = _Player(journal.header, optimizer._prepare().space), optimizer._own
+            with uninterrupted(), torch.no_grad():
+                moved, last = 0, None
+                for last in journal:
+                    player.add(last)
+                    moved += last.moved
+                player.play()
+                if last is not None:
+                    state["stream"].fill_(last.stream + len(last.coeffs))
+                    if last.carry is not None:
+                        state["carry"] = torch.from_numpy(last.carry.copy()).to(state["carry"].device)
+                state["updates"].fill_(moved)
+                state["skipped"].fill_(len(journal) - moved)
+                state["steps"] = len(journal)
+                optimizer._versions = optimizer._tensor_versions()
+            journal._cut(len(journal))
+            return journal
+
+    @classmethod
+    @contextmanager
+    def _for(cls, path: str | os.PathLike[str], optimizer: ZOOptimizer) -> Iterator[Journal]:
+        """The journal, open for writing if it is this optimizer's; closed again after an error."""
+        journal, now = cls(path, writable=True), Header.of(optimizer)
+        try:
+            journal.header.compare(
+                now, "tensors", "method", "seed", "distribution", "residual", "hessian", "engine",
+                *(() if optimizer._own["steps"] else ("base",)),
+            )  # fmt: skip
+            yield journal
+        except BaseException:
+            journal.close()
+            raise
+
+    def __len__(self) -> int:
+        """Number of records: steps from 0 on, skipped ones too."""
+        return len(self._ends) - 1
+
+    def __iter__(self) -> Iterator[Record]:
+        """The records in order."""
+        data = memoryview(self.path.read_bytes())[: self._ends[-1]]
+        for at in self._ends[:-1]:
+            found = _decode(data, at, self.header, _crc_before(data, at))
+            if found is None:
+                raise JournalError(f"{self.path}: changed since it was opened")
+            yield found[0]
+
+    def write(self, record: Record) -> None:
+        """Append a record; one of an earlier step replaces it and all that came after.
+
+        Raises:
+            JournalError: a step is missing before it, or it is not open for writing.
+            OSError: it could not be written; the journal is as it was.
+        """
+        if self._file is None:
+            raise JournalError(f"{self.path}: opened for reading only; Journal.resume writes")
+        if record.step > len(self):
+            raise JournalError(f"{self.path}: expected step {len(self)} next, got step {record.step}")
+        self._cut(record.step)
+        end = self._ends[-1]
+        os.lseek(self._file.fileno(), end - _CRC.size, os.SEEK_SET)
+        data = record.encode(self.header, _crc_before(memoryview(self._file.read(_CRC.size)), _CRC.size))
+        try:
+            written = self._file.write(data)
+            if written != len(data):
+                raise OSError(
+                    f"{self.path}: {written} of {len(data)} bytes of a record could be written: is the disk full?"
+                )
+        except OSError:
+            self._file.truncate(end)
+            raise
+        self._ends.append(end + len(data))
+
+    def write_step(
+        self, step: Tensor, found: Estimate, lr: Tensor, decay: Tensor, *, moved: Tensor, stochastic: bool,
+        left_out: Collection[int] = (), smoothing: float | None = None,
+    ) -> None:  # fmt: skip
+        """``write`` of what an optimizer has at hand; waits for its device.
+
+        Args:
+            step: int64, one element.
+            found: where the step goes, along K probes.
+            lr: float32 (T,), learning rate of each tensor.
+            decay: float32 (T,), learning rate times weight decay of each tensor.
+            moved: bool, whether the step moves the weights.
+            stochastic: whether it rounds stochastically.
+            left_out: numbers of the tensors that the step leaves out.
+            smoothing: of a Hessian that learns from the step's curvature.
+
+        Raises:
+            JournalError: the optimizer's tensors or groups, or the way it draws probes, are not the journal's.
+        """
+        streams = torch.cat(found.probes).tolist() if found.probes else [0]
+        if streams != list(range(streams[0], streams[0] + len(streams))):
+            raise JournalError(f"probes: expected streams one after the other, got {streams[:4]}")
+        pairs, tensors = torch.stack((lr, decay)).cpu().numpy(), self.header.tensors
+        rates = [t.rates for t in tensors]
+        kinds = pairs[:, [rates.index(kind) for kind in range(self.header.kinds)]] if len(lr) == len(tensors) else None
+        if kinds is None or not np.array_equal(kinds[:, rates], pairs, equal_nan=True):
+            raise JournalError("optimizer: its tensors or groups are not those that the journal was made for")
+        curvature = found.curvature if smoothing is not None else None
+        self.write(
+            Record(
+                int(step), streams[0], found.coeffs.float().cpu().numpy(), kinds[0], kinds[1], bool(moved), stochastic,
+                float(found.loss), frozenset(left_out),
+                None if curvature is None else curvature.float().cpu().numpy(), smoothing or 0.0,
+                None if found.carry is None else found.carry.cpu().numpy(),
+            )
+        )  # fmt: skip
+
+    def sync(self) -> None:
+        """Return when all records are on the disk, whatever happens to the machine."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """``sync``, and no more writing."""
+        if self._file is not None:
+            self.sync()
+            self._file.close()
+            self._file = None
+
+    def _cut(self, steps: int) -> None:
+        """Leave the first so many records."""
+        del self._ends[steps + 1 :]
+        if self._file is not None and os.fstat(self._file.fileno()).st_size > self._ends[-1]:
+            self._file.truncate(self._ends[-1])
+
+
+def _crc_before(data: memoryview, end: int) -> int:
+    return int(_CRC.unpack_from(data, end - _CRC.size)[0])
+
+
+def _read_start(data: memoryview) -> tuple[Header, int]:
+    """The header and its end."""
+    if len(data) < _START.size or data[: len(MAGIC)] != MAGIC:
+        raise JournalError("journal: the file is none, it does not start as one")
+    _, version, length = _START.unpack_from(data)
+    if version != FORMAT_VERSION:
+        raise JournalError(
+            f"journal: has format version {version}, this library reads {FORMAT_VERSION}: use a newer one"
+        )
+    end = _START.size + length
+    if end + _CRC.size > len(data) or zlib.crc32(data[:end]) != _CRC.unpack_from(data, end)[0]:
+        raise JournalError("journal: its header is cut off or damaged, checksum or length are wrong")
+    return Header.parse(bytes(data[_START.size : end])), end + _CRC.size
+
+
+# ---- replay ------------------------------------------------------------------------------------------------------
+
+
+def replay(
+    base: nn.Module | Mapping[str, Tensor] | Sequence[Tensor],
+    journal: Journal | str | os.PathLike[str],
+    upto: int | None = None,
+    *,
+    progress: Callable[[int, int], None] = lambda done, steps: None,
+) -> int:
+    """Make the weights of a run again, in place, from those it started with.
+
+    On the backend of the run they are the run's bit for bit; on another one, and where the in-place engine was used, whose
+    probes round the weights, they agree to rounding, and a warning says so. Residuals are made anew beside the weights
+    and dropped at the end.
+
+    Args:
+        base: the weights before the first step: the module, its tensors by name, or in order.
+        journal: the journal or its path.
+        upto: how many steps to make, skipped ones counted; None: all.
+        progress: called with the steps done and the steps to do, at least every 64 steps.
+
+    Returns:
+        The number of steps made.
+
+    Raises:
+        JournalError: ``base`` is not what the journal starts from, or the journal is damaged.
+        ValueError: ``upto`` is more than the journal has.
+    """
+    journal = journal if isinstance(journal, Journal) else Journal.open(journal)
+    header, steps = journal.header, len(journal) if upto is None else upto
+    if not 0 <= steps <= len(journal):
+        raise ValueError(f"upto: expected 0 to {len(journal)}, the steps of the journal, got {upto}")
+    tensors = _tensors_of(base, header)
+    if (found := hash_of(tensors)) != header.base:
+        raise JournalError(
+            f"base: expected weights with SHA-256 {header.base}, from which the run started, got {found}"
+        )
+    device, bits = tensors[0].device, header.residual
+    _warn_of_rounding(header, device, 3)
+    space = ParamSpace(
+        [t.name for t in header.tensors], tensors, header.seed, header.distribution,
+        torch.zeros(1 + len(tensors), dtype=torch.int64, device=device),
+        [
+            torch.zeros(t.shape if t.dtype.itemsize == 2 else 0, dtype=RESIDUALS[bits], device=device)
+            for t in tensors if bits
+        ],
+        header.hessian or None, [scaling.identity(t, header.hessian) for t in tensors if header.hessian],
+    )  # fmt: skip
+    player = _Player(header, space)
+    with torch.no_grad():
+        for done, record in enumerate(islice(journal, steps)):
+            if player.add(record):
+                progress(done, steps)
+        player.play()
+    progress(steps, steps)
+    return steps
+
+
+def _warn_of_rounding(header: Header, device: torch.device, stacklevel: int) -> None:
+    here = backend_of(device)
+    if header.engine == "inplace" or here != header.backend:
+        why = "the run's probes were made in place" if header.engine == "inplace" else f"here it is {here!r}"
+        warnings.warn(
+            f"replay agrees with the run to rounding, not bit for bit: {why} (backend of the run: {header.backend!r})",
+            stacklevel=stacklevel,
+        )
+
+
+class _Player:
+    """Makes steps, many in one pass where there is no Hessian."""
+
+    def __init__(self, header: Header, space: ParamSpace) -> None:
+        self.space = space
+        self.waiting: list[Record] = []
+        self.rates = torch.tensor([t.rates for t in header.tensors], device=space.counters.device)
+
+    def add(self, record: Record) -> bool:
+        """Take one more step; whether those before it were made."""
+        first = self.waiting[0] if self.waiting else record
+        most = 1 if self.space.hessian else min(_STEPS, _REPLAYED // (len(self.rates) * max(1, len(first.coeffs))))
+        alike = len(first.coeffs) == len(record.coeffs) and first.stochastic == record.stochastic
+        full = not alike or len(self.waiting) >= max(1, most)
+        if full:
+            self.play()
+        if record.moved:
+            self.waiting.append(record)
+        return full
+
+    def play(self) -> None:
+        """Make the steps that wait."""
+        if not self.waiting:
+            return
+        records, self.waiting, device = self.waiting, [], self.rates.device
+
+        def stacked(rows: list[np.ndarray]) -> Tensor:
+            return torch.from_numpy(np.stack(rows)).to(device)
+
+        lr, decay = stacked([r.lr for r in records]), stacked([r.decay for r in records])
+        moves = torch.ones(len(records), len(self.rates), dtype=torch.bool, device=device)
+        for row, record in zip(moves, records, strict=True):
+            row[list(record.left_out)] = False
+        coeffs = stacked([r.coeffs for r in records]).unsqueeze(2) * -lr[:, None, self.rates]
+        coeffs, decay = coeffs.where(moves.unsqueeze(1), 0.0), decay[:, self.rates].where(moves, 0.0)
+        streams = torch.tensor([[r.stream] for r in records], device=device)
+        streams = streams + torch.arange(coeffs.shape[1], device=device)
+        updates = torch.tensor([r.step for r in records], device=device) if records[0].stochastic else None
+        if not self.space.hessian:
+            self.space.replay_(streams, coeffs, decay, updates)
+            return
+        learns: list[Tensor] = []
+        if (record := records[0]).curvature is not None:
+            learns = [torch.from_numpy(record.curvature.copy()).to(device).unsqueeze(1) * moves,
+                      torch.full_like(decay[0], record.smoothing) * moves[0]]  # fmt: skip
+        self.space.update_(list(torch.split(streams[0], 1)), coeffs[0], decay[0], updates, None, *learns)
+
+
+def _tensors_of(base: nn.Module | Mapping[str, Tensor] | Sequence[Tensor], header: Header) -> list[Tensor]:
+    """The tensors of the journal in ``base``, checked."""
+    if isinstance(base, nn.Module):
+        base = dict(base.named_parameters())
+    if not isinstance(base, Mapping):
+        if len(base) != len(header.tensors):
+            raise JournalError(f"base: expected {len(header.tensors)} tensors as in the journal, got {len(base)}")
+        base = {t.name: x for t, x in zip(header.tensors, base, strict=True)}
+    if missing := [t.name for t in header.tensors if t.name not in base]:
+        raise JournalError(f"base: {some(missing)} of the journal are not there, there are {some(list(base))}")
+    tensors = [base[t.name].detach() for t in header.tensors]
+    for t, x in zip(header.tensors, tensors, strict=True):
+        if tuple(x.shape) != t.shape or x.dtype != DTYPES[t.dtype]:
+            raise JournalError(
+                f"base: {t.name}: expected {t.dtype} of shape {t.shape} as in the journal, got {x.dtype} {tuple(x.shape)}"
+            )
+    return tensors
