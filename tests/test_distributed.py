@@ -3,7 +3,10 @@
 import copy
 import os
 import signal
+import subprocess
+import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,7 @@ from torch import distributed as dist
 from torch import nn
 
 import zo_core
-from zo_core.distributed import Parallel, RankError, checksum
+from zo_core.distributed import Parallel, RankError, checksum, sums
 
 ROOT = Path(__file__).parent.parent
 X = torch.linspace(-1, 1, 64 * 6).view(64, 6).sin()
@@ -54,16 +57,17 @@ def train(method, parallel, steps, dtype=torch.float32, dropout=0.0, **options):
 # ---- the same as one process -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("engine", ["shadow", "inplace"])
-def test_data_parallel_is_one_process_with_the_whole_batch(engine):
-    options = {"lr": 2e-2, "probes": 2, "engine": engine}
-    losses, _, _ = train(zo_core.MeZO, None, 50, **options)
-    found = ranks.run(train, 4, zo_core.MeZO, Parallel(), 50, **options)
-    for theirs, values, exchanged in found:
-        torch.testing.assert_close(theirs, losses, atol=1e-4, rtol=0)
-        assert same(values, found[0][1]) and theirs == found[0][0]
-        assert exchanged["step"] == 4 * 64  # of 4 ranks, a frame of four losses
-    assert losses[-1] < 0.9 * losses[0]
+def train_both(parallel):
+    return [train(zo_core.MeZO, parallel, 50, lr=2e-2, probes=2, engine=engine) for engine in ("shadow", "inplace")]
+
+
+def test_data_parallel_is_one_process_with_the_whole_batch():
+    alone, found = train_both(None), ranks.run(train_both, 4, Parallel())
+    for rank in found:
+        for (losses, _, _), (theirs, values, exchanged), first in zip(alone, rank, found[0], strict=True):
+            torch.testing.assert_close(theirs, losses, atol=1e-4, rtol=0)
+            assert theirs == first[0] and same(values, first[1]) and losses[-1] < 0.9 * losses[0]
+            assert exchanged["step"] == 4 * 64  # of 4 ranks, a frame of four losses
 
 
 PROBE_PARALLEL = {  # with more, with fewer points than ranks, and with numbers that are not float32
@@ -98,7 +102,7 @@ def test_both_are_data_parallel_bit_for_bit():
 
 
 def fail_once(parallel, engine):
-    """A closure that raises in rank 2, once: the errors, the weights after them and after five more steps."""
+    """A closure that raises in rank 2, once: the error, the weights before and after it and after five more steps."""
     model = network()
     opt = zo_core.FZOO(model, lr=2e-2, probes=8, engine=engine, processes=parallel, seed=7)
     closure = loss_of(model, parallel.part, parallel.parts)
@@ -118,23 +122,29 @@ def fail_once(parallel, engine):
     after = weights(model)
     for _ in range(5):
         opt.step(closure)
-    return type(caught.value).__name__, str(caught.value), before, after, weights(model), opt.updates
+    assert opt.updates == 6
+    return type(caught.value).__name__, str(caught.value), before, after, weights(model)
 
 
-@pytest.mark.parametrize(
-    ("parallel", "engine"), [(Parallel(), "shadow"), (Parallel(), "inplace"), (Parallel(data=2), "shadow")]
-)
-def test_an_exception_in_one_rank_raises_in_all_and_costs_no_weight(parallel, engine):
-    found = ranks.run(fail_once, 4, parallel, engine)
-    for rank, (kind, text, before, after, end, updates) in enumerate(found):
-        expected = ("ValueError", "no such batch")
-        assert (kind, text) == (
-            expected if rank == 2 else ("RankError", "step 1: rank 2 failed: ValueError: no such batch")
-        )
-        assert same(after, before) if engine == "shadow" else all(map(torch.allclose, after, before))
-        assert same(after, found[0][3]) and same(end, found[0][4]) and updates == 6
-    if engine == "shadow":
-        assert same(found[0][4], ranks.run(train, 4, zo_core.FZOO, parallel, 6, lr=2e-2, probes=8)[0][1])
+def fail_in_all_ways():
+    ways = {"data": (Parallel(), "shadow"), "both": (Parallel(data=2), "shadow"), "inplace": (Parallel(), "inplace")}
+    untroubled = {
+        name: train(zo_core.FZOO, ways[name][0], 6, lr=2e-2, probes=8, engine="shadow")[1] for name in ("data", "both")
+    }
+    return {name: fail_once(*way) for name, way in ways.items()}, untroubled
+
+
+def test_an_exception_in_one_rank_raises_in_all_and_costs_no_weight():
+    found = ranks.run(fail_in_all_ways, 4)
+    for rank, (ways, untroubled) in enumerate(found):
+        for name, (kind, text, before, after, end) in ways.items():
+            expected = ("RankError", "step 1: rank 2 failed: ValueError: no such batch")
+            assert (kind, text) == (("ValueError", "no such batch") if rank == 2 else expected)
+            assert same(after, found[0][0][name][3]) and same(end, found[0][0][name][4])
+            if name == "inplace":
+                assert all(map(torch.allclose, after, before))
+            else:
+                assert same(after, before) and same(end, untroubled[name])
 
 
 def nan_in_one():
@@ -149,19 +159,27 @@ def test_a_loss_that_is_not_finite_in_one_rank_skips_the_step_in_all():
     assert ranks.run(nan_in_one, 2) == [(1, True)] * 2
 
 
-def run_until_killed(folder, steps, kill_at=None):
-    """Steps with a journal and a state every three; rank 1 kills itself. Goes on from the state that is there."""
+def run_until_killed(folder, keeps, steps, kill_at=None):
+    """Steps; rank 0 keeps a state every three, or a journal; rank 1 kills itself. Goes on from what is there."""
     rank, model = dist.get_rank(), network(torch.bfloat16)
-    opt = zo_core.MeZO(model, lr=1e-3, processes=Parallel(timeout=20), seed=3)
-    saved = Path(folder, "state.pt")
-    if saved.exists():
+    opt = zo_core.MeZO(model, lr=1e-3, processes=Parallel(timeout=30), seed=3)
+    saved = Path(folder, keeps)
+    if keeps == "journal" and saved.exists():
+        opt.journal = zo_core.Journal.recover(saved, opt)
+        if rank:
+            opt.journal.close()
+            opt.journal = None
+    elif saved.exists():
         found = torch.load(saved)
         model.load_state_dict(found["model"])
         opt.load_state_dict(found["opt"])
+    dist.barrier()  # all have looked before there is a file
     closure = loss_of(model, rank, dist.get_world_size())
+    if keeps == "journal" and rank == 0 and opt.journal is None:
+        opt.journal = zo_core.Journal.create(saved, opt)
     try:
         while opt._own["steps"] < steps:
-            if rank == 0 and opt._own["steps"] % 3 == 0:
+            if rank == 0 and keeps == "state" and opt._own["steps"] % 3 == 0:
                 torch.save({"model": model.state_dict(), "opt": opt.state_dict()}, saved)
             if rank == 1 and opt._own["steps"] == kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -171,17 +189,21 @@ def run_until_killed(folder, steps, kill_at=None):
     return weights(model), opt.updates
 
 
-def test_a_killed_rank_ends_the_others_and_the_run_goes_on(tmp_path):
-    for name in ("whole", "broken"):
-        (tmp_path / name).mkdir()
-    started = time.monotonic()
-    found = ranks.run(run_until_killed, 3, str(tmp_path / "broken"), 9, 5)
-    assert found[1] is None and time.monotonic() - started < 20
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The run that nobody kills."""
+    return ranks.run(run_until_killed, 3, str(tmp_path_factory.mktemp("whole")), "state", 9)
+
+
+@pytest.mark.parametrize("keeps", ["state", "journal"])
+def test_a_killed_rank_ends_the_others_and_the_run_goes_on(tmp_path, whole, keeps):
+    found = ranks.run(run_until_killed, 3, str(tmp_path), keeps, 9, 5, seconds=20)  # its timeout is longer
+    assert found[1] is None
     for text, updates in (found[0], found[2]):
         assert "lost the other processes" in text and updates == 5
-    whole = ranks.run(run_until_killed, 3, str(tmp_path / "whole"), 9)
-    resumed = ranks.run(run_until_killed, 3, str(tmp_path / "broken"), 9)
-    for (values, updates), (others, _) in zip(resumed, whole, strict=True):
+    for (values, updates), (others, _) in zip(
+        ranks.run(run_until_killed, 3, str(tmp_path), keeps, 9), whole, strict=True
+    ):
         assert updates == 9 and same(values, others)
 
 
@@ -300,16 +322,15 @@ def test_ranks_that_part_ways_are_refused_in_all():
         assert probes.startswith("number of evaluations: expected the same in all ranks, got 2 in rank 0; 10 in rank 1")
 
 
-def test_checksums_tell_tensors_apart():
-    t = torch.arange(3_000_000).sin()
+@pytest.mark.parametrize("of", [partial(checksum, 0), lambda t: tuple(sums(t).tolist())], ids=["checksum", "sums"])
+def test_checksums_tell_tensors_apart(of):
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        x = t.to(dtype)
+        x = torch.arange(3_000_000).sin().to(dtype)
         y = x.clone()
         y[2_500_000] += 1
-        assert checksum(0, x) == checksum(0, x.clone()) != checksum(0, y)
-        assert checksum(0, x) != checksum(0, x[:-1]) and checksum(1, x) != checksum(0, x)
-        assert checksum(0, x) != checksum(0, x.view(3, -1).flip(0).contiguous())
-    assert checksum(7, t[:0]) != 7
+        found = [of(x), of(y), of(x[:-1]), of(x.view(3, -1).flip(0).contiguous())]
+        assert len(set(found)) == 4 and of(x.clone()) == found[0]
+    assert of(x[:0]) == of(x[:0].clone()) and checksum(1, x) != checksum(0, x)
 
 
 # ---- arguments ---------------------------------------------------------------------------------------------------
@@ -352,3 +373,34 @@ def test_arguments_are_checked_and_bytes_are_counted():
 def test_without_torch_distributed_it_is_refused():
     with pytest.raises(RuntimeError, match="call init_process_group first"):
         zo_core.MeZO(network(), lr=1e-3, processes=Parallel())
+
+
+# ---- launchers ---------------------------------------------------------------------------------------------------
+
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+    "accelerate": [
+        *("accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--num_processes", "2"),
+        *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
+    ],
+}
+
+
+@pytest.mark.parametrize(("launcher", "option"), [("torchrun", "--shard"), ("accelerate", "--parts=2")])
+def test_the_example_runs_under_a_launcher(launcher, option):
+    command = [
+        sys.executable,
+        "-m",
+        *LAUNCHERS[launcher],
+        ROOT / "examples" / "distributed.py",
+        "--steps",
+        "11",
+        option,
+    ]
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        check=False, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0 and "weights and state of all processes agree" in done.stdout, done.stderr
+    losses = [float(line.split("loss ")[1].split(",")[0]) for line in done.stdout.splitlines() if "loss" in line]
+    assert losses[-1] < losses[0] and "step 10: loss" in done.stdout and "176 bytes exchanged" in done.stdout

@@ -206,6 +206,9 @@ def refusals():
         zo_core.MeZO(model, lr=1e-3, processes=Parallel(probes=2))
     with pytest.raises(ValueError, match="hessian: 'factored' needs whole rows"):
         zo_core.HiZOO(model, lr=1e-3, hessian="factored", processes=Parallel())
+    opt = zo_core.MeZO(model, lr=1e-3, processes=Parallel())
+    with pytest.raises(zo_core.JournalError, match="expected whole weights"):
+        zo_core.Journal.create("no.zoj", opt)
     return True
 
 

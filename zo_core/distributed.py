@@ -100,7 +100,7 @@ class Exchange:
     def __init__(self, parallel: Parallel) -> None:
         self.parallel, self.rank, self.ranks = parallel, dist.get_rank(), dist.get_world_size()
         self.data, self.probes = parallel.grid()
-        self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=parallel.timeout))
+        self.group = self._call(dist.new_group, backend="gloo", timeout=timedelta(seconds=parallel.timeout))
         self.step = self.total = 0  # bytes sent and received: in the last step, and in all
         self.compared = False
 
@@ -147,22 +147,26 @@ class Exchange:
 
     # ---- checks ------------------------------------------------------------------------------------------------
 
+    def start(self, optimizer: ZOOptimizer) -> None:
+        """Begin a step: ``compare``, if this is a step that does."""
+        self.step = 0
+        if not self.compared or optimizer._own["steps"] % self.parallel.check_every == 0:
+            self.compare(optimizer)
+
     def compare(self, optimizer: ZOOptimizer) -> None:
-        """Compare options, numbers and weights of all processes, if this is a step that does.
+        """Compare options, numbers and weights of all processes.
 
         Raises:
             RankError: they differ, or a process is gone.
         """
-        self.step = 0
-        if self.compared and optimizer._own["steps"] % self.parallel.check_every:
-            return
         facts = _facts(optimizer)
         crc = torch.tensor([zlib.crc32(json.dumps(facts).encode())], dtype=torch.float64, device="cpu")
-        if len(self._post(_COMPARES, optimizer._own["steps"], crc)[1].unique()) > 1:
+        _, crcs = self._post(_COMPARES, optimizer._own["steps"], crc)
+        if (crcs != crcs[0]).any():
             self._explain(facts)
-        sums = torch.tensor(_checksums(optimizer), device="cpu")  # (T, 2): which elements, and their checksum
+        found = torch.tensor(_checksums(optimizer), device="cpu")  # (T, 2): which elements, and their checksum
         for name, pairs in zip(
-            optimizer._names(), self._gather(sums.view(-1)).view(self.ranks, -1, 2).unbind(1), strict=True
+            optimizer._names(), self._gather(found.view(-1)).view(self.ranks, -1, 2).unbind(1), strict=True
         ):
             for where in set(pairs[:, 0].tolist()):  # those of one tensor that have the same elements of it
                 values = {r: crc for r, (at, crc) in enumerate(pairs.tolist()) if at == where}
@@ -210,19 +214,19 @@ class Exchange:
     def _gather(self, message: Tensor) -> Tensor:
         """The messages of all ranks, which have the same size, (ranks, n)."""
         out = [torch.empty_like(message) for _ in range(self.ranks)]
-        self._call(dist.all_gather, out, message)
+        self._call(dist.all_gather, out, message, group=self.group)
         self.step += message.nbytes * self.ranks
         self.total += message.nbytes * self.ranks
         return torch.stack(out)
 
     def _texts(self, text: str) -> list[str]:
         out: list[str] = [""] * self.ranks
-        self._call(dist.all_gather_object, out, text)
+        self._call(dist.all_gather_object, out, text, group=self.group)
         return out
 
-    def _call(self, collective: Callable[..., object], *args: Any) -> None:
+    def _call(self, collective: Callable[..., Any], *args: Any, **options: Any) -> Any:
         try:
-            collective(*args, group=self.group)
+            return collective(*args, **options)
         except RuntimeError as error:
             raise RankError(
                 f"step: rank {self.rank} lost the other processes: one was killed, left the loop, is at another point of it or "
@@ -265,7 +269,13 @@ def _checksums(optimizer: ZOOptimizer) -> list[tuple[int, int]]:
 
 
 def checksum(before: int, t: Tensor) -> int:
-    """32 bits that tell contiguous tensors apart: CRC of the sums of every million patterns, made where the tensor is."""
+    """CRC-32 of a contiguous tensor's bytes; of its ``sums`` if it is not on the CPU, so that no weight has to go there."""
+    data = t.detach().reshape(-1).view(torch.uint8) if t.device.type == "cpu" else sums(t).cpu()
+    return zlib.crc32(data.numpy(), before)  # type: ignore[arg-type]
+
+
+def sums(t: Tensor) -> Tensor:
+    """The sum of every million bit patterns, int64, on the tensor's device."""
     ints = {1: torch.int8, 2: torch.int16, 4: torch.int32}[t.itemsize]
     parts = torch.split(t.detach().reshape(-1).view(ints), _CHUNK)
-    return zlib.crc32(torch.stack([x.sum(dtype=torch.int64) for x in parts]).cpu().numpy(), before)  # type: ignore[arg-type]
+    return torch.stack([x.sum(dtype=torch.int64) for x in parts])

@@ -89,6 +89,10 @@ class Header:
         from . import __version__
 
         own, first = optimizer._own, optimizer.param_groups[0]
+        if optimizer._prepare().space.pieces:
+            raise JournalError(
+                "optimizer: expected whole weights, its are sharded (DTensors): save its state_dict instead"
+            )
         tensors, names = optimizer._tensors(), iter(optimizer._names())
         kinds: dict[tuple[int, bool], int] = {}
         described = []

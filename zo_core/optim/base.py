@@ -212,9 +212,8 @@ class ZOOptimizer(torch.optim.Optimizer):
         if self._stepping:
             raise RuntimeError("step: called from inside its own closure, where the weights are perturbed")
         engine, state = self._prepare(), self._own
-        if self.processes is not None:
-            self._exchange = self._exchange or Exchange(self.processes)
-            self._exchange.compare(self)
+        if (exchange := self._joined()) is not None:
+            exchange.start(self)
         stream, generators = state["stream"].clone(), _Generators(state["stream"].device)
 
         def evaluation() -> Tensor:
@@ -234,9 +233,9 @@ class ZOOptimizer(torch.optim.Optimizer):
                 engine.evaluate(lambda: stream, c, probe, left_out)
 
         def losses(points: Sequence[tuple[float, Probe | None]]) -> Tensor:
-            if self._exchange is None:
+            if exchange is None:
                 return torch.stack([evaluate(c, probe) for c, probe in points])
-            return self._exchange.losses(evaluate, pass_by, points, state["steps"])
+            return exchange.losses(evaluate, pass_by, points, state["steps"])
 
         done, self._stepping = False, True
         try:
@@ -503,6 +502,21 @@ class ZOOptimizer(torch.optim.Optimizer):
         """Bytes that this process sent to and received from others: in the last ``step``, and in ``all``."""
         found = self._exchange
         return {"step": found.step, "all": found.total} if found is not None else {"step": 0, "all": 0}
+
+    def compare(self) -> None:
+        """Compare weights, options and state of all processes now; all of them must call it, between steps.
+
+        Raises:
+            RankError: they differ, or a process is gone.
+        """
+        if (exchange := self._joined()) is not None:
+            exchange.compare(self)
+
+    def _joined(self) -> Exchange | None:
+        """What joins the processes; they make it together."""
+        if self._exchange is None and self.processes is not None:
+            self._exchange = Exchange(self.processes)
+        return self._exchange
 
     def memory(self) -> dict[str, int]:
         """Bytes: ``weights`` that are trained, their ``residuals``, ``hessians``, and what the engine took beside them, at most so far."""
