@@ -83,13 +83,9 @@ class Pieces:
         counters[1:].index_add_(0, self.owners, counts[1:])
 
 
-def prepare(module: nn.Module | None) -> list[Any]:
-    """The parts of a module that FSDP2 gathers, their shards where they stay (it pads them when it first gathers them)."""
-    units = [m for m in module.modules() if hasattr(m, "reshard") and hasattr(m, "unshard")] if module else []
-    for unit in units:
-        unit.unshard()  # type: ignore[operator]
-    reshard(units)
-    return units
+def units(module: nn.Module | None) -> list[Any]:
+    """The parts of a module that FSDP2 gathers."""
+    return [m for m in module.modules() if hasattr(m, "reshard")] if module else []
 
 
 def reshard(units: Sequence[Any]) -> None:

@@ -377,8 +377,8 @@ class ZOOptimizer(torch.optim.Optimizer):
             self._reset_residuals()
         if self._engine is None or self._look(tensors) != self._seen:
             if sharded := any(map(sharding.is_sharded, self._parameters())):
-                self._units = sharding.prepare(self.module)
-                tensors = self._tensors()
+                self._units = sharding.units(self.module)
+                sharding.reshard(self._units)
                 runs = [sharding.runs_of(n, p) for n, p in zip(self._names(), self._parameters(), strict=True)]
             pieces = sharding.Pieces(runs, device) if sharded else None
             with torch.inference_mode(False):
