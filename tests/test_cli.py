@@ -127,7 +127,7 @@ def test_replay_makes_a_run_again_as_a_folder_and_as_a_file(inputs: list[str], t
         (["--label", "positive"], "--label: expected VALUE=WORD"),
         (["--method", "adam"], "Invalid value for '--method'"),
         (["--data", "nowhere.csv"], "data 'nowhere.csv' cannot be read: No such file"),
-        (["--data", "everything"], "expected a name (reviews) or a file ending in .csv"),
+        (["--data", "everything"], "expected a name (reviews, products) or a file ending in .csv"),
         (["--text-column", "txt"], "no column 'txt', found 'body', 'stars'"),
         (["--label", "4= b"], "--label: '4' never occurs as a label; the data has '5' (100), '1' (100)"),
         (["--template", "Review:"], "--template: expected {text}"),

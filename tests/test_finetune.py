@@ -42,6 +42,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
         "model": str(tiny_lm.save(folder / "llama")),
         "data": str(data),
         "autocast": False,
+        "method": "mezo",
         "schedule": "constant",
     }
     return {**options, "lr": 1e-3, "eval_every": 10, "validation_size": 50, "test_size": 60, "steps": 25}

@@ -53,7 +53,7 @@ def test_behind_counts_paired_standard_errors() -> None:
 def test_a_sweep_finds_the_better_rates_goes_on_and_refuses_others(
     inputs: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = FinetuneConfig(**inputs, probes=4, lr=1e-4, output=tmp_path)
+    config = FinetuneConfig(**inputs, method="mezo", probes=4, lr=1e-4, output=tmp_path)
     result = sweep(config)
     losses = {(t["lr"], t["eps"]): t["loss"] for t in result["trials"]}
     finished = [loss for loss in losses.values() if loss is not None]
@@ -74,7 +74,8 @@ def test_a_sweep_finds_the_better_rates_goes_on_and_refuses_others(
 
 def test_hopeless_trials_are_stopped(inputs: dict[str, object], tmp_path: Path) -> None:
     trials = sweeps.Sweep(
-        prepare(FinetuneConfig(**{**inputs, "steps": 40}, probes=4, output=tmp_path)), sweeps.Console(quiet=True)
+        prepare(FinetuneConfig(**{**inputs, "steps": 40}, method="mezo", probes=4, output=tmp_path)),
+        sweeps.Console(quiet=True),
     )
     assert trials.trial(2e-3, 1e-3) < math.inf
     assert trials.trial(3e-2, 1e-3) == math.inf
@@ -116,6 +117,6 @@ def test_every_method_runs_with_its_own_defaults(method: str, inputs: dict[str, 
 
 def test_an_option_of_another_method_is_refused() -> None:
     with pytest.raises(ValueError, match="smoothing is an option of hizoo, hizoo-l; mezo has none"):
-        FinetuneConfig(smoothing=0.1)
+        FinetuneConfig(method="mezo", smoothing=0.1)
     with pytest.raises(ValueError, match="alpha is an option of spsa"):
         FinetuneConfig(method="fzoo", alpha=0.1)

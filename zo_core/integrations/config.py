@@ -24,10 +24,10 @@ class Method(NamedTuple):
     defaults: dict[str, Any]
 
 
-_MEZO = {"lr": 3e-5, "probes": 1, "distribution": "rademacher"}
-_HIZOO = {"lr": 3e-5, "probes": 1, "distribution": "gaussian", "smoothing": 1e-6}
-_FZOO = {"lr": 1e-3, "probes": 8, "distribution": "rademacher"}
-_SPSA = {"lr": 1e-4, "probes": 4, "distribution": "rademacher", "alpha": 0.1}
+_MEZO = {"lr": 3e-5, "probes": 1, "distribution": "rademacher", "eval_every": 100}
+_HIZOO = {"lr": 3e-5, "probes": 1, "distribution": "gaussian", "eval_every": 60, "smoothing": 1e-6}
+_FZOO = {"lr": 3e-3, "probes": 8, "distribution": "rademacher", "eval_every": 20}
+_SPSA = {"lr": 3e-4, "probes": 4, "distribution": "rademacher", "eval_every": 20, "alpha": 0.1}
 METHODS = {
     "mezo": Method("MeZO", {}, _MEZO),
     "lezo": Method("LeZO", {}, {**_MEZO, "rho": 0.75}),
@@ -117,7 +117,7 @@ class FinetuneConfig(BaseModel):
     split_seed: int = _option(0, "Data", "Seed of the division into parts.", ge=0, lt=2**63)
 
     method: Literal["mezo", "lezo", "hizoo", "hizoo-l", "fzoo", "fzoo-r", "spsa"] = _option(
-        "mezo", "Method", "Zeroth-order method."
+        "fzoo", "Method", "Zeroth-order method."
     )
     lr: float = _option(None, "Method", f"Learning rate. Without: {_defaults('lr')}.", gt=0)
     schedule: Literal["constant", "linear", "cosine"] = _option("linear", "Method", "How the learning rate falls.")
@@ -145,7 +145,7 @@ class FinetuneConfig(BaseModel):
     time_budget: Annotated[float | None, BeforeValidator(parse_duration)] = _option(
         None, "Run", "Stop after so much training time: 90s, 8m, 2h. 8m if no --steps either.", gt=0
     )
-    eval_every: int = _option(100, "Run", "Steps between validations.", ge=1)
+    eval_every: int = _option(None, "Run", f"Steps between validations. Without: {_defaults('eval_every')}.", ge=1)
     save_every: float = _option(5.0, "Run", "Minutes between checkpoints.", ge=0)
     keep_best: bool = _option(True, "Run", "Save and test the weights with the best validation accuracy, not the last.")
     output: Path = _option(Path("runs/finetune"), "Run", "Folder of the run.")
@@ -162,7 +162,11 @@ class FinetuneConfig(BaseModel):
     @classmethod
     def _methods_own(cls, values: Any) -> Any:
         """What is not given is as the method has it."""
-        method = METHODS.get(values.get("method", "mezo")) if isinstance(values, Mapping) else None
+        method = (
+            METHODS.get(values.get("method", cls.model_fields["method"].default))
+            if isinstance(values, Mapping)
+            else None
+        )
         if method is None:
             return values
         for name in ("smoothing", "alpha"):

@@ -184,7 +184,7 @@ def _show(console: Console, result: dict[str, Any], config: FinetuneConfig) -> N
         table.add_row(f"{t['lr']:g}", f"{t['eps']:g}", "-" if t["loss"] is None else f"{t['loss']:.4f}", mark)
     console.print(table)
     chosen = {"model": config.model, "data": config.data, "method": config.method}
-    options = [f"--{k} {shlex.quote(str(v))}" for k, v in chosen.items() if v != FinetuneConfig.model_fields[k].default]
+    options = [f"--{name} {shlex.quote(value)}" for name, value in chosen.items()]
     console.print(
         "go on with\n  " + " ".join(["zo-core finetune", *options, f"--lr {result['lr']:g} --eps {result['eps']:g}"]),
         highlight=False, soft_wrap=True, markup=False,
