@@ -1,6 +1,8 @@
 """Several processes take the steps of one: to the bit where the sums are the same; and what failures leave behind."""
 
+import contextlib
 import copy
+import io
 import os
 import signal
 import subprocess
@@ -375,7 +377,23 @@ def test_without_torch_distributed_it_is_refused():
         zo_core.MeZO(network(), lr=1e-3, processes=Parallel())
 
 
-# ---- launchers ---------------------------------------------------------------------------------------------------
+# ---- the page, launchers ---------------------------------------------------------------------------------------------------
+
+
+def run_the_page():
+    """The first code of docs/distributed.md, in a group that has been made."""
+    code = (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    names = {}
+    with torch.random.fork_rng(), contextlib.redirect_stdout(io.StringIO()):
+        torch.random.default_generator.manual_seed(0)
+        exec(code.replace("dist.init_process_group()", ""), names)
+    return float(names["loss"]), names["opt"].exchanged
+
+
+def test_the_page():
+    for loss, exchanged in ranks.run(run_the_page, 2):
+        assert loss < 0.9 and exchanged["step"] == 2 * 64
+
 
 LAUNCHERS = {
     "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"],

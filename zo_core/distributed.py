@@ -159,15 +159,14 @@ class Exchange:
         Raises:
             RankError: they differ, or a process is gone.
         """
-        facts = _facts(optimizer)
-        crc = torch.tensor([zlib.crc32(json.dumps(facts).encode())], dtype=torch.float64, device="cpu")
+        facts = json.dumps(_facts(optimizer), default=str)
+        crc = torch.tensor([zlib.crc32(facts.encode())], dtype=torch.float64, device="cpu")
         _, crcs = self._post(_COMPARES, optimizer._own["steps"], crc)
         if (crcs != crcs[0]).any():
             self._explain(facts)
-        found = torch.tensor(_checksums(optimizer), device="cpu")  # (T, 2): which elements, and their checksum
-        for name, pairs in zip(
-            optimizer._names(), self._gather(found.view(-1)).view(self.ranks, -1, 2).unbind(1), strict=True
-        ):
+        mine = torch.tensor(_checksums(optimizer), device="cpu")  # (T, 2): which elements, and their checksum
+        everyone = self._gather(mine.view(-1)).view(self.ranks, -1, 2)
+        for name, pairs in zip(optimizer._names(), everyone.unbind(1), strict=True):
             for where in set(pairs[:, 0].tolist()):  # those of one tensor that have the same elements of it
                 values = {r: crc for r, (at, crc) in enumerate(pairs.tolist()) if at == where}
                 if len(set(values.values())) > 1:
@@ -177,10 +176,11 @@ class Exchange:
                     )
         self.compared = True
 
-    def _explain(self, facts: Mapping[str, Any]) -> None:
+    def _explain(self, facts: str) -> None:
         """Say what differs."""
-        everyone = [json.loads(text) for text in self._texts(json.dumps(facts))]
-        told = {k: [str(f.get(k, "nothing")) for f in everyone] for k in {k: 0 for f in everyone for k in f}}
+        everyone = [json.loads(text) for text in self._texts(facts)]
+        every = dict.fromkeys(k for f in everyone for k in f)
+        told = {k: [str(f.get(k, "nothing")) for f in everyone] for k in every}
         names = [k for k, values in told.items() if len(set(values)) > 1]
         raise RankError(f"{some(names)}: expected the same in all ranks, got {names[0]} of {_by_value(told[names[0]])}")
 
@@ -201,12 +201,15 @@ class Exchange:
             texts = self._texts(text)
             failed = "; ".join(f"rank {r} failed: {texts[r]}" for r, code in enumerate(codes) if code == _FAILED)
             raise RankError(f"step {number}: {failed}")
-        told = {"step": steps, "comparison of weights": [code == _COMPARES for code in codes]}
-        for name, values_of in (told | {"number of evaluations": frames[:, 1].long().tolist()}).items():
-            if len(set(values_of)) > 1:
+        for name, told in (
+            ("step", steps),
+            ("comparison of weights", [code == _COMPARES for code in codes]),
+            ("number of evaluations", frames[:, 1].long().tolist()),
+        ):
+            if len(set(told)) > 1:
                 raise RankError(
-                    f"{name}: expected the same in all ranks, got {_by_value(values_of)}: load one state and set options "
-                    "in all of them"
+                    f"{name}: expected the same in all ranks, got {_by_value(told)}: load one state and set options in all "
+                    "of them"
                 )
         rest = [self._gather(values[first:])] if count > first else []
         return codes, torch.cat([frames[:, 2 : 2 + first], *rest], dim=1)
@@ -251,7 +254,7 @@ def _facts(optimizer: ZOOptimizer) -> dict[str, Any]:
     facts |= {k: own[k].tolist() for k in ("stream", "updates", "skipped", "carry")}
     for i, group in enumerate(optimizer.param_groups):
         options = {k: v for k, v in group.items() if k not in ("params", "param_names")}
-        facts |= {f"{k} of group {i}": float(v) if isinstance(v, Tensor) else v for k, v in options.items()}
+        facts |= {f"{k} of group {i}": v.tolist() if isinstance(v, Tensor) else v for k, v in options.items()}
     tensors = zip(optimizer._names(), optimizer._parameters(), strict=True)
     return facts | {name: f"{str(p.dtype).removeprefix('torch.')} {tuple(p.shape)}" for name, p in tensors}
 
