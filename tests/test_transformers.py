@@ -307,6 +307,8 @@ def test_a_method_is_found_by_its_name_in_the_package(tmp_path, monkeypatch):
         ({"zo_method": "Adam"}, r"zo_method: expected one of \[.*'MeZO'.*\], got 'Adam'"),
         ({"zo_method": "ZOOptimizer"}, "zo_method: expected one of"),
         ({"zo_options": "[1]"}, "zo_options: expected a dict"),
+        ({"zo_options": {"rhoo": 1}}, "zo_options: expected options of MeZO"),
+        ({"zo_options": {"lr": 1}}, "zo_options: expected options of MeZO"),
         ({"zo_options": "{1"}, "zo_options: expected a dict"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import warnings
 from collections.abc import Callable, Mapping
@@ -17,7 +18,7 @@ from transformers import Trainer, TrainingArguments
 
 import zo_core
 from zo_core.distributed import Parallel
-from zo_core.optim.base import ZOOptimizer
+from zo_core.optim.base import Options, ZOOptimizer
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
@@ -74,7 +75,15 @@ class ZOArguments(_Arguments):
                 self.zo_options = json.loads(self.zo_options)
         if not isinstance(self.zo_options, dict | None):
             raise ValueError(f"zo_options: expected a dict or its JSON, got {self.zo_options!r}")
-        optimizer_class(self.zo_method)
+        known = inspect.signature(optimizer_class(self.zo_method)).parameters
+        fields = {"params", "lr", "eps", "probes", "distribution", "residual", "engine", "weight_decay"}
+        if wrong := [
+            name for name in self.zo_options or {} if name in fields or name not in {*known, *Options.__annotations__}
+        ]:
+            own = sorted({*known, *Options.__annotations__} - fields - {"options", "method"})
+            raise ValueError(
+                f"zo_options: expected options of {self.zo_method} that are no fields, {own}, got {wrong[0]!r}"
+            )
         super().__post_init__()  # type: ignore[no-untyped-call]
         for name, why in _REFUSED.items():
             if value := getattr(self, name, None):

@@ -69,7 +69,8 @@ def _in_range(name: str, value: object, least: float = 0.0, most: float = sys.fl
     if not isinstance(value, Real):
         raise TypeError(f"{name}: expected a number, got {value!r}")
     if not least <= float(value) <= most:
-        raise ValueError(f"{name}: expected a number from {least:g} to {most:g}, got {value}")
+        bounds = f"of at least {least:g}" if most == sys.float_info.max else f"from {least:g} to {most:g}"
+        raise ValueError(f"{name}: expected a finite number {bounds}, got {value}")
 
 
 class ZOOptimizer(torch.optim.Optimizer):
@@ -116,6 +117,7 @@ class ZOOptimizer(torch.optim.Optimizer):
     probes = Shared(1, 1 << 20, Integral)
     rho = Shared(0.0, math.nextafter(1.0, 0.0))
 
+    _shared: ClassVar[tuple[Shared, ...]] = ()
     _engine: Engine | None = None
     _exchange: Exchange | None = None
     _units: Sequence[Any] = ()  # parts of the module that FSDP2 gathers
@@ -170,10 +172,16 @@ class ZOOptimizer(torch.optim.Optimizer):
         device = self._tensors()[0].device
         self._own = {"seed": seed, "distribution": distribution, "residual": residual, "residuals": [], "hashes": []}
         self._own |= {"hessian": hessian, "hessians": [], "steps": 0, "carry": torch.zeros(0, device=device)}
+        self._own["method"] = type(self).__name__
         with torch.inference_mode(False):
             for name in ("stream", "updates", "skipped", "counters"):
                 self._own[name] = torch.zeros(1, dtype=torch.int64, device=device)
         self._prepare()
+
+    def __init_subclass__(cls) -> None:
+        """Collect the method's options."""
+        super().__init_subclass__()
+        cls._shared = tuple(x for name in dir(cls) if isinstance(x := getattr(cls, name), Shared))
 
     # ---- what a method gives -----------------------------------------------------------------------------------
 
@@ -211,6 +219,9 @@ class ZOOptimizer(torch.optim.Optimizer):
             raise TypeError(f"closure: expected a function that returns the loss, got {closure!r}")
         if self._stepping:
             raise RuntimeError("step: called from inside its own closure, where the weights are perturbed")
+        for group in self.param_groups:
+            self._check_rates(group)
+        self._check_shared(self.param_groups[0])
         engine, state = self._prepare(), self._own
         if (exchange := self._joined()) is not None:
             exchange.start(self)
@@ -263,7 +274,9 @@ class ZOOptimizer(torch.optim.Optimizer):
                 state["updates"] += usable
                 state["skipped"] += ~usable
                 state["steps"] += 1
-                state["carry"] = state["carry"] if found.carry is None else found.carry
+                if found.carry is not None:
+                    kept = state["carry"] if len(state["carry"]) == len(found.carry) else found.carry * math.nan
+                    state["carry"] = torch.where(usable, found.carry, kept)
                 done = True
         except BaseException:  # all of the step or nothing: a signal held back until it was done changes nothing
             if not done:
@@ -281,7 +294,7 @@ class ZOOptimizer(torch.optim.Optimizer):
     def _left_out(self) -> set[int]:
         """Numbers of the tensors that this step leaves out."""
         rho = self.param_groups[0]["rho"]
-        if rho and not self._blocks:
+        if (rho or self.blocks is not None) and not self._blocks:
             found = layers.find_blocks(self.module, self.blocks)
             self._blocks = layers.tensors_of(found, self._parameters(), self.module)
         return layers.left_out(self._blocks, rho, seed=self.seed, step=self._own["steps"])
@@ -314,7 +327,11 @@ class ZOOptimizer(torch.optim.Optimizer):
         super().add_param_group({**param_group, "params": keep})
         group = self.param_groups[-1]
         try:
-            self._check_options(group)
+            self._check_rates(group)
+            self._check_shared(group)
+            for name in (option.name for option in self._shared):
+                if group[name] != (first := self.param_groups[0][name]):
+                    raise ValueError(f"{name}: expected {first} as in the first group, got {group[name]}")
             if len(self.param_groups) > 1 and _STATE in dict(self.state):
                 self._engine = None
                 self._prepare()
@@ -322,15 +339,16 @@ class ZOOptimizer(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
 
-    def _check_options(self, group: dict[str, Any]) -> None:
-        rate = group["lr"].item() if isinstance(group["lr"], Tensor) and group["lr"].numel() == 1 else group["lr"]
+    def _check_rates(self, group: dict[str, Any]) -> None:
+        rate = group["lr"]
+        if isinstance(rate, Tensor) and rate.numel() == 1:
+            rate = 0.0 if rate.is_cuda else rate.item()  # not waited for: one that is not finite skips the step
         _in_range("lr", rate)
         _in_range("weight_decay", group["weight_decay"])
-        for name in dir(type(self)):
-            if isinstance(option := getattr(type(self), name), Shared):
-                option.check(group[name])
-                if group[name] != (first := self.param_groups[0][name]):
-                    raise ValueError(f"{name}: expected {first} as in the first group, got {group[name]}")
+
+    def _check_shared(self, group: dict[str, Any]) -> None:
+        for option in self._shared:
+            option.check(group[option.name])
 
     def _check_processes(self, sharded: bool, hessian: str | None) -> None:
         if sharded and (self.processes is None or self.module is None):
@@ -532,12 +550,14 @@ class ZOOptimizer(torch.optim.Optimizer):
         if self._stepping:
             raise RuntimeError("state_dict: called from inside the closure, in the middle of a step")
         hashes = self._own["hashes"]
-        if self._versions is not None:  # else it was loaded, and so were its hashes
+        if self._versions is not None:
             self._reset_residuals()
+        if self._versions is not None or not hashes:  # else it was loaded, and so were its hashes
             pairs = zip(self._tensors(), self._own["residuals"], strict=False)
             hashes = [_hash(p) if r.numel() else None for p, r in pairs]
         state: dict[str, Any] = super().state_dict()
-        return {**state, "state": {**state["state"], _STATE: {**self._own, "hashes": hashes}}}
+        small = {name: x.clone() for name, x in self._own.items() if isinstance(x, Tensor)}  # as ``steps`` is: of now
+        return {**state, "state": {**state["state"], _STATE: {**self._own, **small, "hashes": hashes}}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's; the run continues bit for bit. ValueError if it is not a state of such an optimizer."""
@@ -547,8 +567,13 @@ class ZOOptimizer(torch.optim.Optimizer):
                 f"state_dict: expected state[{_STATE!r}] with {sorted(self._own)} as zo_core optimizers "
                 f"save, got {sorted(saved) if isinstance(saved, dict) else saved!r}"
             )
-        if saved["hessian"] != self._own["hessian"]:
-            raise ValueError(f"state_dict: expected hessian={self._own['hessian']!r}, got one of {saved['hessian']!r}")
+        for name in ("method", "hessian"):
+            if saved[name] != self._own[name]:
+                raise ValueError(f"state_dict: expected {name} {self._own[name]!r}, got one of {saved[name]!r}")
+        for name in ("residuals", "hessians"):
+            mine, theirs = ([_shape(x) for x in own[name]] for own in (self._own, saved))
+            if mine and theirs and mine != theirs:
+                raise ValueError(f"state_dict: expected {name} of shapes {mine}, got {theirs}")
         super().load_state_dict(state_dict)
         device = self._tensors()[0].device
         with torch.inference_mode(False):
@@ -568,6 +593,10 @@ def _to(x: Any, device: torch.device, copy: bool = False) -> Any:
     if isinstance(x, list):
         return [_to(y, device, copy) for y in x]
     return x.to(device, copy=copy) if isinstance(x, Tensor) else x
+
+
+def _shape(x: Any) -> Any:
+    return tuple(x.shape) if isinstance(x, Tensor) else [_shape(y) for y in x]
 
 
 def _hash(p: Tensor) -> int:
