@@ -174,7 +174,7 @@ def test_a_step_whose_loss_is_not_finite_moves_nothing_and_the_run_goes_on(tmp_p
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("method", [n for n in zo_core.__all__ if n not in ("ZOOptimizer",) and n[0].isupper()])
+@pytest.mark.parametrize("method", ["MeZO", "LeZO", "HiZOO", "FZOO", "SPSA"])
 def test_resume_is_bit_exact(tmp_path, method, dtype):
     def trainer(**more):
         args = arguments(
