@@ -375,7 +375,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--published-seeds", type=int, default=1, help="of published MeZO, which is slow")
     parser.add_argument("--forwards", type=int, default=192, help="budget of a run (default 192)")
-    parser.add_argument("--sweep-forwards", type=int, default=96, help="budget of a run that chooses a learning rate")
+    parser.add_argument("--sweep-forwards", type=int, default=192, help="budget of a run that chooses a learning rate")
     parser.add_argument("--longest", type=int, default=32, help="tokens of a prompt; longer ones are left out")
     parser.add_argument("--validation", type=int, default=128, help="sentences")
     parser.add_argument("--test", type=int, default=480, help="sentences")

@@ -26,8 +26,8 @@ class Method(NamedTuple):
 
 _MEZO = {"lr": 3e-5, "probes": 1, "distribution": "rademacher", "eval_every": 100}
 _HIZOO = {"lr": 3e-5, "probes": 1, "distribution": "gaussian", "eval_every": 60, "smoothing": 1e-6}
-_FZOO = {"lr": 3e-3, "probes": 8, "distribution": "rademacher", "eval_every": 20}
-_SPSA = {"lr": 3e-4, "probes": 4, "distribution": "rademacher", "eval_every": 20, "alpha": 0.1}
+_FZOO = {"lr": 2e-3, "probes": 8, "distribution": "rademacher", "eval_every": 20}
+_SPSA = {"lr": 4e-4, "probes": 4, "distribution": "rademacher", "eval_every": 20, "alpha": 0.1}
 METHODS = {
     "mezo": Method("MeZO", {}, _MEZO),
     "lezo": Method("LeZO", {}, {**_MEZO, "rho": 0.75}),
@@ -117,7 +117,7 @@ class FinetuneConfig(BaseModel):
     split_seed: int = _option(0, "Data", "Seed of the division into parts.", ge=0, lt=2**63)
 
     method: Literal["mezo", "lezo", "hizoo", "hizoo-l", "fzoo", "fzoo-r", "spsa"] = _option(
-        "fzoo", "Method", "Zeroth-order method."
+        "spsa", "Method", "Zeroth-order method."
     )
     lr: float = _option(None, "Method", f"Learning rate. Without: {_defaults('lr')}.", gt=0)
     schedule: Literal["constant", "linear", "cosine"] = _option("linear", "Method", "How the learning rate falls.")
