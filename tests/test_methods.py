@@ -215,6 +215,57 @@ def test_equal_losses_skip_a_step(name):
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), network().parameters(), strict=True))
 
 
+def test_fzoo_r_counts_only_losses_of_steps_that_counted():
+    model, other = network(), network()
+    opt, twin, options = pair("fzoo-r", model, other, eps=1e-2)
+    opt.step(lambda: math.nan)  # before there are any
+    twin.stream += 3
+    assert opt.carry.isnan().all()
+    opt.step(loss_of(model))
+    twin.step(loss_of(other), eps=1e-2, **options)
+    before = opt.carry.clone()
+    opt.step(lambda: math.nan)
+    twin.stream += 3
+    assert torch.equal(opt.carry, before)
+    opt.step(loss_of(model))
+    twin.step(loss_of(other), eps=1e-2, **options)
+    assert opt.skipped == 2
+    assert close(model, twin.values, 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "value"),
+    [
+        (zo_core.MeZO, "lr", -1.0), (zo_core.MeZO, "eps", 0.0), (zo_core.MeZO, "probes", 0), (zo_core.MeZO, "probes", 2.0),
+        (zo_core.FZOO, "probes", 1), (zo_core.HiZOO, "smoothing", 5.0), (zo_core.SPSA, "floor", 0.0), (zo_core.LeZO, "rho", 1.5),
+    ],
+)  # fmt: skip
+def test_options_set_anew_are_checked_before_a_weight_is_touched(method, name, value):
+    model = network()
+    opt = method(model, lr=1e-2)
+    opt.param_groups[0][name] = value
+    with pytest.raises(ValueError, match=f"{name}: expected"):
+        opt.step(loss_of(model))
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), network().parameters(), strict=True))
+
+
+def test_weights_read_past_their_modules_are_found_though_the_first_step_leaves_them_out():
+    model = network()
+    weights = [block[1].weight for block in model.blocks]
+
+    def loss():
+        x = model.first(X)
+        for block, weight in zip(model.blocks, weights, strict=True):
+            x = x + torch.tanh(nn.functional.linear(block[0](x), weight, block[1].bias))
+        return (model.last(x) - Y).square().mean()
+
+    opt = zo_core.MeZO(model, lr=0.0, rho=0.75)
+    with pytest.warns(UserWarning, match="read elsewhere"):
+        opt.step(loss)
+    held = {opt._engine.space.names[i] for i in opt._engine._held}
+    assert held == {f"blocks.{i}.1.weight" for i in range(4)}
+
+
 # ---- what estimates tend to -------------------------------------------------------------------------------------
 
 
@@ -304,10 +355,18 @@ def test_blocks_are_the_largest_list_or_the_named_one():
         (None, None, "module"),
         (model.first, None, "found none"),
         (model, "layers", "'layers'"),
+        (model, "last", "is a Linear"),
         (model, [model.first], "at least two"),
     ):
         with pytest.raises(ValueError, match=message):
             layers.find_blocks(module, blocks)
+
+
+def test_blocks_that_are_none_are_refused():
+    with pytest.raises(TypeError, match="blocks: expected modules"):
+        zo_core.MeZO(network(), lr=1e-2, blocks=list(network().parameters()))
+    with pytest.raises(ValueError, match="none of the trained tensors"):
+        zo_core.MeZO(network(), lr=1e-2, blocks=list(network().blocks))
 
 
 def test_shared_tensors_are_left_out_only_with_all_their_blocks():
@@ -333,18 +392,26 @@ def test_rho_may_be_set_anew_between_steps():
     assert not any(torch.equal(p, q) for p, q in zip(model.parameters(), network().parameters(), strict=True))
 
 
-def test_a_rho_out_of_range_is_refused_before_a_weight_is_touched():
+def test_a_state_of_another_method_or_shape_is_refused():
+    with pytest.raises(ValueError, match="state_dict: expected method 'FZOO', got one of 'MeZO'"):
+        zo_core.FZOO(network(), lr=1e-2).load_state_dict(zo_core.MeZO(network(), lr=1e-2).state_dict())
+    small, large = (zo_core.MeZO(nn.Linear(n, 1).bfloat16(), lr=1e-2, eps=0.1) for n in (5, 6))
+    with pytest.raises(ValueError, match="state_dict: expected residuals of shapes"):
+        small.load_state_dict(large.state_dict())
+
+
+def test_a_state_dict_is_of_one_moment():
     model = network()
-    opt = zo_core.LeZO(model, lr=1e-2)
-    opt.param_groups[0]["rho"] = 1.5
-    with pytest.raises(ValueError, match="rho: expected"):
-        opt.step(loss_of(model))
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), network().parameters(), strict=True))
+    opt = zo_core.FZOO(model, lr=1e-2)
+    opt.step(loss_of(model))
+    state = opt.state_dict()["state"]["zo"]
+    opt.step(loss_of(model))
+    assert (state["steps"], int(state["updates"]), int(state["stream"])) == (1, 1, 8)
 
 
 def test_a_state_of_another_metric_is_refused():
     state = zo_core.HiZOO(network(), lr=1e-2).state_dict()
-    with pytest.raises(ValueError, match="state_dict: expected hessian='factored', got one of 'diagonal'"):
+    with pytest.raises(ValueError, match="state_dict: expected hessian 'factored', got one of 'diagonal'"):
         zo_core.HiZOO(network(), lr=1e-2, hessian="factored").load_state_dict(state)
 
 

@@ -17,6 +17,7 @@ from twins import TwinMeZO
 from zo_core.bindings import ops
 
 import zo_core
+from zo_core.engines.base import uninterrupted
 
 
 def network(seed: int = 0, dropout: float = 0.0, dtype: torch.dtype = torch.float32) -> nn.Sequential:
@@ -492,3 +493,31 @@ def test_groups_added_to_a_module_s_optimizer_decay_as_they_say():
         opt.add_param_group({"params": [("extra", extra)], "weight_decay": 0.5})
     opt.step(lambda: 1.0)
     assert torch.allclose(extra.detach(), torch.full((5,), 0.95))
+
+
+def test_handlers_are_put_back_and_all_signals_delivered_whatever_a_handler_raises():
+    def raises(number, frame):
+        got.append(number)
+        raise KeyboardInterrupt
+
+    got, numbers = [], (signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM)
+    before = [signal.signal(number, raises) for number in numbers]
+    try:
+        with pytest.raises(KeyboardInterrupt), uninterrupted():
+            for number in numbers:
+                os.kill(os.getpid(), number)
+        assert sorted(got) == sorted(numbers)
+        for _ in range(300):  # timers that go off anywhere
+            signal.setitimer(signal.ITIMER_REAL, 2e-5)
+            try:
+                for _ in range(20):
+                    with uninterrupted():
+                        pass
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except KeyboardInterrupt:
+                pass
+            assert all(signal.getsignal(number) is raises for number in numbers)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)

@@ -1,10 +1,13 @@
 """ZOTrainer: Trainer's loop with zeroth-order steps. What Trainer gives stays, no backward runs, runs resume bit for bit."""
 
 import json
+import os
 
 import pytest
+import ranks
 import torch
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from torch import distributed as dist
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -171,7 +174,7 @@ def test_a_step_whose_loss_is_not_finite_moves_nothing_and_the_run_goes_on(tmp_p
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("method", [n for n in zo_core.__all__ if n not in ("ZOOptimizer",) and n[0].isupper()])
+@pytest.mark.parametrize("method", ["MeZO", "LeZO", "HiZOO", "FZOO", "SPSA"])
 def test_resume_is_bit_exact(tmp_path, method, dtype):
     def trainer(**more):
         args = arguments(
@@ -304,6 +307,8 @@ def test_a_method_is_found_by_its_name_in_the_package(tmp_path, monkeypatch):
         ({"zo_method": "Adam"}, r"zo_method: expected one of \[.*'MeZO'.*\], got 'Adam'"),
         ({"zo_method": "ZOOptimizer"}, "zo_method: expected one of"),
         ({"zo_options": "[1]"}, "zo_options: expected a dict"),
+        ({"zo_options": {"rhoo": 1}}, "zo_options: expected options of MeZO"),
+        ({"zo_options": {"lr": 1}}, "zo_options: expected options of MeZO"),
         ({"zo_options": "{1"}, "zo_options: expected a dict"),
     ],
 )
@@ -312,7 +317,7 @@ def test_what_makes_no_sense_is_refused_before_training(tmp_path, options, messa
         arguments(tmp_path, **options)
 
 
-def test_plain_arguments_other_optimizers_and_several_processes_are_refused(tmp_path, monkeypatch):
+def test_plain_arguments_other_optimizers_and_several_devices_are_refused(tmp_path, monkeypatch):
     with pytest.raises(TypeError, match="args: expected ZOTrainingArguments, got TrainingArguments"):
         ZOTrainer(make(), arguments(tmp_path, TrainingArguments))
     model = make()
@@ -324,9 +329,37 @@ def test_plain_arguments_other_optimizers_and_several_processes_are_refused(tmp_
     )
     with pytest.raises(TypeError, match="optimizers: expected an optimizer of zo_core, got SGD"):
         trainer.train()
+    opt = zo_core.MeZO(model, lr=1e-3)
+    trainer = ZOTrainer(model, arguments(tmp_path), train_dataset=rows(), optimizers=(opt, None))
     monkeypatch.setattr("accelerate.Accelerator.num_processes", 2)
-    with pytest.raises(ValueError, match="ZOTrainer: expected one process and one device, got 2"):
+    with pytest.raises(ValueError, match="optimizers: expected one with processes="):
+        trainer.create_optimizer()
+    monkeypatch.setattr(ZOTrainingArguments, "n_gpu", 2)
+    with pytest.raises(ValueError, match="ZOTrainer: expected one device a process, got 2"):
         ZOTrainer(make(), arguments(tmp_path))
+
+
+def train_in_order(folder, size):
+    """Losses and weights of a run over the rows in order, whatever the number of processes."""
+    if dist.is_initialized():
+        place = {"RANK": dist.get_rank(), "LOCAL_RANK": dist.get_rank(), "WORLD_SIZE": dist.get_world_size()}
+        os.environ.update(
+            {name: str(number) for name, number in place.items()}, MASTER_ADDR="localhost", MASTER_PORT="0"
+        )
+    model = make()
+    options = {"max_steps": 6, "lr_scheduler_type": "constant", "gradient_accumulation_steps": 2}
+    trainer = InOrder(model, arguments(folder, per_device_train_batch_size=size, **options), train_dataset=rows(32))
+    trainer.train()
+    exchanged = trainer.zo_optimizer.exchanged["step"]
+    return [x["loss"] for x in trainer.state.log_history if "loss" in x], weights(model), exchanged
+
+
+def test_two_processes_take_the_steps_of_one_with_twice_the_batch(tmp_path):
+    losses, _, _ = train_in_order(tmp_path / "one", 4)
+    found = ranks.run(train_in_order, 2, str(tmp_path / "two"), 2)
+    for theirs, values, exchanged in found:
+        assert theirs == pytest.approx(losses, abs=1e-4) and len(losses) == 6
+        assert same(values, found[0][1]) and exchanged == 2 * 64
 
 
 def test_an_optimizer_of_ones_own(tmp_path):

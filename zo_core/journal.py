@@ -95,6 +95,7 @@ class Header:
         """The header of a journal that starts with this optimizer's weights as they are."""
         from . import __version__
 
+        _refuse_shards(optimizer)
         names = optimizer._names()
         if twice := [name for name, count in Counter(names).items() if count > 1]:
             raise JournalError(f"tensors: {some(twice)} are names of several tensors: give each one of its own")
@@ -153,6 +154,11 @@ class Header:
                 _compare_tensors(mine, theirs)
             if mine != theirs:
                 raise JournalError(f"{name}: expected {mine!r} as in the journal, got {theirs!r}")
+
+
+def _refuse_shards(optimizer: ZOOptimizer) -> None:
+    if optimizer._prepare().space.pieces:
+        raise JournalError("optimizer: expected whole weights, its are sharded (DTensors): save its state_dict instead")
 
 
 def _lasting(optimizer: ZOOptimizer) -> dict[str, Any]:
@@ -396,6 +402,7 @@ class Journal:
     @contextmanager
     def _for(cls, path: str | os.PathLike[str], optimizer: ZOOptimizer, writable: bool = True) -> Iterator[Journal]:
         """The journal, open for writing if it is this optimizer's; closed again after an error."""
+        _refuse_shards(optimizer)
         journal = cls(path, writable)
         try:
             journal.header.compare(_lasting(optimizer))

@@ -18,15 +18,19 @@ def find_blocks(module: nn.Module | None, blocks: Blocks | None = None) -> list[
 
     Raises:
         ValueError: no module, no such list, or fewer than two blocks.
+        TypeError: blocks that are no modules.
     """
     if module is None and not (blocks and not isinstance(blocks, str)):
         raise ValueError("blocks: expected a module to find them in, or the blocks themselves: pass module= or blocks=")
     if isinstance(blocks, str):
         assert module is not None
         try:
-            blocks = list(module.get_submodule(blocks).children())
+            named = module.get_submodule(blocks)
         except AttributeError as error:
             raise ValueError(f"blocks: expected the name of a list of modules, got {blocks!r}: {error}") from None
+        if not isinstance(named, nn.ModuleList | nn.Sequential):
+            raise ValueError(f"blocks: expected the name of a list of modules, {blocks!r} is a {type(named).__name__}")
+        blocks = list(named)
     elif blocks is None:
         assert module is not None
         lists = [m for m in module.modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
@@ -36,6 +40,8 @@ def find_blocks(module: nn.Module | None, blocks: Blocks | None = None) -> list[
             )
         sizes = [sum(p.numel() for p in m.parameters()) for m in lists]
         blocks = list(lists[sizes.index(max(sizes))])
+    if wrong := [b for b in blocks if not isinstance(b, nn.Module)]:
+        raise TypeError(f"blocks: expected modules, got {type(wrong[0]).__name__}")
     if len(blocks) < 2:
         raise ValueError(f"blocks: expected at least two to choose from, got {len(blocks)}")
     return list(blocks)
@@ -45,22 +51,22 @@ def tensors_of(blocks: Sequence[nn.Module], tensors: Sequence[Tensor], module: n
     """Numbers of the tensors in each block; those that are used outside the blocks too are in none.
 
     A tensor that several blocks share (ALBERT) is in each of them, and left out when all of them are.
+
+    Raises:
+        ValueError: none of the tensors is in any block.
     """
     numbers = {id(p): i for i, p in enumerate(tensors)}
     inside = {m for block in blocks for m in block.modules()}
     others = [m for m in module.modules() if m not in inside] if module is not None else []
     outside = {id(p) for m in others for p in m._parameters.values()}
-    return [{numbers[id(p)] for p in b.parameters() if id(p) in numbers and id(p) not in outside} for b in blocks]
+    sets = [{numbers[id(p)] for p in b.parameters() if id(p) in numbers and id(p) not in outside} for b in blocks]
+    if not any(sets):
+        raise ValueError("blocks: expected blocks of the model, none of the trained tensors is in one of them")
+    return sets
 
 
 def left_out(blocks: Sequence[set[int]], rho: float, *, seed: int, step: int) -> set[int]:
-    """Numbers of the tensors that a step leaves out: floor(rho n) of n blocks, a pure function of seed and step.
-
-    Raises:
-        ValueError: rho is not in [0, 1).
-    """
-    if not 0 <= rho < 1:
-        raise ValueError(f"rho: expected a fraction of the blocks, 0 to less than 1, got {rho}")
+    """Numbers of the tensors that a step leaves out: floor(rho n) of n blocks, a pure function of seed and step."""
     count = int(rho * len(blocks) + 1e-9)  # 0.7 * 10 is 7
     if not count:
         return set()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import scaling
 from .bindings import ops
+from .sharding import Pieces
 
 Probe = Tensor  # int64 (1,): a stream number, on the device of the weights; a probe is known by its identity
 
@@ -30,6 +31,7 @@ class ParamSpace:
     residuals: list[Tensor] = field(default_factory=list)  # low-order bits of 16-bit tensors, or empty
     hessian: str | None = None  # one of scaling.KINDS
     hessians: list[list[Tensor]] = field(default_factory=list)  # of each tensor, where there is one; see ``scaling``
+    pieces: Pieces | None = None  # where tensors are shards of larger ones; then only ``update_`` is served
 
     def __post_init__(self) -> None:
         """Make what passes need of factored Hessians."""
@@ -75,10 +77,12 @@ class ParamSpace:
             self._rescale()
         elif restore is not None:
             coeffs = coeffs + (1 - decay if decay is not None else 1) * restore
-        torch.ops.zo_core.update_(
+        whole: dict[str, Any] = (
+            {"tensor_ids": list(range(len(self.tensors))), "offsets": []} if self.pieces is None else {}
+        )
+        (self.pieces or torch.ops.zo_core).update_(
             self.tensors,
-            tensor_ids=list(range(len(self.tensors))),
-            offsets=[],
+            **whole,
             streams=torch.cat(list(probes)) if probes else torch.empty(0, dtype=torch.int64, device=coeffs.device),
             coeffs=coeffs,
             counters=self.counters,

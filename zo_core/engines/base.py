@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -49,12 +49,35 @@ def uninterrupted() -> Iterator[None]:
         return
     handlers = {number: h for number in _SIGNALS if callable(h := signal.getsignal(number))}
     arrived: list[tuple[int, FrameType | None]] = []
-    for number in handlers:
-        signal.signal(number, lambda *args: arrived.append(args))
     try:
+        for number in handlers:
+            signal.signal(number, lambda *args: arrived.append(args))
         yield
     finally:
+        try:
+            _put_back(handlers)
+        finally:
+            _deliver(arrived, handlers)
+
+
+_Handlers = dict[int, Callable[[int, FrameType | None], Any]]
+
+
+def _put_back(handlers: _Handlers) -> None:
+    """All of them, whatever one that is back already raises meanwhile."""
+    try:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        for number, frame in arrived:
+    except BaseException:
+        _put_back(handlers)
+        raise
+
+
+def _deliver(arrived: list[tuple[int, FrameType | None]], handlers: _Handlers) -> None:
+    """Every signal that was held back, also after one whose handler raises."""
+    if arrived:
+        number, frame = arrived.pop(0)
+        try:
             handlers[number](number, frame)
+        finally:
+            _deliver(arrived, handlers)

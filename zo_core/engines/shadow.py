@@ -197,11 +197,13 @@ class ShadowEngine:
         """The closure's result at theta + c z(probe), z = 0 in tensors left out; at theta without a probe."""
         if probe is None or c == 0:
             return closure()
-        self._left_out = frozenset(leave_out)
-        result = self._run(closure, c, probe)
-        if self._checks and self._reads_elsewhere(closure, c, probe, result):
+        if self._checks:
+            self._left_out = frozenset()  # all are looked at, also those that this probe leaves out
             result = self._run(closure, c, probe)
-        return result
+            if not self._reads_elsewhere(closure, c, probe, result) and not leave_out:
+                return result
+        self._left_out = frozenset(leave_out)
+        return self._run(closure, c, probe)
 
     def update(
         self, probes: Sequence[Probe], coeffs: Tensor, decay: Tensor, update: Tensor | None,
@@ -462,7 +464,7 @@ class ShadowEngine:
             return not bool((seen - result).abs() <= 10 * noise)
 
         found: list[int] = []
-        groups = [[i for i in range(len(self.space.tensors)) if i not in self._held and i not in self._left_out]]
+        groups = [[i for i in range(len(self.space.tensors)) if i not in self._held]]
         for _ in range(_CHECKS):
             if not groups:
                 break

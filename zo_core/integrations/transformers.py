@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +17,8 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 import zo_core
-from zo_core.optim.base import ZOOptimizer
+from zo_core.distributed import Parallel
+from zo_core.optim.base import Options, ZOOptimizer
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
@@ -31,8 +34,8 @@ _REFUSED = {
     "activation_checkpointing": "no backward is run, so no activations are kept",
     "max_grad_norm": "there are no gradients to clip; use a smaller learning_rate",
     "fp16": "there are no gradients to scale; load the model in torch.float16, or set bf16",
-    "deepspeed": "several processes are not supported yet",
-    "fsdp": "several processes are not supported yet",
+    "deepspeed": "there are no gradients and no optimizer states to shard",
+    "fsdp": "weights are sharded in a loop of one's own (docs/distributed.md)",
 }
 
 
@@ -72,7 +75,15 @@ class ZOArguments(_Arguments):
                 self.zo_options = json.loads(self.zo_options)
         if not isinstance(self.zo_options, dict | None):
             raise ValueError(f"zo_options: expected a dict or its JSON, got {self.zo_options!r}")
-        optimizer_class(self.zo_method)
+        known = inspect.signature(optimizer_class(self.zo_method)).parameters
+        fields = {"params", "lr", "eps", "probes", "distribution", "residual", "engine", "weight_decay"}
+        if wrong := [
+            name for name in self.zo_options or {} if name in fields or name not in {*known, *Options.__annotations__}
+        ]:
+            own = sorted({*known, *Options.__annotations__} - fields - {"options", "method"})
+            raise ValueError(
+                f"zo_options: expected options of {self.zo_method} that are no fields, {own}, got {wrong[0]!r}"
+            )
         super().__post_init__()  # type: ignore[no-untyped-call]
         for name, why in _REFUSED.items():
             if value := getattr(self, name, None):
@@ -111,16 +122,17 @@ class ZOMixin(_Trainer):
     _window: list[Any]  # micro-batches of this step
 
     def create_accelerator_and_postprocess(self) -> None:
-        """As Trainer's; refuses several processes or devices, and turns backward off."""
+        """As Trainer's; refuses several devices in one process, and turns backward and what averages gradients off."""
         if not isinstance(self.args, ZOArguments):
             raise TypeError(f"args: expected ZOTrainingArguments, got {type(self.args).__name__}")
         super().create_accelerator_and_postprocess()
-        if (n := max(self.accelerator.num_processes, self.args.n_gpu)) > 1:
+        if (n := self.args.n_gpu) > 1:
             raise ValueError(
-                f"{type(self).__name__}: expected one process and one device, got {n}, which are not supported yet; "
-                "start one process, with CUDA_VISIBLE_DEVICES=0"
+                f"{type(self).__name__}: expected one device a process, got {n}: start a process for each (torchrun, accelerate "
+                "launch), or one with CUDA_VISIBLE_DEVICES=0"
             )
         self.accelerator.backward = lambda loss, **kwargs: None
+        self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)  # not in DDP
 
     def create_optimizer(self, model: Any = None) -> ZOOptimizer:
         """The method that the arguments name, over all that requires a gradient, unless an optimizer was given."""
@@ -135,10 +147,15 @@ class ZOMixin(_Trainer):
             named["eps"] = eps if args.eps is None else args.eps
             options: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
             options |= {"weight_decay": args.weight_decay, "seed": args.seed, "residual": args.residual}
+            options["processes"] = Parallel() if self.accelerator.num_processes > 1 else None
             options |= args.zo_options or {}
             self.optimizer = optimizer_class(args.zo_method)(model, lr=lr, **options)
         if not isinstance(optimizer := self.zo_optimizer, ZOOptimizer):
             raise TypeError(f"optimizers: expected an optimizer of zo_core, got {type(optimizer).__name__}")
+        if self.accelerator.num_processes > 1 and optimizer.processes is None:
+            raise ValueError(
+                "optimizers: expected one with processes=zo_core.distributed.Parallel(), as there are several"
+            )
         optimizer.step = MethodType(_step, optimizer)  # type: ignore[method-assign]
         return optimizer
 

@@ -11,8 +11,9 @@ from typing import Any, ClassVar, TypedDict
 import torch
 from torch import Tensor, nn
 
-from .. import layers, scaling
+from .. import layers, scaling, sharding
 from ..bindings import ops
+from ..distributed import Exchange, Parallel
 from ..engines.base import Engine, uninterrupted
 from ..engines.inplace import InPlaceEngine
 from ..engines.shadow import ShadowEngine
@@ -40,6 +41,7 @@ class Options(TypedDict, total=False):
     residual: int | None
     engine: str | None
     module: nn.Module | None
+    processes: Parallel | None
 
 
 class Shared:
@@ -67,7 +69,8 @@ def _in_range(name: str, value: object, least: float = 0.0, most: float = sys.fl
     if not isinstance(value, Real):
         raise TypeError(f"{name}: expected a number, got {value!r}")
     if not least <= float(value) <= most:
-        raise ValueError(f"{name}: expected a number from {least:g} to {most:g}, got {value}")
+        bounds = f"of at least {least:g}" if most == sys.float_info.max else f"from {least:g} to {most:g}"
+        raise ValueError(f"{name}: expected a finite number {bounds}, got {value}")
 
 
 class ZOOptimizer(torch.optim.Optimizer):
@@ -94,13 +97,16 @@ class ZOOptimizer(torch.optim.Optimizer):
             weight), or None. The value that is trained is weight + residual, the weight alone is the value rounded.
             float32 weights keep none. docs/precision.md says what each costs and saves.
         engine: "shadow" perturbs what modules read and never writes a weight to probe it; "inplace" writes the
-            weights, for closures that are arbitrary functions of them. None: shadow where a module is known.
+            weights, for closures that are arbitrary functions of them, and for sharded ones (DTensors). None: shadow
+            where a module is known and no weight is sharded.
         module: the module whose forwards use the tensors, where ``params`` is not that module itself.
+        processes: how the processes of ``torch.distributed`` share a step (docs/distributed.md); None: each is alone.
         method: further options of the method, each a ``Shared`` of its class.
 
     Raises:
         ValueError, TypeError: an argument out of its range, no trainable tensor, or one that the fused pass cannot
             serve (not float32, bfloat16 or float16; not contiguous; on another device; overlapping memory).
+        RuntimeError: ``processes`` without ``torch.distributed``.
     """
 
     journal: Journal | None = None  # where each step leaves a record, if set
@@ -111,11 +117,14 @@ class ZOOptimizer(torch.optim.Optimizer):
     probes = Shared(1, 1 << 20, Integral)
     rho = Shared(0.0, math.nextafter(1.0, 0.0))
 
+    _shared: ClassVar[tuple[Shared, ...]] = ()
     _engine: Engine | None = None
+    _exchange: Exchange | None = None
+    _units: Sequence[Any] = ()  # parts of the module that FSDP2 gathers
     _blocks: Sequence[set[int]] = ()
     _stepping = False
     _versions: list[tuple[object, ...]] | None = None
-    _dtypes: list[torch.dtype] | None = None
+    _seen: list[tuple[object, ...]] | None = None
 
     def __init__(
         self,
@@ -134,6 +143,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         residual: int | None = 8,
         engine: str | None = None,
         module: nn.Module | None = None,
+        processes: Parallel | None = None,
         method: Mapping[str, float] | None = None,
     ) -> None:
         given: dict[str, Any] = {"probes": probes, "distribution": distribution, "rho": rho, "hessian": hessian}
@@ -150,20 +160,28 @@ class ZOOptimizer(torch.optim.Optimizer):
         ops.signed64(seed)
         self.stochastic_rounding, self.blocks = stochastic_rounding, blocks
         self.module = params if isinstance(params, nn.Module) and module is None else module
-        self.engine = engine or ("inplace" if self.module is None else "shadow")
-        if self.engine == "shadow" and self.module is None:
+        if engine == "shadow" and self.module is None:
             raise ValueError("engine: 'shadow' needs the module whose forwards use the tensors: pass module=")
         if isinstance(params, nn.Module):
             params = [{"params": list(params.named_parameters()), "decay_vectors": False}]
         shared = {"eps": eps, "probes": probes, "rho": rho, **(method or {})}
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "decay_vectors": True, **shared})
+        sharded = any(map(sharding.is_sharded, self._parameters()))
+        self.engine, self.processes = engine or ("inplace" if self.module is None or sharded else "shadow"), processes
+        self._check_processes(sharded, hessian)
         device = self._tensors()[0].device
         self._own = {"seed": seed, "distribution": distribution, "residual": residual, "residuals": [], "hashes": []}
         self._own |= {"hessian": hessian, "hessians": [], "steps": 0, "carry": torch.zeros(0, device=device)}
+        self._own["method"] = type(self).__name__
         with torch.inference_mode(False):
             for name in ("stream", "updates", "skipped", "counters"):
                 self._own[name] = torch.zeros(1, dtype=torch.int64, device=device)
         self._prepare()
+
+    def __init_subclass__(cls) -> None:
+        """Collect the method's options."""
+        super().__init_subclass__()
+        cls._shared = tuple(x for name in dir(cls) if isinstance(x := getattr(cls, name), Shared))
 
     # ---- what a method gives -----------------------------------------------------------------------------------
 
@@ -201,19 +219,34 @@ class ZOOptimizer(torch.optim.Optimizer):
             raise TypeError(f"closure: expected a function that returns the loss, got {closure!r}")
         if self._stepping:
             raise RuntimeError("step: called from inside its own closure, where the weights are perturbed")
+        for group in self.param_groups:
+            self._check_rates(group)
+        self._check_shared(self.param_groups[0])
         engine, state = self._prepare(), self._own
+        if (exchange := self._joined()) is not None:
+            exchange.start(self)
         stream, generators = state["stream"].clone(), _Generators(state["stream"].device)
 
         def evaluation() -> Tensor:
             generators.rewind()
             if torch.is_autocast_cache_enabled():
                 torch.clear_autocast_cache()  # which knows parameters by their identity, not by their values
+            sharding.reshard(self._units)
             return _scalar(closure(), stream.device)
 
         left_out = self._left_out()
 
+        def evaluate(c: float, probe: Probe | None) -> Tensor:
+            return engine.evaluate(evaluation, c, probe, left_out)
+
+        def pass_by(c: float, probe: Probe | None) -> None:
+            if isinstance(engine, InPlaceEngine):  # going there and back rounds, as it does in other processes
+                engine.evaluate(lambda: stream, c, probe, left_out)
+
         def losses(points: Sequence[tuple[float, Probe | None]]) -> Tensor:
-            return torch.stack([engine.evaluate(evaluation, c, probe, left_out) for c, probe in points])
+            if exchange is None:
+                return torch.stack([evaluate(c, probe) for c, probe in points])
+            return exchange.losses(evaluate, pass_by, points, state["steps"])
 
         done, self._stepping = False, True
         try:
@@ -243,7 +276,9 @@ class ZOOptimizer(torch.optim.Optimizer):
                 state["updates"] += usable
                 state["skipped"] += ~usable
                 state["steps"] += 1
-                state["carry"] = state["carry"] if found.carry is None else found.carry
+                if found.carry is not None:
+                    kept = state["carry"] if len(state["carry"]) == len(found.carry) else found.carry * math.nan
+                    state["carry"] = torch.where(usable, found.carry, kept)
                 done = True
         except BaseException:  # all of the step or nothing: a signal held back until it was done changes nothing
             if not done:
@@ -254,15 +289,16 @@ class ZOOptimizer(torch.optim.Optimizer):
             raise
         finally:
             self._stepping = False
+            sharding.reshard(self._units)
             self._versions = self._tensor_versions()
         return found.loss
 
     def _left_out(self) -> set[int]:
         """Numbers of the tensors that this step leaves out."""
         rho = self.param_groups[0]["rho"]
-        if rho and not self._blocks:
+        if (rho or self.blocks is not None) and not self._blocks:
             found = layers.find_blocks(self.module, self.blocks)
-            self._blocks = layers.tensors_of(found, self._tensors(), self.module)
+            self._blocks = layers.tensors_of(found, self._parameters(), self.module)
         return layers.left_out(self._blocks, rho, seed=self.seed, step=self._own["steps"])
 
     def _rates(self) -> tuple[Tensor, Tensor]:
@@ -293,7 +329,11 @@ class ZOOptimizer(torch.optim.Optimizer):
         super().add_param_group({**param_group, "params": keep})
         group = self.param_groups[-1]
         try:
-            self._check_options(group)
+            self._check_rates(group)
+            self._check_shared(group)
+            for name in (option.name for option in self._shared):
+                if group[name] != (first := self.param_groups[0][name]):
+                    raise ValueError(f"{name}: expected {first} as in the first group, got {group[name]}")
             if len(self.param_groups) > 1 and _STATE in dict(self.state):
                 self._engine = None
                 self._prepare()
@@ -301,18 +341,42 @@ class ZOOptimizer(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
 
-    def _check_options(self, group: dict[str, Any]) -> None:
-        rate = group["lr"].item() if isinstance(group["lr"], Tensor) and group["lr"].numel() == 1 else group["lr"]
+    def _check_rates(self, group: dict[str, Any]) -> None:
+        rate = group["lr"]
+        if isinstance(rate, Tensor) and rate.numel() == 1:
+            rate = 0.0 if rate.is_cuda else rate.item()  # not waited for: one that is not finite skips the step
         _in_range("lr", rate)
         _in_range("weight_decay", group["weight_decay"])
-        for name in dir(type(self)):
-            if isinstance(option := getattr(type(self), name), Shared):
-                option.check(group[name])
-                if group[name] != (first := self.param_groups[0][name]):
-                    raise ValueError(f"{name}: expected {first} as in the first group, got {group[name]}")
+
+    def _check_shared(self, group: dict[str, Any]) -> None:
+        for option in self._shared:
+            option.check(group[option.name])
+
+    def _check_processes(self, sharded: bool, hessian: str | None) -> None:
+        if sharded and (self.processes is None or self.module is None):
+            raise ValueError(
+                "params: they are sharded (DTensors): pass processes=zo_core.distributed.Parallel(), so that all shards take "
+                "one step, and the module (module=), so that its forwards gather them anew"
+            )
+        probes = self.processes.grid()[1] if self.processes is not None else 1
+        if sharded and self.engine == "shadow":
+            raise ValueError("engine: 'shadow' cannot serve sharded weights (DTensors): leave it out, or 'inplace'")
+        if probes > 1 and self.engine == "inplace":
+            raise ValueError(
+                f"processes: expected probes=1 with engine='inplace', got {probes}: the way to a probe and back rounds, so "
+                "that weights would differ between processes that go to different ones"
+            )
+        if sharded and hessian == "factored":
+            raise ValueError(
+                "hessian: 'factored' needs whole rows and columns, these weights are sharded: use 'diagonal'"
+            )
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
 
     def _tensors(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"]]
+        """Their memory in this process: shards of those that are sharded."""
+        return [sharding.local(p) for p in self._parameters()]
 
     def _names(self) -> list[str]:
         return [
@@ -323,6 +387,7 @@ class ZOOptimizer(torch.optim.Optimizer):
 
     def _prepare(self) -> Engine:
         """The engine over the tensors as they are now; they are checked without being touched."""
+        sharding.reshard(self._units)
         state, tensors = self._own, self._tensors()
         device = tensors[0].device
         if state["stream"].device != device:  # the model has moved
@@ -330,7 +395,12 @@ class ZOOptimizer(torch.optim.Optimizer):
             self._engine, self._versions = None, self._tensor_versions()
         if state["residuals"]:
             self._reset_residuals()
-        if self._engine is None or [p.dtype for p in tensors] != self._dtypes:
+        if self._engine is None or self._look(tensors) != self._seen:
+            if sharded := any(map(sharding.is_sharded, self._parameters())):
+                self._units = sharding.units(self.module)
+                sharding.reshard(self._units)
+                runs = [sharding.runs_of(n, p) for n, p in zip(self._names(), self._parameters(), strict=True)]
+            pieces = sharding.Pieces(runs, device) if sharded else None
             with torch.inference_mode(False):
                 more = torch.zeros(1 + len(tensors) - len(state["counters"]), dtype=torch.int64, device=device)
                 counters, residuals = torch.cat([state["counters"], more]), state["residuals"]
@@ -342,7 +412,15 @@ class ZOOptimizer(torch.optim.Optimizer):
                 if kind := state["hessian"]:
                     hessians = hessians + [scaling.identity(p, kind) for p in tensors[len(hessians) :]]
             space = ParamSpace(
-                self._names(), tensors, state["seed"], state["distribution"], counters, residuals, kind, hessians
+                self._names(),
+                tensors,
+                state["seed"],
+                state["distribution"],
+                counters,
+                residuals,
+                kind,
+                hessians,
+                pieces,
             )
             space.update_([], torch.empty(0, len(tensors), dtype=torch.float32, device=device))
             state |= {"counters": counters, "residuals": residuals, "hessians": hessians}
@@ -351,8 +429,13 @@ class ZOOptimizer(torch.optim.Optimizer):
             self._warn_of_small_eps(space)
             shadow = self.engine == "shadow" and self.module is not None
             self._engine = ShadowEngine(space, self.module) if shadow else InPlaceEngine(space)  # type: ignore[arg-type]
-            self._versions, self._dtypes = self._tensor_versions(), [p.dtype for p in tensors]
+            self._versions, self._seen = self._tensor_versions(), self._look(tensors)
         return self._engine
+
+    def _look(self, tensors: Sequence[Tensor]) -> list[tuple[object, ...]]:
+        """What an engine is made for: dtypes, and the memory of shards, which the space of weights holds on to."""
+        pairs = zip(tensors, self._parameters(), strict=True)
+        return [(t.dtype, None if t is p else t.data_ptr()) for t, p in pairs]
 
     # ---- residuals ---------------------------------------------------------------------------------------------
 
@@ -434,6 +517,27 @@ class ZOOptimizer(torch.optim.Optimizer):
         counts = self._own["counters"][1:].tolist()
         return {name: n for name, n in zip(self._names(), counts, strict=True) if n}
 
+    @property
+    def exchanged(self) -> dict[str, int]:
+        """Bytes that this process sent to and received from others: in the last ``step``, and in ``all``."""
+        found = self._exchange
+        return {"step": found.step, "all": found.total} if found is not None else {"step": 0, "all": 0}
+
+    def compare(self) -> None:
+        """Compare weights, options and state of all processes now; all of them must call it, between steps.
+
+        Raises:
+            RankError: they differ, or a process is gone.
+        """
+        if (exchange := self._joined()) is not None:
+            exchange.compare(self)
+
+    def _joined(self) -> Exchange | None:
+        """What joins the processes; they make it together."""
+        if self._exchange is None and self.processes is not None:
+            self._exchange = Exchange(self.processes)
+        return self._exchange
+
     def memory(self) -> dict[str, int]:
         """Bytes: ``weights`` that are trained, their ``residuals``, ``hessians``, and what the engine took beside them, at most so far."""
         return {
@@ -448,12 +552,14 @@ class ZOOptimizer(torch.optim.Optimizer):
         if self._stepping:
             raise RuntimeError("state_dict: called from inside the closure, in the middle of a step")
         hashes = self._own["hashes"]
-        if self._versions is not None:  # else it was loaded, and so were its hashes
+        if self._versions is not None:
             self._reset_residuals()
+        if self._versions is not None or not hashes:  # else it was loaded, and so were its hashes
             pairs = zip(self._tensors(), self._own["residuals"], strict=False)
             hashes = [_hash(p) if r.numel() else None for p, r in pairs]
         state: dict[str, Any] = super().state_dict()
-        return {**state, "state": {**state["state"], _STATE: {**self._own, "hashes": hashes}}}
+        small = {name: x.clone() for name, x in self._own.items() if isinstance(x, Tensor)}  # as ``steps`` is: of now
+        return {**state, "state": {**state["state"], _STATE: {**self._own, **small, "hashes": hashes}}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's; the run continues bit for bit. ValueError if it is not a state of such an optimizer."""
@@ -463,17 +569,24 @@ class ZOOptimizer(torch.optim.Optimizer):
                 f"state_dict: expected state[{_STATE!r}] with {sorted(self._own)} as zo_core optimizers "
                 f"save, got {sorted(saved) if isinstance(saved, dict) else saved!r}"
             )
-        if saved["hessian"] != self._own["hessian"]:
-            raise ValueError(f"state_dict: expected hessian={self._own['hessian']!r}, got one of {saved['hessian']!r}")
+        for name in ("method", "hessian"):
+            if saved[name] != self._own[name]:
+                raise ValueError(f"state_dict: expected {name} {self._own[name]!r}, got one of {saved[name]!r}")
+        for name in ("residuals", "hessians"):
+            mine, theirs = ([_shape(x) for x in own[name]] for own in (self._own, saved))
+            if mine and theirs and mine != theirs:
+                raise ValueError(f"state_dict: expected {name} of shapes {mine}, got {theirs}")
         super().load_state_dict(state_dict)
         device = self._tensors()[0].device
         with torch.inference_mode(False):
             self._own = {k: _to(v, device, copy=True) for k, v in self._own.items()}
         self._engine = self._versions = None
+        if self._exchange is not None:
+            self._exchange.compared = False
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: the engine is rebuilt."""
-        own = {name: getattr(self, name) for name in ("stochastic_rounding", "blocks", "engine", "module")}
+        own = {name: getattr(self, name) for name in ("stochastic_rounding", "blocks", "engine", "module", "processes")}
         return {**super().__getstate__(), **own}
 
 
@@ -482,6 +595,10 @@ def _to(x: Any, device: torch.device, copy: bool = False) -> Any:
     if isinstance(x, list):
         return [_to(y, device, copy) for y in x]
     return x.to(device, copy=copy) if isinstance(x, Tensor) else x
+
+
+def _shape(x: Any) -> Any:
+    return tuple(x.shape) if isinstance(x, Tensor) else [_shape(y) for y in x]
 
 
 def _hash(p: Tensor) -> int:

@@ -39,6 +39,7 @@ class FZOO(ZOOptimizer):
         """One-sided differences over the unbiased standard deviation of the losses (equations 3 and 4 of the paper)."""
         probes = self.draw(self.probes)
         clean, side = one_side(losses, probes, self.eps)
-        before = self.carry if self.reuse and self.carry.shape == side.shape else side[:0]
-        among = torch.cat((side, torch.where(before.isfinite(), before, side[: len(before)])))
-        return Estimate(probes, (side - clean) / (len(probes) * among.std()), clean, carry=side)
+        among = torch.cat((side, self.carry)) if self.reuse else side  # not a number: of no step
+        known = among.isnan().logical_not().sum()
+        deviation = ((among - among.nanmean()).square().nansum() / (known - 1)).sqrt()
+        return Estimate(probes, (side - clean) / (len(probes) * deviation), clean, carry=side if self.reuse else None)

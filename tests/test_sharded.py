@@ -1,0 +1,218 @@
+"""Sharded weights take the steps of whole ones: each shard gets its part of the noise, whatever the way it is cut."""
+
+import copy
+import warnings
+
+import pytest
+import ranks
+import torch
+from torch import distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+import zo_core
+from zo_core.distributed import Parallel, RankError
+from zo_core.sharding import local, runs_of
+
+X = torch.linspace(-1, 1, 40 * 6).view(40, 6).sin()
+Y = X[:, :1] * X[:, 1:2] + X[:, 2:3]
+
+
+class Blocks(nn.Module):
+    """Three residual blocks between two layers; no size but 16 can be cut into equal parts."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(6, 16)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 7), nn.Tanh(), nn.Linear(7, 16)) for _ in range(3)
+        )
+        self.last = nn.Linear(16, 1)
+
+    def forward(self, x):
+        x = self.first(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.last(x)
+
+
+def network(dtype=torch.float32):
+    with torch.random.fork_rng():
+        torch.random.default_generator.manual_seed(0)
+        return Blocks().to(dtype)
+
+
+def fsdp(model):
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def shard(model, mesh, placements):
+    """Replace the parameters by DTensors, replicated where they have no such dimension."""
+    for module in list(model.modules()):
+        for name, p in list(module.named_parameters(recurse=False)):
+            places = [Replicate() if isinstance(x, Shard) and x.dim >= p.dim() else x for x in placements]
+            setattr(module, name, nn.Parameter(distribute_tensor(p.data, mesh, places)))
+    return model
+
+
+def cut(model, kind):
+    """A model with its weights sharded in one of these ways, or left whole."""
+    if kind == "fsdp":
+        fsdp(model)
+        model.load_state_dict({name: p.clone() for name, p in model.state_dict().items()}, assign=True)
+        return model
+    if kind == "columns":  # 16, 7 and 6 of them over 3 ranks
+        return shard(model, init_device_mesh("cpu", (3,)), [Shard(1)])
+    if kind == "rows and columns":
+        return shard(model, init_device_mesh("cpu", (2, 2)), [Shard(0), Shard(1)])
+    if kind == "fsdp over rows":
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+        return fully_shard(shard(model, mesh["tensor"], [Shard(0)]), mesh=mesh["data"])
+    return model
+
+
+def gathered(model):
+    return [(p.full_tensor() if hasattr(p, "full_tensor") else p).detach().float().clone() for p in model.parameters()]
+
+
+METHODS = {"mezo": zo_core.MeZO, "lezo": zo_core.LeZO, "hizoo": zo_core.HiZOO, "fzoo": zo_core.FZOO}
+RUNS = {
+    "mezo": {"lr": 2e-2, "probes": 2},
+    "lezo": {"method": "lezo", "lr": 2e-2, "rho": 0.5},
+    "bfloat16, residuals of 8 bits": {"lr": 2e-2, "dtype": torch.bfloat16},
+    "float16, no residuals": {"method": "fzoo", "lr": 1e-2, "dtype": torch.float16, "residual": None, "probes": 3},
+    "hizoo": {"method": "hizoo", "lr": 2e-2, "smoothing": 1e-2},
+}
+
+
+def train(kind, steps, method="mezo", dtype=torch.float32, **options):
+    """Losses and gathered weights."""
+    model = cut(network(dtype), kind)
+    parallel = Parallel(check_every=3) if kind else None
+    calculates = model if kind in ("", "fsdp") else network(dtype)
+
+    def loss():
+        full = {name: p.full_tensor() for name, p in model.named_parameters()} if calculates is not model else {}
+        return (torch.func.functional_call(calculates, full, X.to(dtype)).float() - Y).square().mean()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # that residuals start from 0, say
+        warnings.filterwarnings("ignore", "eps=")
+        opt = METHODS[method](
+            model, engine=None if kind else "inplace", seed=7, processes=parallel, weight_decay=0.1, **options
+        )
+        losses = []
+        for _ in range(steps):
+            losses.append(float(opt.step(loss)))
+            with torch.no_grad():
+                loss()  # FSDP2 keeps the weights of its root gathered
+    assert opt.engine == "inplace" and opt.updates == steps
+    return losses, gathered(model)
+
+
+def train_all(kind, steps, names=tuple(RUNS)):
+    return {name: train(kind, steps, **RUNS[name]) for name in names}
+
+
+@pytest.mark.parametrize(
+    ("kind", "count", "steps", "names"),
+    [
+        ("fsdp", 3, 20, tuple(RUNS)),
+        ("columns", 3, 4, ("lezo", "bfloat16, residuals of 8 bits", "hizoo")),
+        ("rows and columns", 4, 3, ("float16, no residuals",)),
+        ("fsdp over rows", 4, 3, ("bfloat16, residuals of 8 bits",)),
+    ],
+)
+def test_shards_are_one_process_bit_for_bit(kind, count, steps, names):
+    alone = train_all("", steps, names)
+    for found in ranks.run(train_all, count, kind, steps, names):
+        for name, (losses, values) in found.items():
+            assert losses == alone[name][0], name
+            assert all(map(torch.equal, values, alone[name][1])), name
+
+
+def whereabouts():
+    """Whether runs say where elements are: of tensors of many shapes, cut in many ways."""
+    cuts = {(4,): [[Shard(0)], [Shard(1)], [Shard(2)], [Replicate()]]}
+    cuts[2, 2] = [[Shard(0), Shard(1)], [Shard(1), Shard(0)], [Shard(0), Shard(0)], [Replicate(), Shard(2)]]
+    checked = 0
+    for sizes, ways in cuts.items():
+        mesh = init_device_mesh("cpu", sizes)
+        for placements in ways:
+            for shape in [(), (1,), (3,), (9,), (5, 7), (1, 9), (8, 1), (3, 5, 2), (4, 3, 6), (0, 3)]:
+                if any(isinstance(x, Shard) and x.dim >= len(shape) for x in placements):
+                    continue
+                p = distribute_tensor(torch.arange(torch.Size(shape).numel()).view(shape), mesh, placements)
+                length, starts = runs_of("p", p)
+                found = torch.cat([torch.arange(start, start + length) for start in starts])
+                assert torch.equal(found, local(p).reshape(-1)), (shape, placements)
+                checked += 1
+    p = DTensor.from_local(torch.ones(3), mesh, [Partial(), Replicate()])
+    with pytest.raises(
+        ValueError, match="p: expected a DTensor that is sharded or replicated, got P.*: redistribute it"
+    ):
+        runs_of("p", p)
+    return checked
+
+
+def test_runs_say_where_the_elements_of_shards_are():
+    assert ranks.run(whereabouts, 4) == [50] * 4
+
+
+def one_step_ahead():
+    """Replicas of a shard are compared: what is said when one differs. States are of shards, and a run goes on."""
+    rank, mesh = dist.get_rank(), init_device_mesh("cpu", (2, 2))
+    model = shard(network(torch.bfloat16), mesh, [Replicate(), Shard(0)])
+    opt = zo_core.MeZO(model, lr=1e-2, processes=Parallel(check_every=1))
+
+    def loss():
+        return sum(p.full_tensor().float().square().sum() for p in model.parameters())
+
+    opt.step(loss)
+    opt.step(loss)
+    copied = [local(p).clone() for p in model.parameters()]
+    state = copy.deepcopy(opt.state_dict())
+    opt.step(loss)
+    after = gathered(model)
+    for p, value in zip(model.parameters(), copied, strict=True):
+        local(p).copy_(value)
+    opt.load_state_dict(state)
+    opt.step(loss)
+    assert all(map(torch.equal, after, gathered(model)))
+    if rank == 3:
+        local(model.first.weight)[2, 1] += 1
+    with pytest.raises(RankError) as caught:
+        opt.step(loss)
+    return str(caught.value)
+
+
+def test_replicas_of_a_shard_are_compared_and_states_go_on():
+    for text in ranks.run(one_step_ahead, 4):
+        assert text.startswith("first.weight: differs between ranks at step 3") and "in rank 1; " in text
+
+
+def refusals():
+    model = fsdp(network())
+    with pytest.raises(ValueError, match="sharded .DTensors.: pass processes"):
+        zo_core.MeZO(model, lr=1e-3)
+    with pytest.raises(ValueError, match="module=.*gathers them anew|and the module"):
+        zo_core.MeZO(model.parameters(), lr=1e-3, processes=Parallel())
+    with pytest.raises(ValueError, match="engine: 'shadow' cannot serve sharded weights"):
+        zo_core.MeZO(model, lr=1e-3, engine="shadow", processes=Parallel())
+    with pytest.raises(ValueError, match="probes=1 with engine='inplace', got 2"):
+        zo_core.MeZO(model, lr=1e-3, processes=Parallel(probes=2))
+    with pytest.raises(ValueError, match="hessian: 'factored' needs whole rows"):
+        zo_core.HiZOO(model, lr=1e-3, hessian="factored", processes=Parallel())
+    opt = zo_core.MeZO(model, lr=1e-3, processes=Parallel())
+    with pytest.raises(zo_core.JournalError, match="expected whole weights"):
+        zo_core.Journal.create("no.zoj", opt)
+    return True
+
+
+def test_what_shards_cannot_have_is_refused():
+    assert all(ranks.run(refusals, 2))

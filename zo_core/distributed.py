@@ -1,0 +1,284 @@
+"""Several processes: losses and checksums are all that is exchanged, and each process makes the same step by itself."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import reduce
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from .space import Probe, some
+
+if TYPE_CHECKING:
+    from .optim.base import ZOOptimizer
+
+_FAILED, _FLOAT32, _FLOAT64, _COMPARES = range(4)  # what a message is; sent with the number of the step, in one float64
+_FRAME = 8  # numbers in the first part of a message
+_CHUNK = 1 << 20  # weights that are summed at a time for a checksum
+
+
+class RankError(RuntimeError):
+    """Another process failed, is gone, or has other weights or options. Weights here are those before the step."""
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """How the processes of ``torch.distributed`` share a step: on a grid of ``data`` x ``probes`` ranks.
+
+    Rank r takes part r % data of each batch and share r // data of the points that a step evaluates at. ``data`` is 1 for
+    processes that all see the whole batch and share its probes, ``probes`` is 1 (default) where all evaluate at every
+    point. Of the two, None is what remains of the ranks.
+
+    Losses of the parts are averaged, each with the same weight: where the closure returns a mean, parts must have
+    equal sizes (else multiply it by its size over the mean size). Losses travel over gloo, through the CPU: NCCL ends the
+    process where gloo raises.
+
+    Args:
+        data: parts of a batch.
+        probes: shares of the points.
+        check_every: steps between two comparisons of all weights and numbers; the first step always compares.
+        timeout: seconds to wait for the other processes in a step, which includes their evaluations.
+
+    Raises:
+        ValueError: a number out of its range.
+    """
+
+    data: int | None = None
+    probes: int | None = None
+    check_every: int = 100
+    timeout: float = 300.0
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        for name in ("data", "probes", "check_every"):
+            value = getattr(self, name)
+            if not ((type(value) is int and value > 0) or (value is None and name != "check_every")):
+                raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+        if not 0 < self.timeout <= 1e9:
+            raise ValueError(f"timeout: expected a positive number of seconds, got {self.timeout!r}")
+
+    def grid(self) -> tuple[int, int]:
+        """Data and probes as numbers.
+
+        Raises:
+            RuntimeError: ``torch.distributed`` has not been initialised.
+            ValueError: their product is not the number of ranks.
+        """
+        if not dist.is_initialized():
+            raise RuntimeError("processes: expected torch.distributed to be initialised: call init_process_group first")
+        ranks = dist.get_world_size()
+        probes = self.probes or (ranks // self.data if self.data else 1)
+        data = self.data or ranks // probes
+        if data * probes != ranks:
+            raise ValueError(
+                f"processes: expected data * probes to be the number of ranks, {ranks}, got data={data}, probes={probes}"
+            )
+        return data, probes
+
+    @property
+    def parts(self) -> int:
+        """Into how many equal parts each batch goes."""
+        return self.grid()[0]
+
+    @property
+    def part(self) -> int:
+        """Which of them, from 0 on, the closure of this process evaluates."""
+        return dist.get_rank() % self.parts
+
+
+class Exchange:
+    """What goes between the processes of one optimizer, over a group of their own; made by all of them at once."""
+
+    def __init__(self, parallel: Parallel) -> None:
+        self.parallel, self.rank, self.ranks = parallel, dist.get_rank(), dist.get_world_size()
+        self.data, self.probes = parallel.grid()
+        self.group = self._call(dist.new_group, backend="gloo", timeout=timedelta(seconds=parallel.timeout))
+        self.step = self.total = 0  # bytes sent and received: in the last step, and in all
+        self.compared = False
+
+    # ---- losses ------------------------------------------------------------------------------------------------
+
+    def losses(
+        self,
+        evaluate: Callable[[float, Probe | None], Tensor],
+        pass_by: Callable[[float, Probe | None], object],
+        points: Sequence[tuple[float, Probe | None]],
+        number: int,
+    ) -> Tensor:
+        """Losses at all points, (n,), to the same bits in all processes.
+
+        Args:
+            evaluate: the loss of this process's part of the batch at a point.
+            pass_by: called in its place for the points that remain when it has raised.
+            points: all of the call; each process evaluates its share, and at least one, so that generators stay alike.
+            number: of the step.
+
+        Raises:
+            Exception: what ``evaluate`` raised.
+            RankError: it raised in another process, or a process is gone or at another step.
+        """
+        mine = points[self.rank // self.data :: self.probes] or points[-1:]
+        values = torch.zeros(-(-len(points) // self.probes), dtype=torch.float64, device="cpu")
+        found: list[Tensor] = []
+        try:
+            for c, probe in mine:
+                found.append(evaluate(c, probe))
+            losses = torch.stack(found)
+            values[: len(mine)] = losses
+        except BaseException as error:
+            for c, probe in mine[len(found) + 1 :]:
+                pass_by(c, probe)
+            with suppress(RankError):  # which says that a rank failed: this one
+                self._post(_FAILED, number, values, f"{type(error).__name__}: {error}")
+            raise
+        codes, everyone = self._post(_FLOAT64 if losses.dtype == torch.float64 else _FLOAT32, number, values)
+        parts = everyone.view(self.probes, self.data, -1).unbind(1)
+        mean = reduce(torch.add, parts) / self.data  # one after the other: the same bits on any machine
+        dtype = torch.float64 if _FLOAT64 in codes else torch.float32
+        return mean.T.reshape(-1)[: len(points)].to(losses.device, dtype)
+
+    # ---- checks ------------------------------------------------------------------------------------------------
+
+    def start(self, optimizer: ZOOptimizer) -> None:
+        """Begin a step: ``compare``, if this is a step that does."""
+        self.step = 0
+        if not self.compared or optimizer._own["steps"] % self.parallel.check_every == 0:
+            self.compare(optimizer)
+
+    def compare(self, optimizer: ZOOptimizer) -> None:
+        """Compare options, numbers and weights of all processes.
+
+        Raises:
+            RankError: they differ, or a process is gone.
+        """
+        facts = json.dumps(_facts(optimizer), default=str)
+        crc = torch.tensor([zlib.crc32(facts.encode())], dtype=torch.float64, device="cpu")
+        _, crcs = self._post(_COMPARES, optimizer._own["steps"], crc)
+        if (crcs != crcs[0]).any():
+            self._explain(facts)
+        mine = torch.tensor(_checksums(optimizer), device="cpu")  # (T, 2): which elements, and their checksum
+        everyone = self._gather(mine.view(-1)).view(self.ranks, -1, 2)
+        for name, pairs in zip(optimizer._names(), everyone.unbind(1), strict=True):
+            for where in set(pairs[:, 0].tolist()):  # those of one tensor that have the same elements of it
+                values = {r: crc for r, (at, crc) in enumerate(pairs.tolist()) if at == where}
+                if len(set(values.values())) > 1:
+                    raise RankError(
+                        f"{name}: differs between ranks at step {optimizer._own['steps']}, with checksums "
+                        f"{_by_value(values)}: start all from the same weights and state"
+                    )
+        self.compared = True
+
+    def _explain(self, facts: str) -> None:
+        """Say what differs."""
+        everyone = [json.loads(text) for text in self._texts(facts)]
+        every = dict.fromkeys(k for f in everyone for k in f)
+        told = {k: [str(f.get(k, "nothing")) for f in everyone] for k in every}
+        names = [k for k, values in told.items() if len(set(values)) > 1]
+        raise RankError(f"{some(names)}: expected the same in all ranks, got {names[0]} of {_by_value(told[names[0]])}")
+
+    # ---- transport ---------------------------------------------------------------------------------------------
+
+    def _post(self, code: int, number: int, values: Tensor, text: str = "") -> tuple[list[int], Tensor]:
+        """Codes and values, float64 (ranks, n), of all ranks, if they have sent the same kind of message.
+
+        It goes in a frame, which has one size, and a rest, whose size has been agreed on: gloo ends the process, and says
+        nothing in Python, where sizes differ.
+        """
+        count, first = len(values), min(len(values), _FRAME - 2)
+        frame = torch.zeros(_FRAME, dtype=torch.float64, device="cpu")
+        frame[0], frame[1], frame[2 : 2 + first] = number * _FRAME + code, count, values[:first]
+        frames = self._gather(frame)
+        steps, codes = (x.tolist() for x in (frames[:, 0].long() // _FRAME, frames[:, 0].long() % _FRAME))
+        if _FAILED in codes:
+            texts = self._texts(text)
+            failed = "; ".join(f"rank {r} failed: {texts[r]}" for r, code in enumerate(codes) if code == _FAILED)
+            raise RankError(f"step {number}: {failed}")
+        for name, told in (
+            ("step", steps),
+            ("comparison of weights", [code == _COMPARES for code in codes]),
+            ("number of evaluations", frames[:, 1].long().tolist()),
+        ):
+            if len(set(told)) > 1:
+                raise RankError(
+                    f"{name}: expected the same in all ranks, got {_by_value(told)}: load one state and set options in all "
+                    "of them"
+                )
+        rest = [self._gather(values[first:])] if count > first else []
+        return codes, torch.cat([frames[:, 2 : 2 + first], *rest], dim=1)
+
+    def _gather(self, message: Tensor) -> Tensor:
+        """The messages of all ranks, which have the same size, (ranks, n)."""
+        out = [torch.empty_like(message) for _ in range(self.ranks)]
+        self._call(dist.all_gather, out, message, group=self.group)
+        self.step += message.nbytes * self.ranks
+        self.total += message.nbytes * self.ranks
+        return torch.stack(out)
+
+    def _texts(self, text: str) -> list[str]:
+        out: list[str] = [""] * self.ranks
+        self._call(dist.all_gather_object, out, text, group=self.group)
+        return out
+
+    def _call(self, collective: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        try:
+            return collective(*args, **options)
+        except RuntimeError as error:
+            raise RankError(
+                f"step: rank {self.rank} lost the other processes: one was killed, left the loop, is at another point of it or "
+                f"took more than {self.parallel.timeout:g} s. Start all again from the last state or journal ({error})"
+            ) from error
+
+
+def _by_value(values: Mapping[int, object] | Sequence[object]) -> str:
+    """'1 in ranks 0, 2; 5 in ranks 1' of what each rank has."""
+    ranks: dict[str, list[str]] = {}
+    for rank, value in values.items() if isinstance(values, Mapping) else enumerate(values):
+        ranks.setdefault(str(value), []).append(str(rank))
+    return "; ".join(f"{value} in rank{'s' * (len(r) > 1)} {', '.join(r)}" for value, r in ranks.items())
+
+
+def _facts(optimizer: ZOOptimizer) -> dict[str, Any]:
+    """What must be the same in all processes, beside the weights."""
+    own = optimizer._own
+    facts: dict[str, Any] = {"method": type(optimizer).__name__, "stochastic_rounding": optimizer.stochastic_rounding}
+    facts |= {"engine": optimizer.engine, "processes": str(optimizer.processes)}
+    facts |= {k: own[k] for k in ("seed", "distribution", "residual", "hessian")}
+    facts |= {k: own[k].tolist() for k in ("stream", "updates", "skipped", "carry")}
+    for i, group in enumerate(optimizer.param_groups):
+        options = {k: v for k, v in group.items() if k not in ("params", "param_names")}
+        facts |= {f"{k} of group {i}": v.tolist() if isinstance(v, Tensor) else v for k, v in options.items()}
+    tensors = zip(optimizer._names(), optimizer._parameters(), strict=True)
+    return facts | {name: f"{str(p.dtype).removeprefix('torch.')} {tuple(p.shape)}" for name, p in tensors}
+
+
+def _checksums(optimizer: ZOOptimizer) -> list[tuple[int, int]]:
+    """Of each tensor: which of its elements are here, and a checksum of them, of their residuals and Hessians."""
+    own = optimizer._own
+    pieces = optimizer._prepare().space.pieces
+    out = []
+    for i, p in enumerate(optimizer._tensors()):
+        where = zlib.crc32(str(pieces.runs[i]).encode()) if pieces else 0
+        beside = [own["residuals"][i]] if own["residuals"] else []
+        out.append((where, reduce(checksum, (p, *beside, *(own["hessians"][i] if own["hessians"] else ())), 0)))
+    return out
+
+
+def checksum(before: int, t: Tensor) -> int:
+    """CRC-32 of a contiguous tensor's bytes; of its ``sums`` if it is not on the CPU, so that no weight has to go there."""
+    data = t.detach().reshape(-1).view(torch.uint8) if t.device.type == "cpu" else sums(t).cpu()
+    return zlib.crc32(data.numpy(), before)  # type: ignore[arg-type]
+
+
+def sums(t: Tensor) -> Tensor:
+    """The sum of every million bit patterns, int64, on the tensor's device."""
+    ints = {1: torch.int8, 2: torch.int16, 4: torch.int32}[t.itemsize]
+    parts = torch.split(t.detach().reshape(-1).view(ints), _CHUNK)
+    return torch.stack([x.sum(dtype=torch.int64) for x in parts])

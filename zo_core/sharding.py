@@ -1,0 +1,94 @@
+"""Sharded weights (DTensor: FSDP2, tensor parallelism): which elements of the whole tensor a process has."""
+
+import sys
+from collections.abc import Sequence
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+def is_sharded(p: Tensor) -> bool:
+    """Whether p is a DTensor."""
+    module = sys.modules.get("torch.distributed.tensor")  # takes a second to import, and who has a DTensor has done so
+    return module is not None and isinstance(p, module.DTensor)
+
+
+def local(p: Tensor) -> Tensor:
+    """The memory of p in this process: p itself, or a view of a DTensor's shard."""
+    if not is_sharded(p):
+        return p
+    with torch.no_grad():
+        return p.to_local()  # type: ignore[attr-defined, no-any-return]
+
+
+class Runs(NamedTuple):
+    """The elements that a process has of a tensor, in the order of its memory: ranges of one length in the whole one."""
+
+    length: int
+    starts: list[int]
+
+
+def runs_of(name: str, p: Tensor) -> Runs:
+    """Where the elements of ``local(p)`` are. ValueError if p is neither whole nor split along dimensions."""
+    if not is_sharded(p):
+        return Runs(p.numel(), [0])
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    mesh, placements = p.device_mesh, p.placements  # type: ignore[attr-defined]
+    if wrong := [
+        x for x in placements if not (x.is_shard() or x.is_replicate() or type(x).__name__ == "_StridedShard")
+    ]:
+        raise ValueError(f"{name}: expected a DTensor that is sharded or replicated, got {wrong[0]}: redistribute it")
+    shape, offset = compute_local_shape_and_global_offset(p.shape, mesh, placements)
+    if not prod(shape):
+        return Runs(0, [0])
+    split = max((d for d in range(p.dim()) if shape[d] != p.shape[d]), default=0)  # dimensions behind it are whole
+    starts = torch.zeros((), dtype=torch.int64)
+    for d in range(split):
+        starts = starts.unsqueeze(-1) + torch.arange(offset[d], offset[d] + shape[d]) * prod(p.shape[d + 1 :])
+    first = offset[split] * prod(p.shape[split + 1 :]) if shape else 0
+    return Runs(prod(shape[split:]), (starts.reshape(-1) + first).tolist())
+
+
+class Pieces:
+    """``torch.ops.zo_core.update_`` of T shards: a call's tensors are their runs, each with its offset in the whole."""
+
+    def __init__(self, runs: Sequence[Runs], device: torch.device) -> None:
+        self.runs = runs
+        self.tensor_ids = [i for i, r in enumerate(runs) for _ in r.starts]
+        self.offsets = [start for r in runs for start in r.starts]
+        self.owners = torch.tensor(self.tensor_ids, device=device)
+
+    def split(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The runs of each of T tensors; empty ones where a tensor is empty, as a residual may be."""
+        pairs = zip(tensors, self.runs, strict=True)
+        return [x for t, r in pairs for x in (torch.split(t.view(-1), r.length) if t.numel() else [t] * len(r.starts))]
+
+    def update_(
+        self, weights: Sequence[Tensor], hessians: Sequence[Tensor], *, streams: Tensor, coeffs: Tensor,
+        counters: Tensor, residuals: Sequence[Tensor] | None, seed: int, distribution: str, update: Tensor | None,
+        **columns: Tensor | None,
+    ) -> None:  # fmt: skip
+        """Arguments as of the op, for T tensors; ``columns`` are those whose last dimension is T."""
+        counts = counters.new_zeros(1 + len(self.offsets))
+        more: dict[str, Any] = {k: x if x is None else x[..., self.owners] for k, x in columns.items()}
+        torch.ops.zo_core.update_(
+            self.split(weights), self.split(hessians) if hessians else [], self.tensor_ids, self.offsets, streams,
+            coeffs[:, self.owners], counters=counts, residuals=self.split(residuals) if residuals else None, seed=seed,
+            distribution=distribution, update=update, **more,
+        )  # fmt: skip
+        counters[0] += counts[0]
+        counters[1:].index_add_(0, self.owners, counts[1:])
+
+
+def units(module: nn.Module | None) -> list[Any]:
+    """The parts of a module that FSDP2 gathers."""
+    return [m for m in module.modules() if hasattr(m, "reshard")] if module else []
+
+
+def reshard(units: Sequence[Any]) -> None:
+    """Free gathered weights, so that the next forward gathers them anew: FSDP2 keeps those of its root."""
+    for unit in units:
+        unit.reshard()
