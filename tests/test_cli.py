@@ -9,6 +9,7 @@ import pytest
 import tiny_lm
 import torch
 from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
 from typer.testing import CliRunner, Result
 
 from zo_core.cli import app
@@ -126,6 +127,14 @@ def test_replay_makes_a_run_again_as_a_folder_and_as_a_file(inputs: list[str], t
         ),
         (["--label", "positive"], "--label: expected VALUE=WORD"),
         (["--method", "adam"], "Invalid value for '--method'"),
+        (["--lr", "inf"], "--lr: Input should be a finite number, got inf"),
+        (["--eps", "inf"], "--eps: Input should be a finite number, got inf"),
+        (["--weight-decay", "inf"], "--weight-decay: Input should be a finite number, got inf"),
+        (["--eps", "1e-40"], "--method fzoo: eps: expected a number from 1e-30 to 1e+30, got 1e-40"),
+        (["--probes", "9999999"], "--method fzoo: probes: expected a number from"),
+        (["--probes", "1"], "--method fzoo: probes: expected"),
+        (["--method", "spsa", "--smoothing", ".1"], "error smoothing is an option of hizoo, hizoo-l; spsa has none"),
+        (["--alpha", ".1"], "error alpha is an option of spsa; fzoo has none"),
         (["--data", "nowhere.csv"], "data 'nowhere.csv' cannot be read: No such file"),
         (["--data", "everything"], "expected a name (reviews, products) or a file ending in .csv"),
         (["--text-column", "txt"], "no column 'txt', found 'body', 'stars'"),
@@ -150,8 +159,21 @@ def test_mistakes_are_one_readable_message_and_exit_code_2(
     said = " ".join(result.output.split())
     assert result.exit_code == 2, result.output
     assert expected in said
-    assert "Traceback" not in said
+    assert "Traceback" not in said and "{'" not in said
     assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_a_method_that_the_model_does_not_serve_is_one_readable_message(inputs: list[str], tmp_path: Path) -> None:
+    model = LlamaForCausalLM.from_pretrained(inputs[1])
+    model.model.layers, model.config.num_hidden_layers = model.model.layers[:1], 1
+    model.save_pretrained(tmp_path / "one")
+    tiny_lm.tokenizer().save_pretrained(tmp_path / "one")
+    for command in ("finetune", "sweep"):
+        for options in (["--method", "lezo"], ["--method", "mezo", "--rho", 0.5]):
+            result = call(command, *inputs, "--model", tmp_path / "one", "--steps", 4, "-o", tmp_path / "run", *options)
+            assert result.exit_code == 2, result.output
+            assert f"error --method {options[1]}: blocks: expected" in result.output
+    assert not (tmp_path / "run" / "sweep.json").exists()
 
 
 def test_mistakes_of_evaluate(inputs: list[str], tmp_path: Path) -> None:

@@ -167,9 +167,8 @@ def run_until_killed(folder, keeps, steps, kill_at=None):
     opt = zo_core.MeZO(model, lr=1e-3, processes=Parallel(timeout=30), seed=3)
     saved = Path(folder, keeps)
     if keeps == "journal" and saved.exists():
-        opt.journal = zo_core.Journal.recover(saved, opt)
+        opt.journal = zo_core.Journal.recover(saved, opt, writable=rank == 0)
         if rank:
-            opt.journal.close()
             opt.journal = None
     elif saved.exists():
         found = torch.load(saved)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import tiny_lm
 import torch
 from pydantic import ValidationError
+from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from zo_core.integrations import finetune as runs
@@ -21,6 +23,7 @@ from zo_core.integrations.config import FinetuneConfig, RunError, resumed_config
 from zo_core.integrations.finetune import RunInterrupted, finetune
 from zo_core.integrations.replay import replay_model
 from zo_core.integrations.session import prepare
+from zo_core.journal import _lock
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -236,19 +239,47 @@ def test_a_stop_in_any_phase_can_be_resumed(
 
 
 def test_a_damaged_journal_stops_a_resumed_run_and_a_missing_one_does_not(
-    inputs: dict[str, object], tmp_path: Path
+    inputs: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, options = tmp_path / "run", {**inputs, "steps": 4}
     finetune(FinetuneConfig(**options, output=folder))
     journal = folder / "journal.zoj"
     journal.write_bytes(journal.read_bytes()[:-100])
     with pytest.raises(
-        RunError, match=r"all 4 steps that the optimizer has taken, got 2 .*; remove .* to go on without"
+        RunError, match=r"all 4 steps that the optimizer has taken, got 2 .*; if no other .* remove .* to go on without"
     ):
         finetune(resumed_config(folder, {"steps": 6}), resume=True)
     journal.unlink()
-    assert finetune(resumed_config(folder, {"steps": 6}), resume=True)["steps"] == 6
+    assert finetune(resumed_config(folder, {"steps": 6}), resume=True, console=Console(width=300))["steps"] == 6
     assert not journal.exists()
+    assert f"{journal} is missing: going on without a journal" in capsys.readouterr().out
+
+
+def test_what_a_resumed_run_needs_must_be_there(inputs: dict[str, object], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    finetune(FinetuneConfig(**{**inputs, "steps": 4}, output=folder))
+    metrics, journal = folder / "metrics.jsonl", (folder / "journal.zoj").read_bytes()
+    whole = metrics.read_bytes()
+    for damaged, says in (
+        (whole[:100], "it has 100 bytes, not"),
+        (b"garbage " * len(whole), "Expecting value"),
+        (b"[]\n" * len(whole), "list indices"),
+        (b"\xff" * len(whole), "can't decode"),
+    ):
+        metrics.write_bytes(damaged)
+        with pytest.raises(RunError, match=rf"metrics.jsonl' is not as a run wrote it: .*{says}.*; --overwrite"):
+            finetune(resumed_config(folder, {"steps": 6}), resume=True)
+        assert metrics.read_bytes() == damaged
+    metrics.write_bytes(whole)
+    with open(folder / "journal.zoj", "ab") as other:
+        _lock(other)
+        with pytest.raises(RunError, match="is open for writing already"):
+            finetune(resumed_config(folder, {"steps": 6}), resume=True)
+    assert json.loads((folder / "config.json").read_text())["steps"] == 4
+    shutil.rmtree(folder / "checkpoint")
+    with pytest.raises(RunError, match="has no checkpoint to go on from; --overwrite starts the run again"):
+        finetune(resumed_config(folder, {"steps": 6}), resume=True)
+    assert (folder / "journal.zoj").read_bytes() == journal and metrics.read_bytes() == whole
 
 
 def test_a_time_budget_counts_over_resumes(inputs: dict[str, object], tmp_path: Path) -> None:

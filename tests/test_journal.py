@@ -345,6 +345,7 @@ def test_resume_and_create_refuse_what_does_not_fit(tmp_path):
         Journal.create(path, zo_core.MeZO(network(), lr=1.0))
     with pytest.raises(JournalError, match="expected one that has not stepped, got 3"):
         Journal.create(tmp_path / "new.zoj", opt)
+    opt.journal.close()
     seed = {"lr": 1.0, "seed": 2**63 + 1}
     changed, small = network(), network()
     with torch.no_grad():
@@ -366,9 +367,12 @@ def test_resume_and_create_refuse_what_does_not_fit(tmp_path):
         Journal.recover(path, opt)
     with pytest.raises(JournalError, match="base: expected"):
         Journal.recover(path, zo_core.MeZO(changed, **seed))
-    opt.journal._cut(2)
+    with Journal._for(path, opt) as opt.journal:
+        opt.journal._cut(2)
+    opt.journal.close()
     with pytest.raises(JournalError, match="records of all 3 steps that the optimizer has taken, got 2"):
         Journal.resume(path, opt)
+    opt.journal = Journal(path, writable=True)
     with pytest.raises(JournalError, match="expected step 2 next, got step 3"):
         opt.step(loss_of(opt.module))
     with pytest.raises(JournalError, match="for reading only"):
@@ -382,9 +386,92 @@ def test_a_group_added_later_is_refused_before_it_moves(tmp_path):
     opt.step(loss_of(model))
     opt.add_param_group({"params": model[3].parameters()})
     before = copy.deepcopy(model)
-    with pytest.raises(JournalError, match="its tensors or groups are not those"):
+    with pytest.raises(JournalError, match="group 1 tensor 0, .* are trained but not in the journal"):
         opt.step(loss_of(model))
     assert same(model, before)
+
+
+def test_one_writer_at_a_time_and_another_one_when_it_has_closed(tmp_path):
+    path = tmp_path / "run.zoj"
+    opt = run(path, network(), steps=3)
+    other, fresh = run(tmp_path / "other.zoj", network(), steps=3), zo_core.MeZO(network(), lr=1.0, seed=2**63 + 1)
+    whole = path.read_bytes()
+    for again in (lambda: Journal.resume(path, other), lambda: Journal.recover(path, fresh)):
+        with pytest.raises(JournalError, match="is open for writing already"):
+            again()
+    script = f"from zo_core import Journal; Journal({str(path)!r}, writable=True)"
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert "run.zoj: is open for writing already" in process.stderr
+    reader = Journal.recover(path, fresh, writable=False)
+    assert path.read_bytes() == whole and len(reader) == 3 and same(fresh.module, opt.module)
+    fresh = zo_core.MeZO(network(), lr=1.0)
+    opt.journal.close()
+    Journal.resume(path, other).close()
+    with open(tmp_path / "new.zoj.part", "ab") as part:  # somebody else makes the same one
+        format_of._lock(part)
+        with pytest.raises(JournalError, match="is open for writing already"):
+            Journal.create(tmp_path / "new.zoj", fresh)
+    path.write_bytes(b"none")
+    with pytest.raises(JournalError, match="the file is none") as error:
+        Journal.resume(path, other)
+    with open(path, "ab") as file:  # it was closed
+        format_of._lock(file)
+    assert error.traceback
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda opt: opt.module.bfloat16(), r"tensors: expected .*float32.* as in the journal, got .*bfloat16"),
+        (lambda opt: opt.load_state_dict(zo_core.MeZO(network(), lr=1.0).state_dict()), "seed: expected 9223"),
+        (lambda opt: opt._own.update(distribution="rademacher"), "distribution: expected 'gaussian'"),
+        (lambda opt: setattr(opt, "engine", "inplace"), "engine: expected 'shadow'"),
+    ],
+)
+def test_a_step_that_replay_could_not_make_is_refused_before_it_moves(tmp_path, change, says):
+    model = network()
+    opt = run(tmp_path / "run.zoj", model, steps=3)
+    change(opt)
+    before = copy.deepcopy(model)
+    with pytest.raises(JournalError, match=says):
+        opt.step(loss_of(model))
+    assert same(model, before) and len(Journal.open(tmp_path / "run.zoj")) == 3
+
+
+def test_another_optimizer_s_journal_and_what_is_no_journal_are_refused(tmp_path):
+    model, other = network(), network()
+    opt = run(tmp_path / "run.zoj", model, steps=0)
+    for wrong, says in (
+        (zo_core.FZOO(other, lr=1.0, seed=2**63 + 1, distribution="gaussian"), "method: expected 'MeZO'"),
+        (zo_core.MeZO(other, lr=1.0), "seed: expected 9223372036854775809"),
+    ):
+        wrong.journal = opt.journal
+        with pytest.raises(JournalError, match=says):
+            wrong.step(loss_of(other))
+    wrong.journal = "run.zoj"
+    with pytest.raises(TypeError, match=r"journal: expected Journal.create\(path, optimizer\), got 'run.zoj'"):
+        wrong.step(loss_of(other))
+    assert same(other, network()) and len(opt.journal) == 0
+
+
+def test_a_journal_that_someone_empties_ends_in_a_journal_error(tmp_path):
+    model = network()
+    opt = run(tmp_path / "run.zoj", model, steps=3)
+    before = copy.deepcopy(model)
+    os.truncate(tmp_path / "run.zoj", 0)
+    for use in (lambda: opt.step(loss_of(model)), lambda: list(opt.journal)):
+        with pytest.raises(JournalError, match="was cut by someone else"):
+            use()
+    assert same(model, before) and opt.updates == 3
+
+
+def test_tensors_of_one_name_get_no_journal(tmp_path):
+    parts = network(), network()
+    groups = [{"params": list(part.named_parameters())} for part in parts]
+    opt = zo_core.MeZO(groups, lr=1e-2)
+    with pytest.raises(JournalError, match=r"0.weight, .* are names of several tensors"):
+        Journal.create(tmp_path / "run.zoj", opt)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_page_s_code_runs_as_it_stands_there(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,9 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from zo_core.cli import app
+from zo_core.integrations import session as sessions
 from zo_core.integrations import sweep as sweeps
-from zo_core.integrations.config import METHODS, FinetuneConfig, RunError
+from zo_core.integrations.config import METHODS, FinetuneConfig, RunError, stored_config
 from zo_core.integrations.finetune import finetune
 from zo_core.integrations.session import prepare
 from zo_core.integrations.sweep import behind, ladder, sweep
@@ -60,16 +62,55 @@ def test_a_sweep_finds_the_better_rates_goes_on_and_refuses_others(
     assert losses[result["lr"], result["eps"]] == result["loss"] == min(finished) < result["before"]
     assert len({eps for _, eps in losses}) >= 3
     assert (tmp_path / "sweep.png").stat().st_size > 1000
-    kept = json.loads((tmp_path / "sweep.json").read_text())
-    kept["trials"] = kept["trials"][:2]  # as if it had been stopped
-    (tmp_path / "sweep.json").write_text(json.dumps(kept))
-    assert sweep(config)["trials"][2:] != []
     made = []
     monkeypatch.setattr(sweeps.Sweep, "train", lambda *args: made.append(args))
     assert sweep(config)["lr"] == result["lr"]
     assert not made
-    with pytest.raises(RunError, match="other options"):
-        sweep(config.model_copy(update={"seed": 1}))
+    for change in ({"seed": 1}, {"lr": 1e-3}, {"autocast": True}):
+        with pytest.raises(RunError, match=rf"other options \({next(iter(change))}\)"):
+            sweep(config.model_copy(update=change))
+
+
+def test_a_stopped_sweep_goes_on_as_if_nothing_had_happened(
+    inputs: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the best trial, which stops others, was before the stop, and the timing of autocast changes its mind."""
+    config = FinetuneConfig(**{**inputs, "autocast": None}, method="mezo", probes=4, lr=1e-2, output=tmp_path / "whole")
+    monkeypatch.setattr(sessions, "_autocast_is_faster", lambda *args: False)
+    whole = sweep(config, tries=4)["trials"]
+    assert any(trial["end"].startswith("stopped") for trial in whole)
+    parts, train, done = config.model_copy(update={"output": tmp_path / "parts"}), sweeps.Sweep.train, []
+
+    def stopping(*args: object) -> object:
+        done.append(args)
+        if len(done) % 2 == 0:
+            raise KeyboardInterrupt
+        return train(*args)
+
+    monkeypatch.setattr(sweeps.Sweep, "train", stopping)
+    for count in range(1, len(whole)):
+        with pytest.raises(KeyboardInterrupt):
+            sweep(parts, tries=4)
+        monkeypatch.setattr(sessions, "_autocast_is_faster", lambda *args: True)
+        assert len(json.loads((tmp_path / "parts" / "sweep.json").read_text())["trials"]) == count
+    assert sweep(parts, tries=4)["trials"] == whole
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"config": {}, "trials": [{}], "best": []}', '{"config', None])
+def test_what_no_sweep_wrote_is_refused(inputs: dict[str, object], tmp_path: Path, content: str | None) -> None:
+    path = tmp_path / "sweep.json"
+    path.mkdir() if content is None else path.write_text(content)
+    with pytest.raises(RunError, match=r"sweep.json' is not what a sweep wrote"):
+        sweep(FinetuneConfig(**inputs, output=tmp_path))
+    if content is None:
+        with pytest.raises(RunError, match="cannot be written"):
+            sweep(FinetuneConfig(**inputs, output=tmp_path), overwrite=True)
+
+
+def test_a_ladder_that_leaves_the_range_goes_on_without_the_value(inputs: dict[str, object], tmp_path: Path) -> None:
+    config = FinetuneConfig(**{**inputs, "steps": 4}, method="mezo", eps=1e30, output=tmp_path)
+    ends = [t["end"] for t in sweep(config, tries=3)["trials"]]
+    assert "--method mezo: eps: expected a number from 1e-30 to 1e+30, got 3.2e+30" in ends
 
 
 def test_hopeless_trials_are_stopped(inputs: dict[str, object], tmp_path: Path) -> None:
@@ -91,14 +132,25 @@ def test_the_command(inputs: dict[str, object], tmp_path: Path) -> None:
         "--no-autocast",
         "--method=fzoo",
         "--probes=4",
+        "--dropout",
         "--no-eps",
         "--tries=3",
+        "--schedule=cosine",
+        "--template",
+        r"It's {text}\n:",
         "-o",
         str(tmp_path),
     ]
     result = CliRunner().invoke(app, command, env={"COLUMNS": "200"})
     assert result.exit_code == 0, result.output
-    assert "zo-core finetune --model" in result.output and "--method fzoo" in result.output
+    suggested = next(line for line in result.output.splitlines() if "zo-core finetune --model" in line)
+    kept = json.loads((tmp_path / "sweep.json").read_text())
+    run = tmp_path / "the run"
+    result = CliRunner().invoke(app, [*shlex.split(suggested)[1:], "-o", str(run)])
+    assert result.exit_code == 0, result.output
+    expected = {**kept["config"], "lr": kept["lr"], "eps": kept["eps"]}
+    del expected["validation_examples"]
+    assert stored_config(run).model_dump(mode="json", exclude={"output"}) == expected
     assert "Choose a learning rate" in CliRunner().invoke(app, ["sweep", "--help"]).output
 
 
@@ -113,6 +165,15 @@ def test_every_method_runs_with_its_own_defaults(method: str, inputs: dict[str, 
     summary = finetune(config)
     assert summary["steps"] == 2 and summary["skipped_steps"] == 0
     assert summary["method"] == method
+
+
+def test_a_command_makes_the_run_it_was_made_of() -> None:
+    assert FinetuneConfig(steps=5).command() == "zo-core finetune --method fzoo --lr 0.003 --eps 0.001 --steps 5"
+    config = FinetuneConfig(labels={"1": " bad", "5": "= good"}, method="spsa", time_budget="2m", keep_best=False)
+    assert config.command() == (
+        "zo-core finetune --label '1= bad' --label '5== good' --method spsa --lr 0.0003 --eps 0.001 --time-budget 120.0 "
+        "--no-keep-best"
+    )
 
 
 def test_an_option_of_another_method_is_refused() -> None:

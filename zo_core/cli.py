@@ -152,8 +152,11 @@ def _readable_errors() -> Iterator[None]:
         yield
     except ValidationError as error:
         for problem in error.errors():
-            name = "label" if problem["loc"] == ("labels",) else "-".join(map(str, problem["loc"]))
             message = problem["msg"].removeprefix("Value error, ")
+            if not problem["loc"]:  # of no one option
+                _complain(message)
+                continue
+            name = "label" if problem["loc"] == ("labels",) else "-".join(map(str, problem["loc"]))
             _complain(f"--{name.replace('_', '-')}: {message}, got {problem['input']!r}")
         raise typer.Exit(2) from None
     except (RunError, AssetError, TaskError) as error:

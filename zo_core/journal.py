@@ -14,11 +14,12 @@ import struct
 import warnings
 import zlib
 from array import array
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,12 +33,18 @@ from .kernels.reference import DISTRIBUTIONS
 from .noise import VERSION as NOISE_VERSION
 from .space import ParamSpace, some
 
+try:
+    import fcntl
+except ImportError:  # a system without such locks: two writers are not found there
+    fcntl = None  # type: ignore[assignment]
+
 if TYPE_CHECKING:
     from .optim.base import ZOOptimizer
 
 FORMAT_VERSION = 1
 MAGIC = b"\x89ZOJ\r\n\x1a\n"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 RESIDUALS = {8: torch.int8, 16: torch.int16}
 
 _START = struct.Struct("<8sII")  # magic, format version, bytes of the JSON text that follows
@@ -88,25 +95,15 @@ class Header:
         """The header of a journal that starts with this optimizer's weights as they are."""
         from . import __version__
 
-        own, first = optimizer._own, optimizer.param_groups[0]
-        if optimizer._prepare().space.pieces:
-            raise JournalError(
-                "optimizer: expected whole weights, its are sharded (DTensors): save its state_dict instead"
-            )
-        tensors, names = optimizer._tensors(), iter(optimizer._names())
-        kinds: dict[tuple[int, bool], int] = {}
-        described = []
-        for number, group in enumerate(optimizer.param_groups):
-            for p in group["params"]:
-                rates = kinds.setdefault((number, bool(group["decay_vectors"] or p.ndim > 1)), len(kinds))
-                described.append(TensorInfo(next(names), tuple(p.shape), str(p.dtype).removeprefix("torch."), rates))
+        _refuse_shards(optimizer)
+        names = optimizer._names()
+        if twice := [name for name, count in Counter(names).items() if count > 1]:
+            raise JournalError(f"tensors: {some(twice)} are names of several tensors: give each one of its own")
+        first, tensors = optimizer.param_groups[0], optimizer._tensors()
         options = {k: v for k, v in first.items() if isinstance(v, str | int | float)}
         return cls(
-            library=__version__, noise=NOISE_VERSION, backend=backend_of(tensors[0].device),
-            method=type(optimizer).__name__, seed=own["seed"], distribution=own["distribution"],
-            residual=own["residual"] or 0, hessian=own["hessian"] or "", engine=optimizer.engine,
-            options=options | {"stochastic_rounding": optimizer.stochastic_rounding}, base=hash_of(tensors),
-            tensors=tuple(described),
+            library=__version__, noise=NOISE_VERSION, backend=backend_of(tensors[0].device), base=hash_of(tensors),
+            options=options | {"stochastic_rounding": optimizer.stochastic_rounding}, **_lasting(optimizer),
         )  # fmt: skip
 
     @classmethod
@@ -149,14 +146,35 @@ class Header:
         """How many pairs of learning rate and decay a record has."""
         return 1 + max(t.rates for t in self.tensors)
 
-    def compare(self, other: Header, *names: str) -> None:
-        """JournalError that names the first of these fields in which ``other``, which is at hand, differs."""
-        for name in names:
-            mine, theirs = getattr(self, name), getattr(other, name)
+    def compare(self, fields: Mapping[str, Any]) -> None:
+        """JournalError that names the first of these fields, which are what is at hand, that differs from here."""
+        for name, theirs in fields.items():
+            mine = getattr(self, name)
             if name == "tensors" and mine != theirs:
                 _compare_tensors(mine, theirs)
             if mine != theirs:
                 raise JournalError(f"{name}: expected {mine!r} as in the journal, got {theirs!r}")
+
+
+def _refuse_shards(optimizer: ZOOptimizer) -> None:
+    if optimizer._prepare().space.pieces:
+        raise JournalError("optimizer: expected whole weights, its are sharded (DTensors): save its state_dict instead")
+
+
+def _lasting(optimizer: ZOOptimizer) -> dict[str, Any]:
+    """The fields of a header that are an optimizer's at every step."""
+    own, names = optimizer._own, iter(optimizer._names())
+    kinds: dict[tuple[int, bool], int] = {}
+    tensors = []
+    for number, group in enumerate(optimizer.param_groups):
+        for p in group["params"]:
+            rates = kinds.setdefault((number, bool(group["decay_vectors"] or p.ndim > 1)), len(kinds))
+            tensors.append(TensorInfo(next(names), tuple(p.shape), _NAMES[p.dtype], rates))
+    return {
+        "tensors": tuple(tensors), "method": type(optimizer).__name__, "seed": own["seed"],
+        "distribution": own["distribution"], "residual": own["residual"] or 0, "hessian": own["hessian"] or "",
+        "engine": optimizer.engine,
+    }  # fmt: skip
 
 
 def _sound(t: TensorInfo) -> bool:
@@ -280,15 +298,21 @@ class Journal:
 
     def __init__(self, path: str | os.PathLike[str], writable: bool = False) -> None:
         self.path = Path(path)
-        data = memoryview(self.path.read_bytes())
-        self.header, start = _read_start(data)
+        self._file = open(self.path, "r+b", buffering=0) if writable else None  # noqa: SIM115 - open for a whole run
+        try:
+            if self._file is not None:
+                _lock(self._file)
+            data = memoryview(self.path.read_bytes())
+            self.header, start = _read_start(data)
+        except BaseException:
+            self.close()
+            raise
         self._ends = array("Q", [start])  # of the header and of each record; the checksum is before it
         while found := _decode(data, self._ends[-1], self.header, _crc_before(data, self._ends[-1])):
             if found[0].step != len(self):
                 break
             self._ends.append(found[1])
         self.dropped = len(data) - self._ends[-1]
-        self._file = open(self.path, "r+b", buffering=0) if writable else None  # noqa: SIM115 - open for a whole run
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Journal:
@@ -300,7 +324,7 @@ class Journal:
         """A new journal of an optimizer that has not stepped yet.
 
         Raises:
-            JournalError: the optimizer has stepped.
+            JournalError: the optimizer has stepped, or two of its tensors have one name.
             FileExistsError: the file is there.
         """
         path = Path(path)
@@ -311,7 +335,11 @@ class Journal:
         text = Header.of(optimizer).text()
         start = _START.pack(MAGIC, FORMAT_VERSION, len(text)) + text
         part = path.with_name(path.name + ".part")  # it appears under its name whole or not at all
-        with open(part, "wb") as file:
+        with open(part, "ab") as file:
+            _lock(file)
+            if path.exists():  # now: somebody else's
+                raise FileExistsError(f"{path} exists: another writer has just made it")
+            file.truncate(0)
             file.write(start + _CRC.pack(zlib.crc32(start)))
             file.flush()
             os.fsync(file.fileno())
@@ -323,8 +351,8 @@ class Journal:
         """Go on with a journal where this optimizer, with its state loaded, stands; records beyond that are cut off.
 
         Raises:
-            JournalError: the journal is of other tensors, another method, seed or noise, or ends before this step; at
-                step 0 also if the weights are not those it starts from.
+            JournalError: the journal is of other tensors, another method, seed or noise, ends before this step, or is open
+                for writing already; at step 0 also if the weights are not those it starts from.
         """
         with cls._for(path, optimizer) as journal:
             if (steps := int(optimizer._own["steps"])) > len(journal):
@@ -336,16 +364,17 @@ class Journal:
             return journal
 
     @classmethod
-    def recover(cls, path: str | os.PathLike[str], optimizer: ZOOptimizer) -> Journal:
+    def recover(cls, path: str | os.PathLike[str], optimizer: ZOOptimizer, writable: bool = True) -> Journal:
         """Go on after the last record without a checkpoint: an optimizer that has not stepped makes all steps at once.
 
         It and its weights are then as they were after that step, bit for bit where ``replay`` is. What is neither's, the
-        learning rate of a scheduler say, is the caller's to set.
+        learning rate of a scheduler say, is the caller's to set. With ``writable=False`` the journal is only read, also
+        while another process has it open for writing.
 
         Raises:
             JournalError: the optimizer has stepped, or as ``resume``.
         """
-        with cls._for(path, optimizer) as journal:
+        with cls._for(path, optimizer, writable) as journal:
             if optimizer._own["steps"]:
                 raise JournalError(
                     "optimizer: expected one that has not stepped; Journal.resume goes on with its own steps"
@@ -371,14 +400,14 @@ class Journal:
 
     @classmethod
     @contextmanager
-    def _for(cls, path: str | os.PathLike[str], optimizer: ZOOptimizer) -> Iterator[Journal]:
+    def _for(cls, path: str | os.PathLike[str], optimizer: ZOOptimizer, writable: bool = True) -> Iterator[Journal]:
         """The journal, open for writing if it is this optimizer's; closed again after an error."""
-        journal, now = cls(path, writable=True), Header.of(optimizer)
+        _refuse_shards(optimizer)
+        journal = cls(path, writable)
         try:
-            journal.header.compare(
-                now, "tensors", "method", "seed", "distribution", "residual", "hessian", "engine",
-                *(() if optimizer._own["steps"] else ("base",)),
-            )  # fmt: skip
+            journal.header.compare(_lasting(optimizer))
+            if not optimizer._own["steps"]:
+                journal.header.compare({"base": hash_of(optimizer._tensors())})
             yield journal
         except BaseException:
             journal.close()
@@ -391,6 +420,8 @@ class Journal:
     def __iter__(self) -> Iterator[Record]:
         """The records in order."""
         data = memoryview(self.path.read_bytes())[: self._ends[-1]]
+        if len(data) < self._ends[-1]:
+            raise JournalError(f"{self.path}: was cut by someone else since it was opened")
         for at in self._ends[:-1]:
             found = _decode(data, at, self.header, _crc_before(data, at))
             if found is None:
@@ -401,7 +432,7 @@ class Journal:
         """Append a record; one of an earlier step replaces it and all that came after.
 
         Raises:
-            JournalError: a step is missing before it, or it is not open for writing.
+            JournalError: a step is missing before it, it is not open for writing, or someone else has cut the file.
             OSError: it could not be written; the journal is as it was.
         """
         if self._file is None:
@@ -411,7 +442,9 @@ class Journal:
         self._cut(record.step)
         end = self._ends[-1]
         os.lseek(self._file.fileno(), end - _CRC.size, os.SEEK_SET)
-        data = record.encode(self.header, _crc_before(memoryview(self._file.read(_CRC.size)), _CRC.size))
+        if len(before := self._file.read(_CRC.size)) < _CRC.size:
+            raise JournalError(f"{self.path}: was cut by someone else since it was opened")
+        data = record.encode(self.header, _crc_before(memoryview(before), _CRC.size))
         try:
             written = self._file.write(data)
             if written != len(data):
@@ -424,12 +457,13 @@ class Journal:
         self._ends.append(end + len(data))
 
     def write_step(
-        self, step: Tensor, found: Estimate, lr: Tensor, decay: Tensor, *, moved: Tensor, stochastic: bool,
+        self, optimizer: ZOOptimizer, step: Tensor, found: Estimate, lr: Tensor, decay: Tensor, *, moved: Tensor, stochastic: bool,
         left_out: Collection[int] = (), smoothing: float | None = None,
     ) -> None:  # fmt: skip
         """``write`` of what an optimizer has at hand; waits for its device.
 
         Args:
+            optimizer: whose step it is.
             step: int64, one element.
             found: where the step goes, along K probes.
             lr: float32 (T,), learning rate of each tensor.
@@ -440,16 +474,14 @@ class Journal:
             smoothing: of a Hessian that learns from the step's curvature.
 
         Raises:
-            JournalError: the optimizer's tensors or groups, or the way it draws probes, are not the journal's.
+            JournalError: the optimizer is no longer, or never was, as the header says, or draws probes in another way.
         """
+        self.header.compare(_lasting(optimizer))
         streams = torch.cat(found.probes).tolist() if found.probes else [0]
         if streams != list(range(streams[0], streams[0] + len(streams))):
             raise JournalError(f"probes: expected streams one after the other, got {streams[:4]}")
-        pairs, tensors = torch.stack((lr, decay)).cpu().numpy(), self.header.tensors
-        rates = [t.rates for t in tensors]
-        kinds = pairs[:, [rates.index(kind) for kind in range(self.header.kinds)]] if len(lr) == len(tensors) else None
-        if kinds is None or not np.array_equal(kinds[:, rates], pairs, equal_nan=True):
-            raise JournalError("optimizer: its tensors or groups are not those that the journal was made for")
+        rates = [t.rates for t in self.header.tensors]
+        kinds = torch.stack((lr, decay)).cpu().numpy()[:, [rates.index(kind) for kind in range(self.header.kinds)]]
         curvature = found.curvature if smoothing is not None else None
         self.write(
             Record(
@@ -469,6 +501,7 @@ class Journal:
         """``sync``, and no more writing."""
         if self._file is not None:
             self.sync()
+            _lock(self._file, free=True)  # closing is not enough where a child was forked, which has the file too
             self._file.close()
             self._file = None
 
@@ -477,6 +510,20 @@ class Journal:
         del self._ends[steps + 1 :]
         if self._file is not None and os.fstat(self._file.fileno()).st_size > self._ends[-1]:
             self._file.truncate(self._ends[-1])
+
+
+def _lock(file: IO[bytes], free: bool = False) -> None:
+    """Keep other writers out until it is freed or the file is closed; JournalError if there is one."""
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(file.fileno(), fcntl.LOCK_UN if free else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise JournalError(
+            f"{file.name}: is open for writing already, here or in another process: close that journal first"
+        ) from None
+    except OSError:  # a file system without locks
+        return
 
 
 def _crc_before(data: memoryview, end: int) -> int:

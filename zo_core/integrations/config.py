@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -90,7 +91,7 @@ class FinetuneConfig(BaseModel):
 
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     model: str = _option("smollm2", "Model", f"Name ({', '.join(names('model'))}), local folder or hub id.")
     dtype: Literal["float32", "bfloat16", "float16"] = _option("float32", "Model", "Type of the weights.")
@@ -162,17 +163,15 @@ class FinetuneConfig(BaseModel):
     @classmethod
     def _methods_own(cls, values: Any) -> Any:
         """What is not given is as the method has it."""
-        method = (
-            METHODS.get(values.get("method", cls.model_fields["method"].default))
-            if isinstance(values, Mapping)
-            else None
-        )
-        if method is None:
+        if not isinstance(values, Mapping):
+            return values
+        chosen = values.get("method", cls.model_fields["method"].default)
+        if (method := METHODS.get(chosen)) is None:
             return values
         for name in ("smoothing", "alpha"):
             if values.get(name) is not None and name not in method.defaults:
                 takers = [m for m, known in METHODS.items() if name in known.defaults]
-                raise ValueError(f"{name} is an option of {', '.join(takers)}; {values.get('method', 'mezo')} has none")
+                raise ValueError(f"{name} is an option of {', '.join(takers)}; {chosen} has none")
         return {**values, **{k: v for k, v in method.defaults.items() if values.get(k) is None}}
 
     @model_validator(mode="before")
@@ -183,24 +182,44 @@ class FinetuneConfig(BaseModel):
         return values
 
     def optimizer(self, model: nn.Module) -> zo_core.ZOOptimizer:
-        """The method over the trainable parameters of a model."""
+        """The method over the trainable parameters of a model; RunError where it does not take an option."""
         method = METHODS[self.method]
         own = {name: getattr(self, name) for name in ("smoothing", "alpha") if name in method.defaults}
-        optimizer: zo_core.ZOOptimizer = getattr(zo_core, method.optimizer)(
-            model,
-            lr=self.lr,
-            eps=self.eps,
-            weight_decay=self.weight_decay,
-            probes=self.probes,
-            seed=self.seed,
-            distribution=self.distribution,
-            rho=self.rho,
-            residual=None if self.residual == "none" else int(self.residual),
-            engine=self.engine,
-            **method.fixed,
-            **own,
-        )
+        try:
+            optimizer: zo_core.ZOOptimizer = getattr(zo_core, method.optimizer)(
+                model,
+                lr=self.lr,
+                eps=self.eps,
+                weight_decay=self.weight_decay,
+                probes=self.probes,
+                seed=self.seed,
+                distribution=self.distribution,
+                rho=self.rho,
+                residual=None if self.residual == "none" else int(self.residual),
+                engine=self.engine,
+                **method.fixed,
+                **own,
+            )
+        except (ValueError, TypeError) as error:
+            raise RunError(f"--method {self.method}: {error}") from error
         return optimizer
+
+    def command(self) -> str:
+        """The `zo-core finetune` that makes this run; only its output is left out."""
+        default = dict(FinetuneConfig(method=self.method, steps=self.steps))
+        default |= dict.fromkeys(("method", "lr", "eps", "steps", "output"))  # which are always said
+        words = ["zo-core", "finetune"]
+        for name, value in dict(self, output=None).items():
+            flag = f"--{name.replace('_', '-')}"
+            if value is None or value == default[name]:
+                continue
+            if name == "labels":
+                words += [word for item in value.items() for word in ("--label", "=".join(item))]
+            elif isinstance(value, bool):
+                words.append(flag if value else f"--no-{flag[2:]}")
+            else:
+                words += [flag, str(value).replace("\n", "\\n")]
+        return shlex.join(words)
 
     def progress(self, step: int, seconds: float) -> float:
         """Fraction of the run that is over: the larger of steps and time."""

@@ -30,7 +30,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -40,6 +40,7 @@ import zo_core
 from zo_core import Journal, JournalError
 from zo_core.integrations import report, tasks
 from zo_core.integrations.config import FinetuneConfig, RunError, stored_config
+from zo_core.integrations.files import atomic, write_json
 from zo_core.integrations.session import Session, first_line, prepare
 from zo_core.integrations.tasks import Evaluation
 
@@ -108,25 +109,16 @@ def _clear(folder: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-@contextmanager
-def _atomic(path: Path) -> Iterator[IO[bytes]]:
-    """A file that appears under its name, whole and on disk, or not at all."""
-    part = path.with_name(path.name + ".part")
-    with open(part, "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    with _atomic(path) as file:
-        file.write((json.dumps(value, indent=2) + "\n").encode())
-
-
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl."""
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+def read_metrics(folder: Path, size: int | None = None) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl, or of its first bytes; RunError unless they are there and a run's."""
+    path = folder / "metrics.jsonl"
+    try:
+        data = path.read_bytes()[:size]
+        if size is not None and len(data) < size:
+            raise ValueError(f"it has {len(data)} bytes, not {size}")
+        return [{"kind": line["kind"], **line} for line in map(json.loads, data.splitlines())]
+    except (OSError, ValueError, TypeError, LookupError) as error:
+        raise RunError(f"{str(path)!r} is not as a run wrote it: {error}; --overwrite starts the run again") from error
 
 
 class Run:
@@ -154,14 +146,14 @@ class Run:
         self.state.metrics_bytes = self.metrics.tell()
         if best:
             self.state.best_step = self.state.step
-        with _atomic(self._weights(self.state.step)) as file:
+        with atomic(self._weights(self.state.step)) as file:
             torch.save(self.session.model.state_dict(), file)
         kept = {
             "state": asdict(self.state),
             "optimizer": self.optimizer.state_dict(),
             "rng": torch.get_rng_state(),
         }
-        with _atomic(self.checkpoint / "state.pt") as file:
+        with atomic(self.checkpoint / "state.pt") as file:
             torch.save(kept, file)
         named = {self._weights(step) for step in (self.state.step, self.state.best_step) if step is not None}
         for path in self.checkpoint.glob("weights-*"):
@@ -181,11 +173,10 @@ class Run:
         """Start the folder's files, or go back to its checkpoint and drop the metrics written after it.
 
         Raises:
-            RunError: the checkpoint is not readable.
+            RunError: the checkpoint or the metrics are not readable.
 
         """
-        _write_json(self.folder / "config.json", self.config.model_dump(mode="json", exclude={"output"}))
-        if resume and (self.checkpoint / "state.pt").exists():
+        if resume:
             try:
                 kept = torch.load(self.checkpoint / "state.pt", weights_only=True)
                 self.state = State(**kept["state"])
@@ -198,10 +189,12 @@ class Run:
                 ) from error
             if self.config.dropout:
                 torch.set_rng_state(kept["rng"])
+            read_metrics(self.folder, self.state.metrics_bytes)
+        self.optimizer.journal = self._journal()  # first of all that is written: no other run has it open
+        write_json(self.folder / "config.json", self.config.model_dump(mode="json", exclude={"output"}))
         self.metrics = open(self.folder / "metrics.jsonl", "ab")  # noqa: SIM115 - open for the whole run
-        self.metrics.truncate(min(self.state.metrics_bytes, self.metrics.tell()))
+        self.metrics.truncate(self.state.metrics_bytes)
         self.metrics.seek(0, os.SEEK_END)
-        self.optimizer.journal = self._journal()
         self.saved_at = time.monotonic()
 
     def _journal(self) -> Journal | None:
@@ -210,9 +203,17 @@ class Run:
         try:
             if path.exists():
                 return Journal.resume(path, self.optimizer)
-            return None if self.state.step else Journal.create(path, self.optimizer)
+            if not self.state.step:
+                return Journal.create(path, self.optimizer)
         except JournalError as error:
-            raise RunError(f"{error}; remove {str(path)!r} to go on without a journal") from error
+            raise RunError(
+                f"{error}; if no other run is at work here, remove {str(path)!r} to go on without a journal"
+            ) from error
+        self.console.print(
+            f"{path} is missing: going on without a journal, zo-core replay cannot make this run", style="yellow",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
+        return None
 
     def log(self, kind: str, **values: Any) -> None:
         """Add a line to metrics.jsonl; a value that is not finite becomes null."""
@@ -410,7 +411,7 @@ class Run:
             "machine": report.machine(),
             "backend": zo_core.backend_info(),
         }
-        _write_json(self.folder / "summary.json", summary)
+        write_json(self.folder / "summary.json", summary)
         title = f"{config.model} on {config.data}, {config.method}, lr {config.lr:g}, eps {config.eps:g}"
         report.plot(self.folder / "plot.png", steps, evaluations, title)
         return summary
@@ -472,6 +473,10 @@ def finetune(
     elif (summary := finished(config)) is not None:
         console.print("this run is finished; give it more --steps or --time-budget to go on", style="yellow")
         return summary
+    elif not (config.output / "checkpoint" / "state.pt").exists():
+        raise RunError(
+            f"--output {str(config.output)!r} has no checkpoint to go on from; --overwrite starts the run again"
+        )
     with console.status("starting") as status:
         session = prepare(config, lambda text: status.update(text))
     run = Run(session, console)

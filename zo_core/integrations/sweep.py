@@ -6,20 +6,20 @@ model, the data, the method and the number of steps.
 
 from __future__ import annotations
 
-import json
 import math
-import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
 from zo_core.integrations import tasks
 from zo_core.integrations.config import FinetuneConfig, RunError
+from zo_core.integrations.files import write_json
 from zo_core.integrations.session import Session, prepare
 
 QUARTERS = 4  # of a run, at whose ends it is compared with the best one so far
@@ -65,21 +65,54 @@ def behind(losses: torch.Tensor, best: torch.Tensor) -> float:
     return float(difference.mean()) / error if error else 0.0
 
 
+class Trial(BaseModel):
+    """A short run as `sweep.json` has it."""
+
+    lr: float
+    eps: float
+    loss: float | None  # on the validation part; None for one that did not end well
+    at_quarters: list[float]
+    end: str
+
+
+class Kept(BaseModel):
+    """What `sweep.json` must have for a sweep to go on."""
+
+    config: dict[str, Any]
+    trials: list[Trial]
+    best: list[list[float]]  # validation losses of the best finished trial, at each quarter
+
+
+def read_sweep(path: Path) -> dict[str, Any] | None:
+    """A `Kept` as dicts, from `sweep.json`; None where there is none, RunError where it is not one."""
+    if not path.exists():
+        return None
+    try:
+        return Kept.model_validate_json(path.read_bytes()).model_dump()
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"{str(path)!r} is not what a sweep wrote; choose another --output, or --overwrite it"
+        ) from error
+
+
 class Sweep:
     """Trials of one session; each starts from the same weights, and is in `sweep.json` when it is done."""
 
     def __init__(self, session: Session, console: Console) -> None:
         self.session, self.console, self.path = session, console, session.config.output / "sweep.json"
         self.start = {name: t.clone() for name, t in session.model.state_dict().items()}
-        self.best: list[torch.Tensor] = []  # validation losses of the best finished trial, at each quarter
-        about = session.config.model_dump(mode="json", exclude={"output", "lr", "eps"})
-        kept = json.loads(self.path.read_text()) if self.path.exists() else {"config": about, "trials": []}
-        if kept["config"] != about:
+        config = session.config
+        config.optimizer(session.model)  # so that an option it does not take is said before the first trial
+        about = config.model_dump(mode="json", exclude={"output"})
+        about["validation_examples"] = len(session.parts["validation"])
+        self.kept = read_sweep(self.path) or {"config": about, "trials": [], "best": []}
+        before = self.kept["config"]
+        if differ := [name for name in about | before if about.get(name) != before.get(name)]:
             raise RunError(
-                f"--output {str(session.config.output)!r} holds a sweep of other options; choose another folder, or "
-                "--overwrite it"
+                f"--output {str(config.output)!r} holds a sweep of other options ({', '.join(differ)}); choose another "
+                "folder, or --overwrite it"
             )
-        self.kept: dict[str, Any] = kept
+        self.best = [torch.tensor(losses) for losses in self.kept["best"]]
 
     def trial(self, lr: float, eps: float) -> float:
         """Final validation loss of a short run; infinite if it was stopped."""
@@ -89,11 +122,11 @@ class Sweep:
         seen, why = self.train(self.session.config.model_copy(update={"lr": lr, "eps": eps}))
         loss = float(seen[-1].mean()) if why == "finished" else None
         if loss is not None and (not self.best or loss < float(self.best[-1].mean())):
-            self.best = seen
+            self.best, self.kept["best"] = seen, [losses.tolist() for losses in seen]
         self.kept["trials"].append(
             {"lr": lr, "eps": eps, "loss": loss, "at_quarters": [float(s.mean()) for s in seen], "end": why}
         )
-        self.path.write_text(json.dumps(self.kept, indent=1) + "\n")
+        write_json(self.path, self.kept)
         self.console.print(f"lr {lr:g}, eps {eps:g}: {why if loss is None else f'validation loss {loss:.4f}'}")
         return math.inf if loss is None else loss
 
@@ -102,7 +135,10 @@ class Sweep:
         steps, session = config.steps or 0, self.session
         ends, seen = [math.ceil(steps * (q + 1) / QUARTERS) for q in range(QUARTERS)], list[torch.Tensor]()
         session.model.load_state_dict(self.start)
-        optimizer = config.optimizer(session.model)
+        try:
+            optimizer = config.optimizer(session.model)
+        except RunError as error:  # the ladder has left what the method takes
+            return seen, str(error)
         with Progress(console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
             task = bar.add_task(f"lr {config.lr:g}, eps {config.eps:g}", total=steps)
             for step in range(steps):
@@ -151,12 +187,15 @@ def sweep(
     console = console or Console(quiet=True)
     try:
         config.output.mkdir(parents=True, exist_ok=True)
+        if overwrite:
+            (config.output / "sweep.json").unlink(missing_ok=True)
     except OSError as error:
         raise RunError(
             f"--output {str(config.output)!r} cannot be written: {error.strerror}; choose another"
         ) from error
-    if overwrite:
-        (config.output / "sweep.json").unlink(missing_ok=True)
+    kept = read_sweep(config.output / "sweep.json")
+    if kept is not None and config.autocast is None:  # as it was decided then: another timing may decide otherwise
+        config = config.model_copy(update={"autocast": kept["config"].get("autocast")})
     with console.status("starting") as status:
         session = prepare(config, lambda text: status.update(text))
     trials = Sweep(session, console)
@@ -171,9 +210,10 @@ def sweep(
     if not math.isfinite(best):
         raise RunError(f"no learning rate around --lr {config.lr:g} ended well; try another --lr or more --steps")
     result = {**trials.kept, "before": before, "lr": lr, "eps": eps, "loss": best}
-    trials.path.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(trials.path, result)
     _plot(config.output / "sweep.png", result, config.method)
-    _show(console, result, config)
+    found = config.model_copy(update={"lr": lr, "eps": eps, "autocast": session.config.autocast})
+    _show(console, result, found)
     return result
 
 
@@ -183,12 +223,7 @@ def _show(console: Console, result: dict[str, Any], config: FinetuneConfig) -> N
         mark = "best" if (t["lr"], t["eps"]) == (result["lr"], result["eps"]) else t["end"] * (t["loss"] is None)
         table.add_row(f"{t['lr']:g}", f"{t['eps']:g}", "-" if t["loss"] is None else f"{t['loss']:.4f}", mark)
     console.print(table)
-    chosen = {"model": config.model, "data": config.data, "method": config.method}
-    options = [f"--{name} {shlex.quote(value)}" for name, value in chosen.items()]
-    console.print(
-        "go on with\n  " + " ".join(["zo-core finetune", *options, f"--lr {result['lr']:g} --eps {result['eps']:g}"]),
-        highlight=False, soft_wrap=True, markup=False,
-    )  # fmt: skip
+    console.print(f"go on with\n  {config.command()}", highlight=False, soft_wrap=True, markup=False)
 
 
 def _plot(path: Path, result: dict[str, Any], title: str) -> None:

@@ -265,8 +265,10 @@ class ZOOptimizer(torch.optim.Optimizer):
             metric = [metric[0], metric[1][0]] if metric else []
             with uninterrupted():
                 if self.journal is not None:  # before the weights move: without its record a step does not happen
+                    if not isinstance(self.journal, Journal):
+                        raise TypeError(f"journal: expected Journal.create(path, optimizer), got {self.journal!r}")
                     self.journal.write_step(
-                        number, found, *rates, moved=usable, stochastic=self.stochastic_rounding, left_out=left_out,
+                        self, number, found, *rates, moved=usable, stochastic=self.stochastic_rounding, left_out=left_out,
                         smoothing=self.param_groups[0]["smoothing"] if metric else None,
                     )  # fmt: skip
                 rounding = number if self.stochastic_rounding else None
