@@ -1,8 +1,10 @@
 """What methods make of losses: where a step evaluates, and the numbers that come of it."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from .space import Probe
@@ -19,6 +21,13 @@ class Estimate(NamedTuple):
     loss: Tensor  # of the step, 0-dimensional
     curvature: Tensor | None = None  # (K,); only Hessian scaling asks for it
     carry: Tensor | None = None  # (n,), what the next step is to find in ``self.carry``
+
+
+def carried(before: Tensor, now: Tensor | None, moved: Tensor | bool) -> Tensor:
+    """What the step after one finds in ``self.carry``: of a step that did not move the weights, what there was before."""
+    if now is None:
+        return before
+    return torch.where(torch.as_tensor(moved), now, before if len(before) == len(now) else now * math.nan)
 
 
 def both_sides(losses: Losses, probes: Sequence[Probe], eps: float, clean: bool = False) -> tuple[Tensor, ...]:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from . import scaling
 from .bindings import native, ops
 from .engines.base import uninterrupted
-from .estimators import Estimate
+from .estimators import Estimate, carried
 from .kernels.reference import DISTRIBUTIONS
 from .noise import VERSION as NOISE_VERSION
 from .space import ParamSpace, some
@@ -386,11 +386,13 @@ class Journal:
                 for last in journal:
                     player.add(last)
                     moved += last.moved
+                    now = None if last.carry is None else torch.from_numpy(last.carry.copy())
+                    state["carry"] = carried(
+                        state["carry"], None if now is None else now.to(state["carry"].device), last.moved
+                    )
                 player.play()
                 if last is not None:
                     state["stream"].fill_(last.stream + len(last.coeffs))
-                    if last.carry is not None:
-                        state["carry"] = torch.from_numpy(last.carry.copy()).to(state["carry"].device)
                 state["updates"].fill_(moved)
                 state["skipped"].fill_(len(journal) - moved)
                 state["steps"] = len(journal)

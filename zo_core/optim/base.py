@@ -17,7 +17,7 @@ from ..distributed import Exchange, Parallel
 from ..engines.base import Engine, uninterrupted
 from ..engines.inplace import InPlaceEngine
 from ..engines.shadow import ShadowEngine
-from ..estimators import Estimate, Losses
+from ..estimators import Estimate, Losses, carried
 from ..journal import Journal
 from ..kernels.reference import DISTRIBUTIONS
 from ..space import ParamSpace, Probe, some
@@ -276,9 +276,7 @@ class ZOOptimizer(torch.optim.Optimizer):
                 state["updates"] += usable
                 state["skipped"] += ~usable
                 state["steps"] += 1
-                if found.carry is not None:
-                    kept = state["carry"] if len(state["carry"]) == len(found.carry) else found.carry * math.nan
-                    state["carry"] = torch.where(usable, found.carry, kept)
+                state["carry"] = carried(state["carry"], found.carry, usable)
                 done = True
         except BaseException:  # all of the step or nothing: a signal held back until it was done changes nothing
             if not done:
