@@ -324,8 +324,8 @@ def tables(args: argparse.Namespace, study: Study) -> dict[str, Any]:
             after, accuracy, took = row["validation_loss"], row["test_accuracy"], row["seconds"]
             extra = sum(v for k, v in row["memory"].items() if k != "weights") / 2**20 if row["memory"] else None
             rows.append([
-                name, f"{row['lr']:.2g}", str(len(runs)), str(row["steps"]), str(row["forwards"]),
-                "" if took is None else f"{took:.0f}", f"{after['after']:.4f} ±{after['sd']:.4f}",
+                name, f"{row['lr']:.2g}", str(len(runs)), str(row["steps"]),
+                "" if took is None else f"{took:.0f}", f"{after['after']:.4f}" + (f" ±{after['sd']:.4f}" if len(runs) > 1 else ""),
                 f"{100 * accuracy['mean']:.1f}" + (f" ±{100 * accuracy['sd']:.1f}" if accuracy["sd"] is not None else ""),
                 "never" if at is None else f"{at * per:.0f}", "" if extra is None else f"{extra:.0f}",
             ])  # fmt: skip
@@ -333,7 +333,7 @@ def tables(args: argparse.Namespace, study: Study) -> dict[str, Any]:
             before = out[what][next(iter(out[what]))]["validation_loss"]["before"]
             report(
                 f"{what}: validation loss {before:.4f} before; means ±sd over seeds",
-                ["", "lr", "seeds", "steps", "forwards", "seconds", "validation loss", "test accuracy %", "forwards to MeZO's", "MiB beside"],
+                ["", "lr", "seeds", "steps", "seconds", "val. loss", "test acc. %", "forwards to MeZO's", "MiB beside"],
                 rows, {}, None,
             )  # fmt: skip
     return out
