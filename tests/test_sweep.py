@@ -110,7 +110,7 @@ def test_what_no_sweep_wrote_is_refused(inputs: dict[str, object], tmp_path: Pat
 def test_a_ladder_that_leaves_the_range_goes_on_without_the_value(inputs: dict[str, object], tmp_path: Path) -> None:
     config = FinetuneConfig(**{**inputs, "steps": 4}, method="mezo", eps=1e30, output=tmp_path)
     ends = [t["end"] for t in sweep(config, tries=3)["trials"]]
-    assert "--method mezo: eps: expected a number from 1e-30 to 1e+30, got 3.2e+30" in ends
+    assert "--method mezo: eps: expected a finite number from 1e-30 to 1e+30, got 3.2e+30" in ends
 
 
 def test_hopeless_trials_are_stopped(inputs: dict[str, object], tmp_path: Path) -> None:
@@ -168,10 +168,13 @@ def test_every_method_runs_with_its_own_defaults(method: str, inputs: dict[str, 
 
 
 def test_a_command_makes_the_run_it_was_made_of() -> None:
-    assert FinetuneConfig(steps=5).command() == "zo-core finetune --method fzoo --lr 0.003 --eps 0.001 --steps 5"
+    assert (
+        FinetuneConfig(method="fzoo", steps=5).command()
+        == "zo-core finetune --method fzoo --lr 0.002 --eps 0.001 --steps 5"
+    )
     config = FinetuneConfig(labels={"1": " bad", "5": "= good"}, method="spsa", time_budget="2m", keep_best=False)
     assert config.command() == (
-        "zo-core finetune --label '1= bad' --label '5== good' --method spsa --lr 0.0003 --eps 0.001 --time-budget 120.0 "
+        "zo-core finetune --label '1= bad' --label '5== good' --method spsa --lr 0.0004 --eps 0.001 --time-budget 120.0 "
         "--no-keep-best"
     )
 
