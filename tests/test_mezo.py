@@ -509,8 +509,8 @@ def test_handlers_are_put_back_and_all_signals_delivered_whatever_a_handler_rais
                 os.kill(os.getpid(), number)
         assert sorted(got) == sorted(numbers)
         for _ in range(300):
-            armed[:] = [True]
             try:
+                armed[:] = [True]
                 signal.setitimer(signal.ITIMER_REAL, 2e-5)  # goes off once, anywhere in here
                 for _ in range(20):
                     with uninterrupted():
