@@ -15,6 +15,7 @@ from rich.table import Table
 
 import zo_core
 from zo_core.integrations import report as report_of_run
+from zo_core.integrations.files import atomic
 
 console = Console(width=None if sys.stdout.isatty() else 120)
 
@@ -56,6 +57,18 @@ def quantiles(values: list[float]) -> dict[str, float]:
 def ratio(baseline: list[float], ours: list[float]) -> dict[str, float]:
     """Percentiles of baseline over ours, round by round."""
     return quantiles([b / o for b, o in zip(baseline, ours, strict=True)])
+
+
+def load(path: Path) -> dict[str, Any]:
+    """What is in a JSON so far."""
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def keep(path: Path, **values: Any) -> None:
+    """Put values into a JSON, all of them or nothing; what else is there stays."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic(path) as file:
+        file.write((json.dumps({**load(path), **values}, indent=1) + "\n").encode())
 
 
 def report(title: str, columns: list[str], rows: list[list[str]], result: dict[str, Any], path: Path | None) -> None:

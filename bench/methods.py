@@ -8,7 +8,6 @@ Every finished run is in the JSON; an interrupted study goes on where it was.
 """
 
 import argparse
-import json
 import math
 import multiprocessing
 import os
@@ -33,7 +32,7 @@ from zo_core.integrations.session import Session, prepare
 from zo_core.integrations.sweep import ladder
 
 from . import published
-from .harness import console, interleaved, machine, quantiles, report
+from .harness import console, interleaved, keep, load, machine, quantiles, report
 from .step import gate
 
 EXAMPLES = """examples:
@@ -112,7 +111,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     """Train, looking at validation at each mark; what came of it. A loss that is not finite ends it."""
     method, first_order = METHODS[job["method"]], job["method"] in FIRST_ORDER
     session, start = session_of(job["data"], "float32" if first_order else "bfloat16", job["longest"])
-    model, scorer, train = session.model, session.scorer, session.parts["train"]
+    session = session._replace(config=session.config.model_copy(update={"seed": job["seed"], "batch_size": BATCH}))
+    model, scorer = session.model, session.scorer
     model.load_state_dict(start)
     torch.set_rng_state(torch.Generator().manual_seed(job["seed"]).get_state())
     optimizer = method.make(model, job["lr"], job["seed"])
@@ -127,14 +127,12 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         if step == steps:
             break
         optimizer.param_groups[0]["lr"] = job["lr"] * (1 - step / steps)
-        indices = tasks.batch_indices(len(train), BATCH, step=step, seed=job["seed"])
-        batch = tasks.collate([train[i] for i in indices], scorer.device)
         if first_order:
             optimizer.zero_grad()
-            scorer.loss(batch).backward()  # type: ignore[no-untyped-call]
+            scorer.loss(session.batch_of(step)).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
         else:
-            optimizer.step(torch.no_grad()(partial(scorer.loss, batch)))
+            optimizer.step(session.loss_of(step))
     out: dict[str, Any] = {"curve": curve, "finished": curve[-1][0] == steps}
     if job["test"]:
         found = tasks.evaluate(scorer, session.parts["test"][: job["test"]], batch_size=BATCH)
@@ -172,7 +170,7 @@ class Study:
         found = {"job": job, **self.pool.submit(run, job).result()}
         with self.lock:
             self.runs.append(found)
-            save(self.path, runs=self.runs)
+            keep(self.path, machine=machine(), runs=self.runs)
         step, loss, accuracy = found["curve"][-1]
         console.print(
             f"{job['what']}, {job['data']}: {job['method']}, lr {job['lr']:g}, seed {job['seed']}: step {step}, "
@@ -185,21 +183,6 @@ class Study:
         """What of each thing, each in a thread that waits for its runs."""
         with ThreadPoolExecutor(max(1, len(things))) as threads:
             return list(threads.map(what, things))
-
-
-def load(path: Path) -> dict[str, Any]:
-    """What is in the JSON so far."""
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
-def save(path: Path, **values: Any) -> None:
-    """Put values into the JSON, all or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".part")
-    kept = {**load(path), "machine": machine(), **values}
-    text = json.dumps(kept, indent=1).replace("\n     ", " ").replace("\n    ]", "]")
-    unfinished.write_text(text + "\n")
-    os.replace(unfinished, path)
 
 
 # ---- the parts ---------------------------------------------------------------------------------------------------
@@ -238,9 +221,7 @@ def sweep(args: argparse.Namespace, study: Study) -> dict[str, float]:
 def timing(args: argparse.Namespace) -> dict[str, Any]:
     """Seconds of a step of each method, interleaved, beside a plain forward."""
     session, _ = session_of("reviews", "bfloat16", args.longest)
-    train = session.parts["train"]
-    batch = tasks.collate([train[i] for i in tasks.batch_indices(len(train), BATCH, step=0, seed=0)])
-    loss = torch.no_grad()(partial(session.scorer.loss, batch))
+    batch, loss = session.batch_of(0), session.loss_of(0)
     gate(session.model, loss, "shadow")
     console.print("correctness gate passed")
     session.model.to(torch.bfloat16)
@@ -386,7 +367,7 @@ def main() -> None:
     args = parser.parse_args()
     parts, study = args.part or PARTS, Study(args.json, args.workers)
     if "timing" in parts and ("timing" not in load(args.json) or args.part):
-        save(args.json, timing=timing(args))
+        keep(args.json, machine=machine(), timing=timing(args))
     rates = sweep(args, study) if {"sweep", "forwards", "products", "seconds"} & set(parts) else {}
     seeds = {name: args.published_seeds if name == PUBLISHED else args.seeds for name in args.methods}
     pairs = [(name, seed) for seed in range(args.seeds) for name in args.methods if seed < seeds[name]]
@@ -401,7 +382,7 @@ def main() -> None:
         budget = clock["MeZO"]["median"] * steps_in("MeZO", args.forwards)
         steps = {n: max(1, round(budget / clock[n]["median"])) for n in args.methods}
         study.side_by_side(study.do, [job_of(args, "seconds", n, rates[n], s, steps[n]) for n, s in pairs])
-    save(args.json, summary=tables(args, study))
+    keep(args.json, machine=machine(), summary=tables(args, study))
     if "plot" in parts and study.runs:
         plot(args, study)
 

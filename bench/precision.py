@@ -9,7 +9,6 @@ A weight with a residual counts twice: weight + residual is what is trained, the
 """
 
 import argparse
-import json
 import os
 import statistics
 import time
@@ -31,7 +30,7 @@ from zo_core.integrations.config import FinetuneConfig
 from zo_core.integrations.session import Session, prepare
 
 from . import published
-from .harness import console, machine, report
+from .harness import console, keep, load, machine, report
 
 EXAMPLES = """examples:
   python -m bench.precision                                  both parts (training takes an hour or so)
@@ -241,7 +240,7 @@ def run_displacement(args: argparse.Namespace) -> None:
     )
     sizes = {"weights": args.weights, "eps": EPS, "rms of weights": SPREAD, "rms of g": GRADIENT}
     seconds = round(time.perf_counter() - begun)
-    save(args.json, "displacement", {"machine": machine(), **sizes, "seconds": seconds, "records": records})
+    keep(args.json, displacement={"machine": machine(), **sizes, "seconds": seconds, "records": records})
 
 
 # ---- training ----------------------------------------------------------------------------------------------
@@ -270,15 +269,15 @@ def train(way: Way, config: FinetuneConfig, title: str) -> dict[str, Any]:
     """One run: validation before and after, the loss of each step, and seconds of the steps."""
     with console.status(title):
         session = prepare(config)
-        scorer, examples = session.scorer, session.parts["train"]
-        evaluate = partial(tasks.evaluate, scorer, session.parts["validation"], batch_size=config.eval_batch_size)
+        evaluate = partial(
+            tasks.evaluate, session.scorer, session.parts["validation"], batch_size=config.eval_batch_size
+        )
         before = evaluate().report()
     step, losses, seconds = stepper(way, session), [], 0.0
     for k in watched(range(config.steps or 0), title):
-        indices = tasks.batch_indices(len(examples), config.batch_size, step=k, seed=config.seed)
-        batch = tasks.collate([examples[i] for i in indices], scorer.device)
+        loss = session.loss_of(k)
         begun = time.perf_counter()
-        losses.append(step(k, config.lr_at(config.progress(k, 0.0)), torch.no_grad()(partial(scorer.loss, batch))))
+        losses.append(step(k, config.lr_at(config.progress(k, 0.0)), loss))
         seconds += time.perf_counter() - begun
     return {"before": before, "after": evaluate().report(), "seconds": seconds, "losses": [round(x, 5) for x in losses]}
 
@@ -337,9 +336,9 @@ def run_training(args: argparse.Namespace) -> None:
     if not args.resume:
         runs = [run for run in runs if key(run) not in [(*job, common) for job in jobs]]
 
-    def keep() -> dict[str, dict[str, Any]]:
+    def kept() -> dict[str, dict[str, Any]]:
         ways = summarize([run for run in runs if run["settings"] == common])
-        save(args.json, "training", {"machine": machine(), "settings": common, "ways": ways, "runs": runs})
+        keep(args.json, training={"machine": machine(), "settings": common, "ways": ways, "runs": runs})
         return ways
 
     for name, seed in jobs:
@@ -351,7 +350,7 @@ def run_training(args: argparse.Namespace) -> None:
         config = FinetuneConfig(**own, **schedule)
         run = train(WAYS[way], config, f"{name}, seed {seed}")
         runs.append({"way": name, "seed": seed, "settings": common, **run})
-        keep()
+        kept()
         after, took = run["after"], f"{run['seconds']:.0f} s"
         console.print(f"{name}, seed {seed}: loss {after['loss']:.4f}, accuracy {after['accuracy']:.4f}, {took}")
     rows = [
@@ -360,7 +359,7 @@ def run_training(args: argparse.Namespace) -> None:
             shown(w["loss"].get("difference"), sign="+"), shown(w["accuracy"]["after"], 100, 1),
             shown(w["accuracy"].get("difference"), 100, 1, "+"), shown(w["seconds"], digits=0),
         ]
-        for name, w in keep().items()
+        for name, w in kept().items()
     ]  # fmt: skip
     report(
         f"{args.model}, {args.steps} steps of {args.batch}: validation (n {args.validation}), mean ±sd; difference ±se",
@@ -370,19 +369,6 @@ def run_training(args: argparse.Namespace) -> None:
 
 
 # ---- what is left ------------------------------------------------------------------------------------------
-
-
-def load(path: Path) -> dict[str, Any]:
-    """What is in the JSON so far."""
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
-def save(path: Path, part: str, values: dict[str, Any]) -> None:
-    """Put one part into the JSON, all of it or nothing; the other stays."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".part")
-    unfinished.write_text(json.dumps({**load(path), part: values}, indent=1) + "\n")
-    os.replace(unfinished, path)
 
 
 def draw_displacement(axes: Any, part: dict[str, Any]) -> None:

@@ -81,7 +81,7 @@ def test_a_study_goes_on_where_it_was_and_keeps_the_other_part(tmp_path, monkeyp
         return {k: v for k, v in run("", 0, 1.0).items() if k not in ("way", "seed")}
 
     monkeypatch.setattr(precision, "train", train)
-    precision.save(path, "other", {"kept": 1})
+    precision.keep(path, other={"kept": 1})
     command = ["--part", "training", "--seeds", "2", "--json", str(path), "--plot", str(tmp_path / "x.png")]
     with pytest.raises(KeyboardInterrupt):
         precision.main(command)

@@ -16,13 +16,12 @@ import ranks
 import torch
 from torch import distributed as dist
 from torch import nn
+from toys import loss_of
 
 import zo_core
 from zo_core.distributed import Parallel, RankError, checksum, sums
 
 ROOT = Path(__file__).parent.parent
-X = torch.linspace(-1, 1, 64 * 6).view(64, 6).sin()
-Y = X[:, :1] * X[:, 1:2] + X[:, 2:3]
 
 
 def network(dtype=torch.float32, dropout=0.0):
@@ -30,12 +29,6 @@ def network(dtype=torch.float32, dropout=0.0):
         torch.random.default_generator.manual_seed(0)
         model = nn.Sequential(nn.Linear(6, 17), nn.Tanh(), nn.Dropout(dropout), nn.LayerNorm(17), nn.Linear(17, 1))
         return model.to(dtype)
-
-
-def loss_of(model, part=0, parts=1):
-    """The loss of a part of the batch, all of it by default."""
-    dtype, here = next(model.parameters()).dtype, slice(len(X) * part // parts, len(X) * (part + 1) // parts)
-    return lambda: (model(X[here].to(dtype)).float() - Y[here]).square().mean()
 
 
 def weights(model):

@@ -19,6 +19,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from toys import X, Y, loss_of, same
 from zo_core.bindings import ops
 
 import zo_core
@@ -30,19 +31,6 @@ def network(dtype: torch.dtype = torch.float32) -> nn.Sequential:
     with torch.random.fork_rng():
         torch.random.default_generator.manual_seed(0)
         return nn.Sequential(nn.Linear(6, 33), nn.LayerNorm(33), nn.Tanh(), nn.Linear(33, 1)).to(dtype)
-
-
-X = torch.linspace(-1, 1, 64 * 6).view(64, 6).sin()
-Y = X[:, :1] * X[:, 1:2] + X[:, 2:3]
-
-
-def loss_of(model: nn.Module):
-    dtype = next(model.parameters()).dtype
-    return lambda: (model(X.to(dtype)).float() - Y).square().mean()
-
-
-def same(a: nn.Module, b: nn.Module) -> bool:
-    return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
 
 
 def run(path, model: nn.Module, steps: int = 20, nan_at: int = 5, **options) -> zo_core.MeZO:

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from toys import X, Y, loss_of
 from twins import TwinFZOO, TwinHiZOO, TwinMeZO, TwinSPSA
 
 import zo_core
@@ -15,8 +16,6 @@ from zo_core import layers
 
 ENGINES = pytest.mark.parametrize("engine", ["shadow", "inplace"])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-X = torch.linspace(-1, 1, 64 * 6).view(64, 6).sin()
-Y = X[:, :1] * X[:, 1:2] + X[:, 2:3]
 
 
 class Blocks(nn.Module):
@@ -39,11 +38,6 @@ def network(dtype=torch.float32) -> Blocks:
     with torch.random.fork_rng():
         torch.random.default_generator.manual_seed(0)
         return Blocks().to(dtype)
-
-
-def loss_of(model):
-    dtype = next(model.parameters()).dtype
-    return lambda: (model(X.to(dtype)).float() - Y).square().mean()
 
 
 METHODS = {  # name: optimizer, twin, the options of both, those of the twin alone

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from toys import loss_of, same
 from twins import TwinMeZO
 from zo_core.bindings import ops
 
@@ -27,20 +28,7 @@ def network(seed: int = 0, dropout: float = 0.0, dtype: torch.dtype = torch.floa
         return layers.to(dtype)
 
 
-X = torch.linspace(-1, 1, 64 * 6).view(64, 6).sin()
-Y = X[:, :1] * X[:, 1:2] + X[:, 2:3]
-
-
-def loss_of(model: nn.Module):
-    dtype = next(model.parameters()).dtype
-    return lambda: (model(X.to(dtype)).float() - Y).square().mean()
-
-
 ENGINES = pytest.mark.parametrize("engine", ["shadow", "inplace"])
-
-
-def equal(a: nn.Module, b: nn.Module) -> bool:
-    return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
@@ -284,7 +272,7 @@ def test_a_saved_run_continues_bit_for_bit(dtype, way):
     for thing, state in zip(second, saved, strict=True):
         thing.load_state_dict(state)
     run(5, *second)
-    assert equal(second[0], whole[0]) and equal(first[0], whole[0])
+    assert same(second[0], whole[0]) and same(first[0], whole[0])
     assert second[1].seed == 7 and second[1].updates == 9
 
 
@@ -455,7 +443,7 @@ def test_torch_s_default_dtype_changes_nothing(dtype):
         fresh.step(lambda: 1.0)
     finally:
         torch.set_default_dtype(before)
-    assert equal(model, other) and float(loss) == float(expected)
+    assert same(model, other) and float(loss) == float(expected)
 
 
 def test_skipped_steps_of_16_bit_weights_round_anew_each_time():

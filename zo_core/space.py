@@ -117,7 +117,7 @@ class ParamSpace:
         )
 
     def _learn(self, probes: Sequence[Probe], curvature: Tensor, smoothing: Tensor) -> list[list[Tensor]]:
-        """New factors of all tensors; the old ones where nothing changes."""
+        """New factors of all tensors, which are the old ones where curvature and smoothing are zero."""
         out = []
         for i, h in enumerate(self.hessians):
 
@@ -131,9 +131,7 @@ class ParamSpace:
                     )
                 return z.square_()
 
-            new = scaling.factors(h, squares, curvature[:, i], smoothing[i])
-            moves = curvature[:, i].any() | (smoothing[i] != 0)
-            out.append([torch.where(moves, b, a) for a, b in zip(h, new, strict=True)])
+            out.append(scaling.factors(h, squares, curvature[:, i], smoothing[i]))
         return out
 
     def perturb(

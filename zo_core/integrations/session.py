@@ -27,11 +27,15 @@ class Session(NamedTuple):
     parts: dict[str, list[Encoded]]
     facts: dict[str, Any]
 
-    def loss_of(self, step: int) -> Callable[[], torch.Tensor]:
-        """The loss of a step's training batch, which is a function of seed and step, as a closure without gradients."""
+    def batch_of(self, step: int) -> tasks.Batch:
+        """A step's training batch, a function of seed and step."""
         train, config = self.parts["train"], self.config
         indices = tasks.batch_indices(len(train), config.batch_size, step=step, seed=config.seed)
-        batch = tasks.collate([train[i] for i in indices], self.scorer.device)
+        return tasks.collate([train[i] for i in indices], self.scorer.device)
+
+    def loss_of(self, step: int) -> Callable[[], torch.Tensor]:
+        """The loss of a step's training batch, as a closure without gradients."""
+        batch = self.batch_of(step)
         return torch.no_grad()(lambda: self.scorer.loss(batch))
 
 
