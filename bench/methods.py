@@ -1,10 +1,10 @@
 """Which method to take: all of them, published MeZO and backpropagation on one task, at equal budgets.
 
 SmolLM2-135M on movie-review sentences of at most --longest tokens (and on product reviews, with the learning rates found on the
-first). Learning rates are chosen on validation by one ladder for all: neighbours half a decade apart, until both are worse.
-Budgets are in forwards of a batch (a backward counts as two) and in seconds, which are a step's median time on a quiet machine
-(--part timing) times steps: workers here share cores, so that their own clocks mean nothing. Rates fall to 0 over each budget.
-Every finished run is in the JSON; an interrupted study goes on where it was.
+first). Learning rates are constant, and chosen on validation by one ladder for all: neighbours half a decade apart, until both
+are worse. Budgets are in forwards of a batch (a backward counts as two) and in seconds, which are a step's median time on a
+quiet machine (--part timing) times steps: workers here share cores, so that their own clocks mean nothing. One run answers for
+both. Every finished run is in the JSON; an interrupted study goes on where it was.
 """
 
 import argparse
@@ -19,9 +19,11 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -40,9 +42,9 @@ EXAMPLES = """examples:
   python -m bench.methods                         all parts that are not in the JSON yet (hours)
   python -m bench.methods --part plot             the plot and the tables from the JSON
 """
-PARTS = ("timing", "sweep", "forwards", "products", "seconds", "plot")
+PARTS = ("timing", "sweep", "reviews", "products", "plot")
 EPS, BATCH, SWEEP_SEED = 1e-3, 16, 100
-MARKS = (0.0, 0.125, 0.25, 1 / 3, 0.5, 0.75, 1.0)  # of the budget, where validation is looked at
+MARKS = (0.0, 1 / 6, 1 / 3, 1 / 2, 3 / 4, 1.0)  # of the budget of forwards, where validation is looked at
 
 
 @dataclass(frozen=True)
@@ -70,27 +72,26 @@ class Published:
 
     def __init__(self, model: nn.Module, lr: float, seed: int) -> None:
         self.params: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
-        self.param_groups: list[dict[str, Any]] = [{"lr": lr}]
-        self.number = seed << 20
+        self.lr, self.number = lr, seed << 20
 
     def step(self, closure: Callable[[], Tensor]) -> float:
         """One step."""
         self.number += 1
-        return published.mezo_step(self.params, closure, self.number, self.param_groups[0]["lr"], EPS)
+        return published.mezo_step(self.params, closure, self.number, self.lr, EPS)
 
 
 FIRST_ORDER, PUBLISHED = ("Adam", "SGD"), "MeZO, published"
 METHODS = {
-    PUBLISHED: Method(Published, 1e-4, 2, "torch.normal in bfloat16, weights written to be probed"),
-    "MeZO": Method(ours("MeZO", distribution="rademacher"), 1e-4, 2, "random signs"),
+    PUBLISHED: Method(Published, 3.2e-5, 2, "torch.normal in bfloat16, weights written to be probed"),
+    "MeZO": Method(ours("MeZO", distribution="rademacher"), 3.2e-5, 2, "random signs"),
     "LeZO": Method(ours("LeZO", distribution="rademacher"), 1e-4, 2, "rho 0.75, random signs"),
     "HiZOO": Method(ours("HiZOO"), 1e-4, 3, "smoothing 1e-6"),
     "HiZOO-L": Method(ours("HiZOO", hessian="factored"), 1e-4, 3, "smoothing 1e-6"),
-    "FZOO": Method(ours("FZOO"), 1e-3, 9, "8 probes"),
-    "FZOO-R": Method(ours("FZOO", reuse=True, probes=4), 1e-3, 5, "4 new probes"),
-    "1.5-SPSA": Method(ours("SPSA", probes=4), 1e-4, 9, "4 probes"),
+    "FZOO": Method(ours("FZOO"), 3.2e-3, 9, "8 probes"),
+    "FZOO-R": Method(ours("FZOO", reuse=True, probes=4), 3.2e-3, 5, "4 new probes"),
+    "1.5-SPSA": Method(ours("SPSA", probes=4), 3.2e-4, 9, "4 probes"),
     "Adam": Method(backprop("Adam"), 1e-5, 3, "backpropagation"),
-    "SGD": Method(backprop("SGD"), 3e-3, 3, "backpropagation"),
+    "SGD": Method(backprop("SGD"), 1e-3, 3, "backpropagation"),
 }
 
 
@@ -108,7 +109,7 @@ def session_of(data: str, dtype: str, longest: int) -> tuple[Session, dict[str, 
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
-    """Train, looking at validation at each mark; what came of it. A loss that is not finite ends it."""
+    """Train, looking at validation at each mark; what came of it. A loss that is far above the first ends it."""
     method, first_order = METHODS[job["method"]], job["method"] in FIRST_ORDER
     session, start = session_of(job["data"], "float32" if first_order else "bfloat16", job["longest"])
     session = session._replace(config=session.config.model_copy(update={"seed": job["seed"], "batch_size": BATCH}))
@@ -116,31 +117,30 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     model.load_state_dict(start)
     torch.set_rng_state(torch.Generator().manual_seed(job["seed"]).get_state())
     optimizer = method.make(model, job["lr"], job["seed"])
-    steps, curve, marks = job["steps"], [], sorted({round(m * job["steps"]) for m in job["marks"]})
+    curve: list[list[float]] = []
+    out: dict[str, Any] = {"curve": curve}
     begun = time.perf_counter()
-    for step in range(steps + 1):
-        if step in marks:
+    for step in range(job["steps"] + 1):
+        if step in job["marks"]:
             found = tasks.evaluate(scorer, session.parts["validation"][: job["validation"]], batch_size=BATCH)
             curve.append([step, round(found.loss, 5), round(found.accuracy, 5)])
-            if not math.isfinite(found.loss) or found.loss > 3 * curve[0][1] + 1:
-                break  # it diverged
-        if step == steps:
+            if not found.loss <= job["give_up"] * curve[0][1]:
+                break
+        if step == job["tested"]:
+            found = tasks.evaluate(scorer, session.parts["test"][: job["test"]], batch_size=BATCH)
+            out |= {"test": {"loss": found.loss, "accuracy": found.accuracy}}
+        if step == job["steps"]:
             break
-        optimizer.param_groups[0]["lr"] = job["lr"] * (1 - step / steps)
         if first_order:
             optimizer.zero_grad()
             scorer.loss(session.batch_of(step)).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
         else:
             optimizer.step(session.loss_of(step))
-    out: dict[str, Any] = {"curve": curve, "finished": curve[-1][0] == steps}
-    if job["test"]:
-        found = tasks.evaluate(scorer, session.parts["test"][: job["test"]], batch_size=BATCH)
-        out |= {"test": {"loss": found.loss, "accuracy": found.accuracy}}
     if hasattr(optimizer, "memory"):
         out |= {"memory": optimizer.memory(), "skipped": optimizer.skipped}
     model.zero_grad(set_to_none=True)
-    return {**out, "worker_seconds": round(time.perf_counter() - begun, 1)}
+    return {**out, "finished": curve[-1][0] == job["steps"], "worker_seconds": round(time.perf_counter() - begun, 1)}
 
 
 def _quiet(threads: int) -> None:
@@ -173,7 +173,7 @@ class Study:
             keep(self.path, machine=machine(), runs=self.runs)
         step, loss, accuracy = found["curve"][-1]
         console.print(
-            f"{job['what']}, {job['data']}: {job['method']}, lr {job['lr']:g}, seed {job['seed']}: step {step}, "
+            f"{job['what']}: {job['method']}, lr {job['lr']:g}, seed {job['seed']}: step {step}, "
             f"validation loss {loss:.4f}, accuracy {accuracy:.3f}, {found['worker_seconds']:.0f} s",
             highlight=False,
         )
@@ -188,12 +188,24 @@ class Study:
 # ---- the parts ---------------------------------------------------------------------------------------------------
 
 
-def job_of(
-    args: argparse.Namespace, what: str, method: str, lr: float, seed: int, steps: int, **more: Any
-) -> dict[str, Any]:
+def job_of(args: argparse.Namespace, what: str, method: str, lr: float, seed: int, **more: Any) -> dict[str, Any]:
     """All that a run depends on."""
-    job = {"what": what, "method": method, "lr": lr, "seed": seed, "steps": steps, "longest": args.longest}
-    return {**job, "data": "reviews", "marks": MARKS, "validation": args.validation, "test": args.test, **more}
+    ends, data = (
+        steps_at(method, args.forwards, more.pop("seconds", {})),
+        "products" if what == "products" else "reviews",
+    )
+    last, steps = ends["forwards"], max(ends.values())
+    job = {
+        "what": what,
+        "data": data,
+        "method": method,
+        "lr": lr,
+        "seed": seed,
+        "longest": args.longest,
+        "steps": steps,
+    }
+    job |= {"marks": sorted({*(round(m * last) for m in MARKS), steps}), "tested": last, "give_up": 4.0}
+    return {**job, "validation": args.validation, "test": args.test, **more}
 
 
 def steps_in(method: str, forwards: int) -> int:
@@ -201,13 +213,23 @@ def steps_in(method: str, forwards: int) -> int:
     return max(1, round(forwards / METHODS[method].forwards))
 
 
+def steps_at(method: str, forwards: int, seconds: dict[str, Any]) -> dict[str, int]:
+    """Steps of a method at the end of each budget; that of seconds is what MeZO takes for its forwards."""
+    last = steps_in(method, forwards)
+    if not {method, "MeZO"} <= set(seconds):
+        return {"forwards": last, "seconds": last}
+    budget = seconds["MeZO"]["median"] * steps_in("MeZO", forwards)
+    return {"forwards": last, "seconds": max(1, round(budget / seconds[method]["median"]))}
+
+
 def sweep(args: argparse.Namespace, study: Study) -> dict[str, float]:
-    """The best learning rate of each method, by validation loss after a short run."""
+    """The best learning rate of each method, by validation loss after a run with a seed of its own."""
 
     def search(name: str) -> float:
         def loss(lr: float) -> float:
-            steps = steps_in(name, args.sweep_forwards)
-            found = study.do(job_of(args, "sweep", name, lr, SWEEP_SEED, steps, marks=[0.0, 0.5, 1.0], test=0))
+            steps = steps_in(name, args.forwards)
+            marks, why = [0, steps // 2, steps], {"tested": None, "test": 0, "give_up": 1.25}
+            found = study.do(job_of(args, "sweep", name, lr, SWEEP_SEED, marks=marks, **why))
             return float(found["curve"][-1][1]) if found["finished"] else math.inf
 
         tried = ladder(loss, METHODS[name].lr, most=5)
@@ -260,63 +282,78 @@ def runs_of(study: Study, what: str, method: str) -> list[dict[str, Any]]:
     return [r for r in study.runs if r["job"]["what"] == what and r["job"]["method"] == method]
 
 
-def mean_curve(runs: Sequence[dict[str, Any]], column: int) -> tuple[list[int], list[float], list[float]]:
-    """Steps, mean and standard deviation over seeds, at the marks that all runs reached."""
+def mean_curve(runs: Sequence[dict[str, Any]]) -> tuple[list[int], list[float], list[float]]:
+    """Steps, mean and standard deviation of the validation loss over seeds, at the marks that all runs reached."""
     steps = [p[0] for p in min((r["curve"] for r in runs), key=len)]
-    values = [[r["curve"][i][column] for r in runs] for i in range(len(steps))]
+    values = [[r["curve"][i][1] for r in runs] for i in range(len(steps))]
     return steps, [statistics.mean(v) for v in values], [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values]
 
 
 def reach(steps: Sequence[int], losses: Sequence[float], goal: float) -> float | None:
     """Steps until the loss is at the goal, on straight lines between marks."""
-    for (a, la), (b, lb) in zip(
-        zip(steps, losses, strict=True), list(zip(steps, losses, strict=True))[1:], strict=False
-    ):
+    for (a, la), (b, lb) in pairwise(zip(steps, losses, strict=True)):
         if lb <= goal:
             return a + (b - a) * ((la - goal) / (la - lb) if la > lb else 1.0)
     return None
 
 
+def loss_at(run: dict[str, Any], step: int) -> float:
+    """Validation loss of a run at a step, on straight lines between marks."""
+    steps, losses, _ = zip(*run["curve"], strict=True)
+    return float(np.interp(step, steps, losses))
+
+
+def mean_sd(values: Sequence[float]) -> dict[str, float | None]:
+    """Over seeds."""
+    return {
+        "mean": statistics.mean(values) if values else None,
+        "sd": statistics.stdev(values) if len(values) > 1 else None,
+    }
+
+
 def tables(args: argparse.Namespace, study: Study) -> dict[str, Any]:
-    """Print what is known, and return it."""
-    known, out = load(args.json), dict[str, Any]()
-    seconds = known.get("timing", {}).get("seconds", {})
-    for what in ("forwards", "seconds", "products"):
-        rows = []
-        base = runs_of(study, what, "MeZO")
-        goal = mean_curve(base, 1)[1][-1] if base else None
-        for name in METHODS:
+    """Print what is known, and return it: each budget, and at it each method."""
+    seconds, out = load(args.json).get("timing", {}).get("seconds", {}), dict[str, Any]()
+
+    def plus_minus(q: dict[str, float | None], times: float, digits: int) -> str:
+        return " ±".join(f"{times * v:.{digits}f}" for v in q.values() if v is not None)
+
+    for what, budget in (("reviews", "forwards"), ("reviews", "seconds"), ("products", "forwards")):
+        if not (base := runs_of(study, what, "MeZO")):
+            continue
+        rows, table = [], dict[str, Any]()
+        goal = statistics.mean(loss_at(r, steps_in("MeZO", args.forwards)) for r in base)
+        for name, method in METHODS.items():
             if not (runs := runs_of(study, what, name)):
                 continue
-            steps, losses, spread = mean_curve(runs, 1)
-            per = METHODS[name].forwards
-            at = reach(steps, losses, goal) if goal is not None else None
-            tests = [[r["test"][k] for r in runs] for k in ("accuracy", "loss")]
-            memory = [r["memory"] for r in runs if "memory" in r][-1:]
-            row = out.setdefault(what, {})[name] = {
-                "lr": runs[0]["job"]["lr"], "seeds": len(runs), "steps": steps[-1], "forwards": steps[-1] * per,
-                "seconds": steps[-1] * seconds[name]["median"] if name in seconds else None,
-                "validation_loss": {"before": losses[0], "after": losses[-1], "sd": spread[-1]},
-                "test_accuracy": {"mean": statistics.mean(tests[0]), "sd": statistics.stdev(tests[0]) if len(runs) > 1 else None},
-                "test_loss": {"mean": statistics.mean(tests[1]), "sd": statistics.stdev(tests[1]) if len(runs) > 1 else None},
-                "forwards_to_mezo": None if at is None else at * per,
-                "memory": memory[0] if memory else None,
+            steps, losses, _ = mean_curve(runs)
+            clock = seconds.get(name, {}).get("median", math.nan)
+            end = steps_at(name, args.forwards, seconds)[budget]
+            at, memory = reach(steps, losses, goal), runs[-1].get("memory")
+            row = table[name] = {
+                "lr": runs[0]["job"]["lr"], "seeds": len(runs), "steps": end, "forwards": end * method.forwards,
+                "seconds": round(end * clock, 2), "before": losses[0],
+                "validation_loss": mean_sd([loss_at(r, end) for r in runs]),
+                "diverged": sum(not r["finished"] for r in runs),
+                "forwards_to_mezo": None if at is None else at * method.forwards,
+                "seconds_to_mezo": None if at is None else at * clock, "memory": memory,
             }  # fmt: skip
-            after, accuracy, took = row["validation_loss"], row["test_accuracy"], row["seconds"]
-            extra = sum(v for k, v in row["memory"].items() if k != "weights") / 2**20 if row["memory"] else None
+            if budget == "forwards":
+                row |= {f"test_{k}": mean_sd([r["test"][k] for r in runs if "test" in r]) for k in ("accuracy", "loss")}
+            extra = sum(v for k, v in memory.items() if k != "weights") / 2**20 if memory else None
             rows.append([
-                name, f"{row['lr']:.2g}", str(len(runs)), str(row["steps"]),
-                "" if took is None else f"{took:.0f}", f"{after['after']:.4f}" + (f" ±{after['sd']:.4f}" if len(runs) > 1 else ""),
-                f"{100 * accuracy['mean']:.1f}" + (f" ±{100 * accuracy['sd']:.1f}" if accuracy["sd"] is not None else ""),
-                "never" if at is None else f"{at * per:.0f}", "" if extra is None else f"{extra:.0f}",
+                name, f"{row['lr']:.2g}", f"{len(runs)}", f"{end}", f"{row['seconds']:.0f}",
+                plus_minus(row["validation_loss"], 1, 4),
+                plus_minus(row["test_accuracy"], 100, 1) if "test_accuracy" in row else "",
+                "never" if at is None else f"{at * method.forwards:.0f} / {at * clock:.0f}",
+                "" if extra is None else f"{extra:.0f}",
             ])  # fmt: skip
-        if rows:
-            before = out[what][next(iter(out[what]))]["validation_loss"]["before"]
-            report(
-                f"{what}: validation loss {before:.4f} before; means ±sd over seeds",
-                ["", "lr", "seeds", "steps", "seconds", "val. loss", "test acc. %", "forwards to MeZO's", "MiB beside"],
-                rows, {}, None,
-            )  # fmt: skip
+        out[f"{what}, {budget}"] = table
+        report(
+            f"{what}, equal {budget}: validation loss {losses[0]:.4f} before; means ±sd over seeds",
+            ["", "lr", "seeds", "steps", "s", "val. loss", "test acc. %", "forwards / s to MeZO's", "MiB beside"],
+            rows, {}, None,
+        )  # fmt: skip
     return out
 
 
@@ -329,13 +366,12 @@ def plot(args: argparse.Namespace, study: Study) -> None:
 
     seconds = load(args.json).get("timing", {}).get("seconds", {})
     figure, axes = pyplot.subplots(1, 3, figsize=(16, 4.6))
-    for axis, what, unit in zip(
-        axes, ("forwards", "seconds", "products"), ("forwards", "seconds", "forwards"), strict=True
-    ):
+    shown = (("reviews", "forwards"), ("reviews", "seconds"), ("products", "forwards"))
+    for axis, (what, unit) in zip(axes, shown, strict=True):
         for i, name in enumerate(METHODS):
             if runs := runs_of(study, what, name):
-                steps, losses, spread = mean_curve(runs, 1)
-                per = METHODS[name].forwards if unit == "forwards" else seconds[name]["median"]
+                steps, losses, spread = mean_curve(runs)
+                per = METHODS[name].forwards if unit == "forwards" else seconds.get(name, {}).get("median", math.nan)
                 style = {"color": f"C{i}", "linestyle": "--" if name in FIRST_ORDER else "-"}
                 axis.errorbar([s * per for s in steps], losses, spread, label=name, marker=".", capsize=2, **style)
         axis.set(title=f"{'product' if what == 'products' else 'movie'} reviews", xlabel=unit, ylabel="validation loss")
@@ -356,7 +392,6 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--published-seeds", type=int, default=1, help="of published MeZO, which is slow")
     parser.add_argument("--forwards", type=int, default=192, help="budget of a run (default 192)")
-    parser.add_argument("--sweep-forwards", type=int, default=192, help="budget of a run that chooses a learning rate")
     parser.add_argument("--longest", type=int, default=32, help="tokens of a prompt; longer ones are left out")
     parser.add_argument("--validation", type=int, default=128, help="sentences")
     parser.add_argument("--test", type=int, default=480, help="sentences")
@@ -368,20 +403,14 @@ def main() -> None:
     parts, study = args.part or PARTS, Study(args.json, args.workers)
     if "timing" in parts and ("timing" not in load(args.json) or args.part):
         keep(args.json, machine=machine(), timing=timing(args))
-    rates = sweep(args, study) if {"sweep", "forwards", "products", "seconds"} & set(parts) else {}
+    rates = sweep(args, study) if {"sweep", "reviews", "products"} & set(parts) else {}
     seeds = {name: args.published_seeds if name == PUBLISHED else args.seeds for name in args.methods}
-    pairs = [(name, seed) for seed in range(args.seeds) for name in args.methods if seed < seeds[name]]
-    if "forwards" in parts:
-        jobs = [job_of(args, "forwards", n, rates[n], s, steps_in(n, args.forwards)) for n, s in pairs]
-        study.side_by_side(study.do, jobs)
-    if "products" in parts:
-        jobs = [job_of(args, "products", n, rates[n], s, steps_in(n, args.forwards), data="products") for n, s in pairs]
-        study.side_by_side(study.do, jobs)
-    if "seconds" in parts:
-        clock = load(args.json)["timing"]["seconds"]
-        budget = clock["MeZO"]["median"] * steps_in("MeZO", args.forwards)
-        steps = {n: max(1, round(budget / clock[n]["median"])) for n in args.methods}
-        study.side_by_side(study.do, [job_of(args, "seconds", n, rates[n], s, steps[n]) for n, s in pairs])
+    for what in [part for part in ("reviews", "products") if part in parts]:
+        clock = load(args.json).get("timing", {}).get("seconds", {}) if what == "reviews" else {}
+        study.side_by_side(study.do, [
+            job_of(args, what, name, rates[name], seed, seconds=clock)
+            for seed in range(args.seeds) for name in args.methods if seed < seeds[name]
+        ])  # fmt: skip
     keep(args.json, machine=machine(), summary=tables(args, study))
     if "plot" in parts and study.runs:
         plot(args, study)
