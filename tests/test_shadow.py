@@ -417,6 +417,116 @@ def test_modules_in_threads():
     assert all(torch.equal(r, results[0]) for r in results)
 
 
+def steady(closure, model, **options):
+    """An engine, and a probe, when it knows in which order the closure reads."""
+    opt, probe = optimizer(model, **options), torch.tensor([1])
+    results = [at(opt, closure, 1e-2, probe) for _ in range(3)]
+    assert opt._prepare()._steady and torch.equal(results[0], results[-1])
+    return opt, probe, results[0]
+
+
+def layers(monkeypatch, n=6):
+    """Linear layers of which two fit into a buffer."""
+    monkeypatch.setattr(shadow, "_LEAST", 3 * 4096)
+    return nn.ModuleList([nn.Linear(32, 32) for _ in range(n)])
+
+
+def test_reads_in_a_known_order_are_of_plain_copies(monkeypatch):
+    model, loss = make("llama")
+    engine = optimizer(model)._prepare()
+    reads, read = [], engine.read
+    monkeypatch.setattr(
+        engine, "read", lambda stands, *rest, **more: (reads.append(len(stands)), read(stands, *rest, **more))[1]
+    )
+    counts, results = [], []
+    for _ in range(5):
+        del reads[:]
+        with torch.no_grad():
+            results.append(engine.evaluate(loss, 1e-2, torch.tensor([1])))
+        counts.append(sum(reads))
+    assert counts[-1] == counts[-2] < counts[0] / 4 and all(torch.equal(r, results[0]) for r in results)
+
+
+def test_weights_that_a_closure_holds_keep_their_values(monkeypatch):
+    model, again = layers(monkeypatch), []
+
+    def closure():
+        held, total = [], torch.zeros(())
+        for layer in model:
+            total += layer.bias.sum()
+            held.append(layer.weight)
+        total += sum(w.square().sum() for w in held)
+        return total + sum(w.pow(3).sum() for w in (*held, *held) if again)
+
+    opt, probe, _ = steady(closure, model)
+    again.append(True)
+    expected = at(optimizer(model), closure, 1e-2, probe)
+    assert all(torch.equal(at(opt, closure, 1e-2, probe), expected) for _ in range(3))
+
+
+def test_an_order_that_changes_changes_no_result(monkeypatch):
+    model, order = layers(monkeypatch), [0, 1, 2, 3, 4, 5]
+
+    def closure():
+        x = torch.ones(32)
+        for i in order:
+            x = model[i](x)
+        return x.sum()
+
+    opt, probe, _ = steady(closure, model)
+    for change in ([5, 4, 3, 2, 1, 0], [0, 0, 1, 2, 3], [3, 1, 3, 1, 5], [0, 1, 2, 3, 4, 5]):
+        order[:] = change
+        expected = at(optimizer(model), closure, 1e-2, probe)
+        assert all(torch.equal(at(opt, closure, 1e-2, probe), expected) for _ in range(3))
+
+
+@pytest.mark.parametrize("which", [1, 4])
+def test_writing_a_copy_is_found_when_its_memory_is_needed_or_at_the_end(monkeypatch, which):
+    model, write = layers(monkeypatch), []
+
+    def closure():
+        x = torch.ones(32)
+        for i, layer in enumerate(model):
+            if i in write:
+                layer.weight.add_(1)
+            x = layer(x)
+        return x.sum()
+
+    opt, probe, first = steady(closure, model)
+    before = bits(model)
+    write.append(which)
+    with pytest.raises(RuntimeError, match=rf"{which}\.weight.* during an evaluation"):
+        at(opt, closure, 1e-2, probe)
+    assert unchanged(model, before)
+    write.clear()
+    assert torch.equal(at(opt, closure, 1e-2, probe), first)
+
+
+def test_modules_that_branch_on_overrides_take_one_path():
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2).eval()
+    x = torch.randn(3, 5, 16)
+    opt, probe, first = steady(lambda: model(x).square().mean(), model)
+    assert torch.equal(at(opt, lambda: model(x).square().mean(), 1e-2, probe), first)
+
+
+def test_a_copy_that_is_tied_inside_a_closure_is_the_parameter_afterwards():
+    model = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+    tie = []
+
+    def closure():
+        x = model[0](torch.ones(4))
+        if tie:
+            model.append(nn.Linear(4, 4))
+            model[2].weight, model[2].bias = model[1].weight, model[1].bias
+        return model[1](x).sum()
+
+    opt, probe, _ = steady(closure, model)
+    tie.append(1)
+    at(opt, closure, 1e-2, probe)
+    assert model[2].weight is model[1].weight and model[2].bias is model[1].bias
+    assert type(model[1].weight) is nn.Parameter
+
+
 def test_parameters_keep_their_attributes_and_subclasses_are_held():
     class Scaled(nn.Parameter):
         pass
@@ -425,7 +535,10 @@ def test_parameters_keep_their_attributes_and_subclasses_are_held():
     model[0].weight.scale = 3.0
     model[1].weight = Scaled(model[1].weight.detach().clone())
     opt, seen = optimizer(model), []
-    opt.step(lambda: (seen.append((model[0].weight.scale, type(model[1].weight))), model(torch.ones(2, 4)).sum())[1])
+    for _ in range(3):
+        opt.step(
+            lambda: (model(torch.ones(2, 4)).sum(), seen.append((model[0].weight.scale, type(model[1].weight))))[0]
+        )
     assert set(seen) == {(3.0, Scaled)}
 
 

@@ -2,7 +2,8 @@
 
 While a closure runs, a stand-in has each trainable tensor's place in its modules. A torch function that is given
 stand-ins gets theta + c z, made at that moment in scratch memory, and the parameters stay as they are: nothing to
-restore, whatever happens. An embedding gets only the rows it looks up.
+restore, whatever happens. An embedding gets only the rows it looks up. Once parameters are known to be read in one
+order, copies are made of several ahead, and take the place of their stand-ins until the memory is needed.
 """
 
 import threading
@@ -126,6 +127,7 @@ class _Slot:
         self.layouts: dict[tuple[_Key, ...], dict[_Key, Tensor]] = {}
         self.content: dict[_Key, Tensor] = {}  # one of the layouts, when it has been written
         self.version = 0  # of the memory, when it had been written
+        self.placed: dict[int, Tensor] = {}  # content that modules have, in place of stand-ins
         self._own = self._users()
 
     def _users(self) -> int:
@@ -175,6 +177,8 @@ class ShadowEngine:
             self._uncounted = torch.zeros_like(space.counters)  # a probe that saturates harms no weight
         self._next: dict[_Key, _Key] = {}  # what was read after what
         self._last: _Key | None = None
+        self._surprised, self._steady = False, False  # in this evaluation; whether the one before was without surprise
+        self._branching = _branching(module, {id(p): i for i, p in enumerate(space.tensors)})
         self._largest = 0  # bytes that one function needed
         self._held: dict[int, Tensor] = {}  # tensors that are perturbed in place, and their values
         self._absent: set[int] = set()  # tensors that the module no longer has
@@ -182,7 +186,8 @@ class ShadowEngine:
         self._checks = _FLAT  # comparisons that may still be made
         self._flat: Tensor | None = None  # the result that did not change
         self._sources: list[Tensor] = []  # the weights during an evaluation
-        self._places: list[dict[str, Any]] = []  # the modules' parameters, where stand-ins are
+        self._stands: dict[int, StandIn] = {}
+        self._places: dict[int, list[tuple[dict[str, Any], str]]] = {}  # of each tensor, in the modules' parameters
         self._written: list[int] = []  # held tensors that are perturbed
         self._left_out: frozenset[int] = frozenset()  # of the probe
         self._probe: Probe | None = None
@@ -227,11 +232,14 @@ class ShadowEngine:
                 p.data = source
         for i in self._written:
             self._sources[i].copy_(self._held[i])
-        for parameters in (*[m._parameters for m in _modules(self.module)], *self._places):
+        for slot in self._slots:
+            slot.placed = {}
+        places = [parameters for found in self._places.values() for parameters, _ in found]
+        for parameters in (*[m._parameters for m in _modules(self.module)], *places):
             for name, p in parameters.items():
-                if type(p) is StandIn:
-                    parameters[name] = p._parameter  # type: ignore[unreachable]
-        self._places, self._sources, self._probe, self._kept, self._written = [], [], None, [], []
+                if (parameter := getattr(p, "_parameter", None)) is not None:  # of a stand-in, or what took its place
+                    parameters[name] = parameter
+        self._places, self._stands, self._sources, self._probe, self._kept, self._written = {}, {}, [], None, [], []
 
     def memory(self) -> dict[str, int]:
         """Bytes of scratch, the most so far, and of the copies of tensors that are read outside their modules."""
@@ -243,10 +251,14 @@ class ShadowEngine:
         with self._standing_in(c, probe, changed):
             result = closure()
             for slot in self._slots:
-                if slot.content and slot.bytes._version != slot.version:
-                    names = ", ".join(self.space.names[i] for i, _ in slot.content)
-                    raise RuntimeError(f"closure: it wrote one of {names} during an evaluation; {_OUTSIDE}")
+                self._check_unwritten(slot)
+            self._steady = not self._surprised
             return result
+
+    def _check_unwritten(self, slot: _Slot) -> None:
+        if slot.content and slot.bytes._version != slot.version:
+            names = ", ".join(self.space.names[i] for i, _ in slot.content)
+            raise RuntimeError(f"closure: it wrote one of {names} during an evaluation; {_OUTSIDE}")
 
     @contextmanager
     def _standing_in(self, c: float, probe: Probe, changed: Sequence[int]) -> Iterator[None]:
@@ -254,7 +266,7 @@ class ShadowEngine:
         tensors = self.space.tensors
         for slot in self._slots:
             slot.content = {}
-        self._last = None
+        self._last, self._surprised = None, False
         try:
             with uninterrupted():
                 self._sources = [p.data for p in tensors]
@@ -268,15 +280,15 @@ class ShadowEngine:
                     tensors[i].data = t
                 placed = {*self._held, *self._left_out}  # or need no place
                 stands = {id(p): self._stand_in(i) for i, p in enumerate(tensors) if i not in placed}
+                self._stands = {stand._number: stand for stand in stands.values()}
                 for module in _modules(self.module):
                     parameters: dict[str, Any] = module._parameters
                     for name, p in parameters.items():
                         if (stand := stands.get(id(p))) is not None:
                             parameters[name] = stand
-                            self._places.append(parameters)
-                            placed.add(stand._number)
-                if len(placed) < len(tensors):
-                    self._say_absent(set(range(len(tensors))) - placed)
+                            self._places.setdefault(stand._number, []).append((parameters, name))
+                if len(placed) + len(self._places) < len(tensors):
+                    self._say_absent(set(range(len(tensors))) - placed - set(self._places))
             yield
         finally:
             with uninterrupted():
@@ -339,9 +351,9 @@ class ShadowEngine:
         keys = [(s._number, dtype) if dtype else s._key for s in stands]
         with self._lock:
             for key in keys:
-                if self._last is not None and self._last != key:
-                    self._next[self._last] = key
-                self._last = key
+                last, self._last = self._last, key
+                if last not in (None, key) and self._next.get(last) != key != self._following(last, placed=False):
+                    self._next[last], self._surprised, self._steady = key, True, False
             for slot in reversed(self._slots):
                 if not [k for k in keys if k not in slot.content]:
                     break
@@ -361,22 +373,49 @@ class ShadowEngine:
         wanted = dict.fromkeys(keys)
         end = sum(map(self._bytes, wanted))
         self._largest = max(self._largest, end)
-        room, following = max(_LEAST, min(_AHEAD, self._largest)), self._next.get(keys[-1])
-        for _ in self._sources:
-            if following is None or following in wanted:
-                break
-            if following[0] not in self._left_out:
-                if (more := end + self._bytes(following)) > room:
-                    break
-                wanted[following], end = None, more
-            following = self._next.get(following)
+        room, following = max(_LEAST, min(_AHEAD, self._largest)), self._following(keys[-1])
+        while following is not None and following not in wanted and (more := end + self._bytes(following)) <= room:
+            wanted[following], end = None, more
+            following = self._following(following)
         which = [i for i, _ in wanted]
         sources, slot = [self._sources[i] for i in which], self._slot(end)
         slot.content = {}  # first: what it held must not count as the new layout's
         copies = slot.layout(tuple(wanted), sources)
         self._perturb(which, sources, list(copies.values()))
         slot.content, slot.version = copies, slot.bytes._version
+        if self._steady and slot in self._slots:
+            self._place(slot)
         return slot
+
+    def _following(self, key: _Key, placed: bool = True) -> _Key | None:
+        """What was read after this, of what this probe does not leave out; ``placed`` or read through a stand-in."""
+        passed = self._left_out if placed else self._left_out.union(*[s.placed for s in self._slots])
+        following = self._next.get(key)
+        for _ in self._sources:
+            if following is None or following[0] not in passed:
+                break
+            following = self._next.get(following)
+        return following
+
+    def _place(self, slot: _Slot) -> None:
+        """Give modules the copies themselves: in the parameters' own dtypes, and where torch does the same with them."""
+        for key, copy in slot.content.items():
+            stand = self._stands.get(key[0])
+            if stand is None or key != stand._key or key[0] in self._branching:
+                continue
+            slot.placed[key[0]] = t = copy.detach().requires_grad_()
+            t.__dict__.update(stand._parameter.__dict__, _is_param=True, _parameter=stand._parameter)
+            for parameters, name in self._places[key[0]]:
+                if parameters.get(name) is stand:
+                    parameters[name] = t
+
+    def _displace(self, slot: _Slot) -> None:
+        """Put stand-ins back."""
+        for i, t in slot.placed.items():
+            for parameters, name in self._places[i]:
+                if parameters.get(name) is t:
+                    parameters[name] = self._stands[i]
+        slot.placed = {}
 
     def _bytes(self, key: _Key) -> int:
         return _aligned(self._sources[key[0]].numel() * key[1].itemsize)
@@ -397,7 +436,7 @@ class ShadowEngine:
 
     def _slot(self, nbytes: int) -> _Slot:
         """Scratch of this size: the one of the two buffers that was free longest, else memory of its own."""
-        free = next((s for s in self._slots if s.free()), None) if len(self._slots) == 2 else None
+        free = next((s for s in self._slots if self._freed(s)), None) if len(self._slots) == 2 else None
         if free is not None and free.bytes.nbytes >= nbytes:
             return free
         if free is not None:
@@ -408,6 +447,12 @@ class ShadowEngine:
         if len(self._slots) < 2:
             self._slots.insert(0, slot)
         return slot
+
+    def _freed(self, slot: _Slot) -> bool:
+        """Whether nobody has the slot's copies, when the modules have given theirs back."""
+        self._check_unwritten(slot)
+        self._displace(slot)
+        return slot.free()
 
     # ---- tensors that are read elsewhere -----------------------------------------------------------------------
 
@@ -499,6 +544,13 @@ def _out_of_reach(module: nn.Module, tensors: Sequence[Tensor]) -> list[int]:
         if "_orig_mod" in m._modules or m._compiled_call_impl or isinstance(m, torch.jit.ScriptModule):
             out |= {numbers[id(p)] for p in m.parameters() if id(p) in numbers}
     return sorted(out | (set(numbers.values()) - inside))
+
+
+def _branching(module: nn.Module, numbers: dict[int, int]) -> set[int]:
+    """Numbers of tensors under modules that do something else where parameters are overridden, as torch's encoder layers."""
+    names = {m: getattr(type(m).forward, "__code__", _branching.__code__).co_names for m in module.modules()}
+    found = [m for m in names if "has_torch_function" in names[m]]
+    return {numbers[id(p)] for m in found for p in m.parameters() if id(p) in numbers}
 
 
 def _tensors(x: Any, depth: int = 4) -> Iterator[Tensor]:
