@@ -1,7 +1,7 @@
 """A training loop of one's own, with accelerate: prepared model and data, checkpoints with the optimizer's state.
 
 python examples/accelerate_loop.py                           # a tiny random model, offline
-accelerate launch --num_processes 1 examples/accelerate_loop.py --model HuggingFaceTB/SmolLM2-135M-Instruct --lr 1e-6
+accelerate launch --num_processes 2 examples/accelerate_loop.py --model HuggingFaceTB/SmolLM2-135M-Instruct --lr 1e-6
 """
 
 import argparse
@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from tiny import collate, encode, load, reviews
 
 import zo_core
+from zo_core.distributed import Parallel
 
 
 def main() -> None:
@@ -28,8 +29,12 @@ def main() -> None:
     loader = torch.utils.data.DataLoader(data, batch_size=16, shuffle=True, collate_fn=collate, generator=order)
 
     accelerator = Accelerator()
-    model, loader = accelerator.prepare(model, loader)
-    optimizer = zo_core.MeZO(model, lr=given.lr, distribution="rademacher", probes=2)  # of the model where it is now
+    model = accelerator.prepare_model(model, evaluation_mode=True)  # not in DDP, which is for gradients
+    loader = accelerator.prepare(loader)
+    processes = Parallel() if accelerator.num_processes > 1 else None
+    optimizer = zo_core.MeZO(  # of the model where it is now
+        model, lr=given.lr, distribution="rademacher", probes=2, processes=processes
+    )
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=given.epochs * len(loader))
     accelerator.register_for_checkpointing(optimizer, schedule)
 

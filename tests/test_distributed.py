@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import gc
 import io
 import os
 import signal
@@ -19,7 +20,7 @@ from torch import nn
 from toys import loss_of
 
 import zo_core
-from zo_core.distributed import Parallel, RankError, checksum, sums
+from zo_core.distributed import Exchange, Parallel, RankError, checksum, sums
 
 ROOT = Path(__file__).parent.parent
 
@@ -247,7 +248,13 @@ def differ():
 
         return change
 
+    def blocks(m):
+        return zo_core.LeZO(m, lr=1e-3, rho=0.5, blocks=[m[0], m[4]][:: 1 - 2 * rank], processes=Parallel())
+
     attempt("seed", lambda m: optimizer(m, seed=rank))
+    attempt("names", lambda m: optimizer([*m[0].named_parameters()][:: 1 - 2 * rank], module=m))
+    attempt("hidden", lambda m: optimizer([("seed", m[0].weight)], module=m, seed=rank))
+    attempt("blocks", blocks)
     attempt("lr", lambda m: optimizer(m, lr=1e-3 * (1 + rank)))
     attempt("method", lambda m: optimizer(m) if rank else zo_core.LeZO(m, lr=1e-3, rho=0.0, processes=Parallel()))
     attempt("tensors", lambda m: optimizer(m[0] if rank else m))
@@ -260,6 +267,8 @@ def differ():
 def test_ranks_that_do_not_agree_at_the_start_are_refused_by_name():
     for said in ranks.run(differ, 2):
         assert said["seed"] == "seed: expected the same in all ranks, got seed of 0 in rank 0; 1 in rank 1"
+        assert "tensor 0" in said["names"] and "bias" in said["names"] and "weight" in said["names"]
+        assert said["hidden"] == said["seed"] and said["blocks"].startswith("blocks: expected the same in all ranks")
         assert "lr of group 0: " in said["lr"] and "0.001 in rank 0; 0.002 in rank 1" in said["lr"]
         assert "LeZO in rank 0; MeZO in rank 1" in said["method"]
         assert "float32 (17, 6) in rank 0" in said["tensors"]
@@ -305,15 +314,92 @@ def part_ways():
     fails(lambda opt, state: opt.load_state_dict(copy.deepcopy(opt.state_dict())))
     fails(lambda opt, state: opt.load_state_dict(state))
     fails(lambda opt, state: opt.param_groups[0].update(probes=5))
+    fails(lambda opt, state: opt.param_groups[0].update(lr=2e-3))
     return said
 
 
 def test_ranks_that_part_ways_are_refused_in_all():
-    for at, loaded, step, probes in ranks.run(part_ways, 2):
+    for at, loaded, step, probes, lr in ranks.run(part_ways, 2):
+        assert (
+            lr == "lr of group 0: expected the same in all ranks, got lr of group 0 of 0.001 in rank 0; 0.002 in rank 1"
+        )
         assert at.startswith("step: expected the same in all ranks, got 1 in rank 0; 2 in rank 1")
         assert loaded.startswith("comparison of weights: expected the same in all ranks, got False in rank 0; True")
         assert step.startswith("step: expected the same in all ranks, got 1 in rank 0; 0 in rank 1")
         assert probes.startswith("number of evaluations: expected the same in all ranks, got 2 in rank 0; 10 in rank 1")
+
+
+def one_more_probe():
+    """Of three that share the points of a step, one makes 11 of them, the others 10: four are the most for each."""
+    model = network()
+    opt = zo_core.FZOO(model, lr=1e-3, probes=9, processes=Parallel(data=1))
+    opt.step(loss_of(model))
+    opt.param_groups[0]["probes"] = 10 if dist.get_rank() == 1 else 9
+    with pytest.raises(RankError) as caught:
+        opt.step(loss_of(model))
+    return str(caught.value)
+
+
+def test_shares_of_one_size_of_different_steps_are_refused():
+    for text in ranks.run(one_more_probe, 3):
+        assert text.startswith(
+            "number of evaluations: expected the same in all ranks, got 10 in ranks 0, 2; 11 in rank 1"
+        )
+
+
+def fail_to_compare():
+    """Memory runs out in rank 1's comparison, and the run goes on; then it is interrupted inside a message."""
+    rank, model = dist.get_rank(), network()
+    opt = zo_core.FZOO(model, lr=1e-3, processes=Parallel(timeout=5))
+    opt.step(loss_of(model))
+
+    def fail(*_):
+        raise MemoryError("no room")
+
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 1:
+            patch.setattr("zo_core.distributed._checksums", fail)
+        with pytest.raises((MemoryError, RankError), match="no room"):
+            opt.compare()
+    opt.step(loss_of(model))
+    with pytest.MonkeyPatch.context() as patch:
+        gather = Exchange._gather
+
+        def interrupted(self, message):
+            gather(self, message)
+            raise KeyboardInterrupt
+
+        if rank == 1:
+            patch.setattr(Exchange, "_gather", interrupted)
+        with pytest.raises((KeyboardInterrupt, RankError)):
+            opt.step(loss_of(model))
+    with pytest.raises(RankError, match="broken off before" if rank == 1 else "lost the other|broken off"):
+        opt.compare()
+    return opt.updates
+
+
+def test_what_fails_between_messages_ends_no_process():
+    assert ranks.run(fail_to_compare, 2) == [2, 2]
+
+
+def many_optimizers():
+    """Files and threads before and after thirty optimizers."""
+
+    def count():
+        gc.collect()
+        return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
+
+    counts = []
+    for _ in range(30):
+        model = network()
+        zo_core.MeZO(model, lr=1e-3, processes=Parallel()).step(loss_of(model))
+        counts.append(count())
+    return counts[4], counts[-1]
+
+
+def test_groups_are_given_back():
+    for before, after in ranks.run(many_optimizers, 2):
+        assert after[0] <= before[0] + 2 and after[1] <= before[1] + 2
 
 
 @pytest.mark.parametrize("of", [partial(checksum, 0), lambda t: tuple(sums(t).tolist())], ids=["checksum", "sums"])
@@ -365,6 +451,8 @@ def test_arguments_are_checked_and_bytes_are_counted():
 
 
 def test_without_torch_distributed_it_is_refused():
+    with pytest.raises(TypeError, match="processes: expected zo_core.distributed.Parallel"):
+        zo_core.MeZO(network(), lr=1e-3, processes=True)
     with pytest.raises(RuntimeError, match="call init_process_group first"):
         zo_core.MeZO(network(), lr=1e-3, processes=Parallel())
 
@@ -413,4 +501,4 @@ def test_the_example_runs_under_a_launcher(launcher, option):
     )  # fmt: skip
     assert done.returncode == 0 and "weights and state of all processes agree" in done.stdout, done.stderr
     losses = [float(line.split("loss ")[1].split(",")[0]) for line in done.stdout.splitlines() if "loss" in line]
-    assert losses[-1] < losses[0] and "step 10: loss" in done.stdout and "176 bytes exchanged" in done.stdout
+    assert losses[-1] < losses[0] and "step 10: loss" in done.stdout and "208 bytes exchanged" in done.stdout

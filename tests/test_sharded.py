@@ -196,6 +196,69 @@ def test_replicas_of_a_shard_are_compared_and_states_go_on():
         assert text.startswith("first.weight: differs between ranks at step 3") and "in rank 1; " in text
 
 
+def evaluated():
+    """Whether a run after an evaluation, which leaves FSDP2's root gathered, is one without it; other starts and states."""
+    ends = []
+    for evaluate in (False, True):
+        model = fsdp(network())
+        if evaluate:
+            model(X)
+            with pytest.raises(ValueError, match="params: first.weight.*no parameter of the module as it is when"):
+                zo_core.MeZO(list(model.named_parameters()), lr=1e-2, module=model, processes=Parallel())
+            model(X)
+        opt = zo_core.HiZOO(model, lr=1e-2, processes=Parallel())
+        for _ in range(3):
+            opt.step(lambda model=model: (model(X) - Y).square().mean())
+        ends.append(gathered(model))
+    states = [None] * dist.get_world_size()
+    dist.all_gather_object(states, opt.state_dict())
+    with pytest.raises(ValueError, match="state_dict: it is of other shards"):
+        opt.load_state_dict(states[dist.get_rank() - 1])
+    opt.load_state_dict(states[dist.get_rank()])
+    return all(map(torch.equal, *ends))
+
+
+def test_an_evaluation_before_the_run_changes_nothing():
+    assert all(ranks.run(evaluated, 2))
+
+
+def frozen_shards(sharded):
+    """Weights after steps of a model whose blocks are frozen, and sharded."""
+    model = network()
+    model.blocks.requires_grad_(False)
+    if sharded:
+        for block in model.blocks:
+            fully_shard(block, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    options = {"processes": Parallel()} if sharded else {"engine": "inplace"}
+    opt = zo_core.MeZO(model, lr=1e-2, **options)
+    for _ in range(5):
+        opt.step(lambda: (model(X) - Y).square().mean())
+    return opt.engine, gathered(model)
+
+
+def test_frozen_shards_are_left_to_their_forwards():
+    engine, alone = frozen_shards(False)
+    for found, weights in ranks.run(frozen_shards, 2, True):
+        assert found == engine and all(map(torch.equal, weights, alone))
+
+
+def uneven_grid():
+    """Elements of FSDP2's shards of tensor-parallel rows, of sizes that leave some ranks with fewer, or none."""
+    mesh = init_device_mesh("cpu", (3, 2), mesh_dim_names=("data", "tensor"))
+    for rows in (1, 2, 4, 7, 13):
+        model = nn.Linear(2, rows)
+        model.weight = nn.Parameter(torch.arange(2.0 * rows).view(rows, 2))
+        fully_shard(shard(model, mesh["tensor"], [Shard(0)]), mesh=mesh["data"])
+        length, starts = runs_of("weight", model.weight)
+        found = torch.cat([torch.arange(start, start + length) for start in starts])
+        assert torch.equal(found, local(model.weight).reshape(-1).long()), rows
+    return True
+
+
+def test_rows_of_tensor_parallel_shards_may_be_uneven():
+    assert all(ranks.run(uneven_grid, 6))
+
+
 def refusals():
     model = fsdp(network())
     with pytest.raises(ValueError, match="sharded .DTensors.: pass processes"):
@@ -211,6 +274,18 @@ def refusals():
     opt = zo_core.MeZO(model, lr=1e-3, processes=Parallel())
     with pytest.raises(zo_core.JournalError, match="expected whole weights"):
         zo_core.Journal.create("no.zoj", opt)
+    opt = zo_core.MeZO(network(), lr=1e-3)
+    with pytest.raises(ValueError, match="sharded .DTensors.: pass processes"):
+        opt.add_param_group({"params": list(model.named_parameters())})
+    assert len(opt.param_groups) == 1
+    mesh = init_device_mesh("cpu", (2,))
+    across = DTensor.from_local(torch.ones(4, 3).T, mesh, [Shard(0)], run_check=False)
+    with pytest.raises(ValueError, match="w: expected a contiguous shard, got strides"):
+        runs_of("w", across)
+    opt = zo_core.MeZO(shard(network(), mesh, [Shard(0)]), lr=1e-3, processes=Parallel())
+    assert opt.step(lambda: distribute_tensor(torch.tensor(2.0), mesh, [Replicate()])) == 2
+    with pytest.raises(ValueError, match="params: expected the module without DistributedDataParallel"):
+        zo_core.MeZO(nn.parallel.DistributedDataParallel(network()), lr=1e-3)
     return True
 
 

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 import zo_core
+from zo_core.distributed import Parallel
 from zo_core.integrations.transformers import ZOTrainer, ZOTrainingArguments
 
 SIZES = {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -332,8 +333,10 @@ def test_plain_arguments_other_optimizers_and_several_devices_are_refused(tmp_pa
     opt = zo_core.MeZO(model, lr=1e-3)
     trainer = ZOTrainer(model, arguments(tmp_path), train_dataset=rows(), optimizers=(opt, None))
     monkeypatch.setattr("accelerate.Accelerator.num_processes", 2)
-    with pytest.raises(ValueError, match="optimizers: expected one with processes="):
-        trainer.create_optimizer()
+    monkeypatch.setattr(Parallel, "grid", lambda self: (1, 2))
+    for opt.processes in (None, Parallel(data=1)):
+        with pytest.raises(ValueError, match="processes: expected zo_core.distributed.Parallel.*each of 2 processes"):
+            trainer.create_optimizer()
     monkeypatch.setattr(ZOTrainingArguments, "n_gpu", 2)
     with pytest.raises(ValueError, match="ZOTrainer: expected one device a process, got 2"):
         ZOTrainer(make(), arguments(tmp_path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -15,13 +16,14 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from .journal import backend_of
 from .space import Probe, some
 
 if TYPE_CHECKING:
     from .optim.base import ZOOptimizer
 
-_FAILED, _FLOAT32, _FLOAT64, _COMPARES = range(4)  # what a message is; sent with the number of the step, in one float64
-_FRAME = 8  # numbers in the first part of a message
+_FAILED, _FLOAT32, _FLOAT64, _COMPARES = range(4)  # what a message is
+_FRAME = 8  # numbers in the first part of a message: step, kind, points, checksum of the options, and values
 _CHUNK = 1 << 20  # weights that are summed at a time for a checksum
 
 
@@ -45,7 +47,7 @@ class Parallel:
         data: parts of a batch.
         probes: shares of the points.
         check_every: steps between two comparisons of all weights and numbers; the first step always compares.
-        timeout: seconds to wait for the other processes in a step, which includes their evaluations.
+        timeout: seconds to wait for the other processes: for their evaluations, and what they do between steps.
 
     Raises:
         ValueError: a number out of its range.
@@ -75,7 +77,7 @@ class Parallel:
         if not dist.is_initialized():
             raise RuntimeError("processes: expected torch.distributed to be initialised: call init_process_group first")
         ranks = dist.get_world_size()
-        probes = self.probes or (ranks // self.data if self.data else 1)
+        probes = self.probes or (max(1, ranks // self.data) if self.data else 1)
         data = self.data or ranks // probes
         if data * probes != ranks:
             raise ValueError(
@@ -101,8 +103,10 @@ class Exchange:
         self.parallel, self.rank, self.ranks = parallel, dist.get_rank(), dist.get_world_size()
         self.data, self.probes = parallel.grid()
         self.group = self._call(dist.new_group, backend="gloo", timeout=timedelta(seconds=parallel.timeout))
+        weakref.finalize(self, _leave, self.group).atexit = False
         self.step = self.total = 0  # bytes sent and received: in the last step, and in all
-        self.compared = False
+        self.compared, self.broken = False, False
+        self.options = ""  # of this step
 
     # ---- losses ------------------------------------------------------------------------------------------------
 
@@ -136,10 +140,10 @@ class Exchange:
         except BaseException as error:
             for c, probe in mine[len(found) + 1 :]:
                 pass_by(c, probe)
-            with suppress(RankError):  # which says that a rank failed: this one
-                self._post(_FAILED, number, values, f"{type(error).__name__}: {error}")
+            self._fail(number, error)
             raise
-        codes, everyone = self._post(_FLOAT64 if losses.dtype == torch.float64 else _FLOAT32, number, values)
+        code = _FLOAT64 if losses.dtype == torch.float64 else _FLOAT32
+        codes, everyone = self._post(code, number, values, points=len(points))
         parts = everyone.view(self.probes, self.data, -1).unbind(1)
         mean = reduce(torch.add, parts) / self.data  # one after the other: the same bits on any machine
         dtype = torch.float64 if _FLOAT64 in codes else torch.float32
@@ -149,7 +153,7 @@ class Exchange:
 
     def start(self, optimizer: ZOOptimizer) -> None:
         """Begin a step: ``compare``, if this is a step that does."""
-        self.step = 0
+        self.step, self.options = 0, json.dumps(_options(optimizer), default=str)
         if not self.compared or optimizer._own["steps"] % self.parallel.check_every == 0:
             self.compare(optimizer)
 
@@ -159,60 +163,77 @@ class Exchange:
         Raises:
             RankError: they differ, or a process is gone.
         """
-        facts = json.dumps(_facts(optimizer), default=str)
-        crc = torch.tensor([zlib.crc32(facts.encode())], dtype=torch.float64, device="cpu")
-        _, crcs = self._post(_COMPARES, optimizer._own["steps"], crc)
+        number = optimizer._own["steps"]
+        try:  # all of it before the first message: a rank that fails here tells the others
+            mine = json.dumps({"facts": _facts(optimizer), "weights": _checksums(optimizer)}, default=str)
+        except BaseException as error:
+            self._fail(number, error)
+            raise
+        crc = torch.tensor([zlib.crc32(mine.encode())], dtype=torch.float64, device="cpu")
+        _, crcs = self._post(_COMPARES, number, crc)
         if (crcs != crcs[0]).any():
-            self._explain(facts)
-        mine = torch.tensor(_checksums(optimizer), device="cpu")  # (T, 2): which elements, and their checksum
-        everyone = self._gather(mine.view(-1)).view(self.ranks, -1, 2)
-        for name, pairs in zip(optimizer._names(), everyone.unbind(1), strict=True):
-            for where in set(pairs[:, 0].tolist()):  # those of one tensor that have the same elements of it
-                values = {r: crc for r, (at, crc) in enumerate(pairs.tolist()) if at == where}
-                if len(set(values.values())) > 1:
-                    raise RankError(
-                        f"{name}: differs between ranks at step {optimizer._own['steps']}, with checksums "
-                        f"{_by_value(values)}: start all from the same weights and state"
-                    )
+            everyone = [json.loads(text) for text in self._texts(mine)]
+            _same([x["facts"] for x in everyone])
+            for name, *pairs in zip(optimizer._names(), *[x["weights"] for x in everyone], strict=True):
+                for where in {at for at, _ in pairs}:  # those that have the same elements of a tensor
+                    values = {r: crc for r, (at, crc) in enumerate(pairs) if at == where}
+                    if len(set(values.values())) > 1:
+                        raise RankError(
+                            f"{name}: differs between ranks at step {number}, with checksums {_by_value(values)}: start all "
+                            "from the same weights and state"
+                        )
         self.compared = True
-
-    def _explain(self, facts: str) -> None:
-        """Say what differs."""
-        everyone = [json.loads(text) for text in self._texts(facts)]
-        every = dict.fromkeys(k for f in everyone for k in f)
-        told = {k: [str(f.get(k, "nothing")) for f in everyone] for k in every}
-        names = [k for k, values in told.items() if len(set(values)) > 1]
-        raise RankError(f"{some(names)}: expected the same in all ranks, got {names[0]} of {_by_value(told[names[0]])}")
 
     # ---- transport ---------------------------------------------------------------------------------------------
 
-    def _post(self, code: int, number: int, values: Tensor, text: str = "") -> tuple[list[int], Tensor]:
+    def _fail(self, number: int, error: BaseException) -> None:
+        """Tell the others that this rank has failed."""
+        with suppress(RankError):  # which says just that
+            self._post(_FAILED, number, torch.zeros(0, dtype=torch.float64), text=f"{type(error).__name__}: {error}")
+
+    def _post(
+        self, code: int, number: int, values: Tensor, points: int = 0, text: str = ""
+    ) -> tuple[list[int], Tensor]:
         """Codes and values, float64 (ranks, n), of all ranks, if they have sent the same kind of message.
 
         It goes in a frame, which has one size, and a rest, whose size has been agreed on: gloo ends the process, and says
-        nothing in Python, where sizes differ.
+        nothing in Python, where sizes differ. A message that is interrupted between the two must not be followed by one.
         """
-        count, first = len(values), min(len(values), _FRAME - 2)
+        if self.broken:
+            raise RankError("step: a message between the processes was broken off before: start all of them again")
+        self.broken = True
+        head = (number, code, points, zlib.crc32(self.options.encode()))
+        first = min(len(values), _FRAME - len(head))
         frame = torch.zeros(_FRAME, dtype=torch.float64, device="cpu")
-        frame[0], frame[1], frame[2 : 2 + first] = number * _FRAME + code, count, values[:first]
+        frame[: len(head)], frame[len(head) : len(head) + first] = (
+            torch.tensor(head, dtype=torch.float64),
+            values[:first],
+        )
         frames = self._gather(frame)
-        steps, codes = (x.tolist() for x in (frames[:, 0].long() // _FRAME, frames[:, 0].long() % _FRAME))
+        steps, codes, counts, options = frames[:, : len(head)].long().T.tolist()
         if _FAILED in codes:
             texts = self._texts(text)
+            self.broken = False
             failed = "; ".join(f"rank {r} failed: {texts[r]}" for r, code in enumerate(codes) if code == _FAILED)
             raise RankError(f"step {number}: {failed}")
         for name, told in (
             ("step", steps),
             ("comparison of weights", [code == _COMPARES for code in codes]),
-            ("number of evaluations", frames[:, 1].long().tolist()),
+            ("number of evaluations", counts),
         ):
             if len(set(told)) > 1:
+                self.broken = False
                 raise RankError(
                     f"{name}: expected the same in all ranks, got {_by_value(told)}: load one state and set options in all "
                     "of them"
                 )
-        rest = [self._gather(values[first:])] if count > first else []
-        return codes, torch.cat([frames[:, 2 : 2 + first], *rest], dim=1)
+        if len(set(options)) > 1 and _COMPARES not in codes:
+            everyone = [json.loads(text) for text in self._texts(self.options)]
+            self.broken = False
+            _same(everyone)
+        rest = [self._gather(values[first:])] if len(values) > first else []
+        self.broken = False
+        return codes, torch.cat([frames[:, len(head) : len(head) + first], *rest], dim=1)
 
     def _gather(self, message: Tensor) -> Tensor:
         """The messages of all ranks, which have the same size, (ranks, n)."""
@@ -223,9 +244,11 @@ class Exchange:
         return torch.stack(out)
 
     def _texts(self, text: str) -> list[str]:
-        out: list[str] = [""] * self.ranks
-        self._call(dist.all_gather_object, out, text, group=self.group)
-        return out
+        """The texts of all ranks."""
+        data = torch.tensor(list(text.encode()), dtype=torch.uint8, device="cpu")
+        sizes = self._gather(torch.tensor([len(data)], device="cpu")).view(-1).tolist()
+        everyone = self._gather(torch.nn.functional.pad(data, (0, max(sizes) - len(data))))
+        return [bytes(x[:n].tolist()).decode() for x, n in zip(everyone, sizes, strict=True)]
 
     def _call(self, collective: Callable[..., Any], *args: Any, **options: Any) -> Any:
         try:
@@ -245,6 +268,29 @@ def _by_value(values: Mapping[int, object] | Sequence[object]) -> str:
     return "; ".join(f"{value} in rank{'s' * (len(r) > 1)} {', '.join(r)}" for value, r in ranks.items())
 
 
+def _same(everyone: Sequence[Mapping[str, Any]]) -> None:
+    """RankError if what the ranks told is not the same, with what differs first."""
+    told = {k: [str(x.get(k, "nothing")) for x in everyone] for k in dict.fromkeys(k for x in everyone for k in x)}
+    if names := [k for k, values in told.items() if len(set(values)) > 1]:
+        raise RankError(f"{some(names)}: expected the same in all ranks, got {names[0]} of {_by_value(told[names[0]])}")
+
+
+def _leave(group: Any) -> None:
+    """Free a group's threads and connections, if torch.distributed is still there."""
+    with suppress(Exception):
+        dist.destroy_process_group(group)
+
+
+def _options(optimizer: ZOOptimizer) -> dict[str, Any]:
+    """Options of each group, which may be set anew between steps."""
+    return {
+        f"{name} of group {i}": value.tolist() if isinstance(value, Tensor) else value
+        for i, group in enumerate(optimizer.param_groups)
+        for name, value in group.items()
+        if name not in ("params", "param_names")
+    }
+
+
 def _facts(optimizer: ZOOptimizer) -> dict[str, Any]:
     """What must be the same in all processes, beside the weights."""
     own = optimizer._own
@@ -252,11 +298,12 @@ def _facts(optimizer: ZOOptimizer) -> dict[str, Any]:
     facts |= {"engine": optimizer.engine, "processes": str(optimizer.processes)}
     facts |= {k: own[k] for k in ("seed", "distribution", "residual", "hessian")}
     facts |= {k: own[k].tolist() for k in ("stream", "updates", "skipped", "carry")}
-    for i, group in enumerate(optimizer.param_groups):
-        options = {k: v for k, v in group.items() if k not in ("params", "param_names")}
-        facts |= {f"{k} of group {i}": v.tolist() if isinstance(v, Tensor) else v for k, v in options.items()}
-    tensors = zip(optimizer._names(), optimizer._parameters(), strict=True)
-    return facts | {name: f"{str(p.dtype).removeprefix('torch.')} {tuple(p.shape)}" for name, p in tensors}
+    facts |= {**_options(optimizer), "blocks": [sorted(block) for block in optimizer._blocks]}
+    facts["backend"] = backend_of(own["stream"].device)
+    tensors = enumerate(zip(optimizer._names(), optimizer._parameters(), strict=True))
+    return facts | {
+        f"tensor {i}": f"{n}, {str(p.dtype).removeprefix('torch.')} {tuple(p.shape)}" for i, (n, p) in tensors
+    }
 
 
 def _checksums(optimizer: ZOOptimizer) -> list[tuple[int, int]]:

@@ -31,17 +31,31 @@ class Runs(NamedTuple):
 
 
 def runs_of(name: str, p: Tensor) -> Runs:
-    """Where the elements of ``local(p)`` are. ValueError if p is neither whole nor split along dimensions."""
+    """Where the elements of ``local(p)`` are. ValueError if p is neither whole nor split along dimensions, or not contiguous."""
+    if not local(p).is_contiguous():
+        raise ValueError(
+            f"{name}: expected a contiguous shard, got strides {local(p).stride()} of shape {tuple(local(p).shape)}"
+        )
     if not is_sharded(p):
         return Runs(p.numel(), [0])
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
     mesh, placements = p.device_mesh, p.placements  # type: ignore[attr-defined]
-    if wrong := [
-        x for x in placements if not (x.is_shard() or x.is_replicate() or type(x).__name__ == "_StridedShard")
-    ]:
-        raise ValueError(f"{name}: expected a DTensor that is sharded or replicated, got {wrong[0]}: redistribute it")
-    shape, offset = compute_local_shape_and_global_offset(p.shape, mesh, placements)
+    shape, offset = list(p.shape), [0] * p.dim()
+    later = {
+        i for i, x in enumerate(placements) if type(x).__name__ == "_StridedShard"
+    }  # they split what the others left
+    for i in (*(i for i in range(len(placements)) if i not in later), *sorted(later, reverse=True)):
+        x = placements[i]
+        if i in later or x.is_shard():
+            size = -(-shape[x.dim] // mesh.size(i))
+            first = min(size * mesh.get_coordinate()[i], shape[x.dim])
+            offset[x.dim] += first
+            shape[x.dim] = min(size, shape[x.dim] - first)
+        elif not x.is_replicate():
+            raise ValueError(f"{name}: expected a DTensor that is sharded or replicated, got {x}: redistribute it")
+    if tuple(shape) != tuple(local(p).shape) and prod(shape) + local(p).numel():
+        raise ValueError(
+            f"{name}: expected a shard of shape {tuple(shape)} for {placements}, got {tuple(local(p).shape)}"
+        )
     if not prod(shape):
         return Runs(0, [0])
     split = max((d for d in range(p.dim()) if shape[d] != p.shape[d]), default=0)  # dimensions behind it are whole

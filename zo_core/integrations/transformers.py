@@ -152,9 +152,12 @@ class ZOMixin(_Trainer):
             self.optimizer = optimizer_class(args.zo_method)(model, lr=lr, **options)
         if not isinstance(optimizer := self.zo_optimizer, ZOOptimizer):
             raise TypeError(f"optimizers: expected an optimizer of zo_core, got {type(optimizer).__name__}")
-        if self.accelerator.num_processes > 1 and optimizer.processes is None:
+        if (n := self.accelerator.num_processes) > 1 and (
+            optimizer.processes is None or optimizer.processes.grid() != (n, 1)
+        ):
             raise ValueError(
-                "optimizers: expected one with processes=zo_core.distributed.Parallel(), as there are several"
+                f"processes: expected zo_core.distributed.Parallel(), as each of {n} processes gets rows of its own from "
+                f"Trainer, got {optimizer.processes}"
             )
         optimizer.step = MethodType(_step, optimizer)  # type: ignore[method-assign]
         return optimizer

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .. import layers, scaling, sharding
 from ..bindings import ops
-from ..distributed import Exchange, Parallel
+from ..distributed import Exchange, Parallel, checksum
 from ..engines.base import Engine, uninterrupted
 from ..engines.inplace import InPlaceEngine
 from ..engines.shadow import ShadowEngine
@@ -160,18 +160,30 @@ class ZOOptimizer(torch.optim.Optimizer):
         ops.signed64(seed)
         self.stochastic_rounding, self.blocks = stochastic_rounding, blocks
         self.module = params if isinstance(params, nn.Module) and module is None else module
+        if isinstance(self.module, nn.parallel.DistributedDataParallel):
+            raise ValueError(
+                "params: expected the module without DistributedDataParallel, which is for gradients: give model.module (of "
+                "accelerate: prepare_model(model, evaluation_mode=True)), and processes=zo_core.distributed.Parallel()"
+            )
+        sharding.reshard(sharding.units(self.module))  # an evaluation may have left weights gathered
         if engine == "shadow" and self.module is None:
             raise ValueError("engine: 'shadow' needs the module whose forwards use the tensors: pass module=")
         if isinstance(params, nn.Module):
             params = [{"params": list(params.named_parameters()), "decay_vectors": False}]
         shared = {"eps": eps, "probes": probes, "rho": rho, **(method or {})}
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "decay_vectors": True, **shared})
-        sharded = any(map(sharding.is_sharded, self._parameters()))
-        self.engine, self.processes = engine or ("inplace" if self.module is None or sharded else "shadow"), processes
-        self._check_processes(sharded, hessian)
+        in_place = self.module is None or self._sharded()
+        self.engine, self.processes = engine or ("inplace" if in_place else "shadow"), processes
+        self._check_processes(hessian)
         device = self._tensors()[0].device
         self._own = {"seed": seed, "distribution": distribution, "residual": residual, "residuals": [], "hashes": []}
-        self._own |= {"hessian": hessian, "hessians": [], "steps": 0, "carry": torch.zeros(0, device=device)}
+        self._own |= {
+            "hessian": hessian,
+            "hessians": [],
+            "steps": 0,
+            "carry": torch.zeros(0, device=device),
+            "shards": 0,
+        }
         self._own["method"] = type(self).__name__
         with torch.inference_mode(False):
             for name in ("stream", "updates", "skipped", "counters"):
@@ -333,6 +345,7 @@ class ZOOptimizer(torch.optim.Optimizer):
                 if group[name] != (first := self.param_groups[0][name]):
                     raise ValueError(f"{name}: expected {first} as in the first group, got {group[name]}")
             if len(self.param_groups) > 1 and _STATE in dict(self.state):
+                self._check_processes(self._own["hessian"])
                 self._engine = None
                 self._prepare()
         except BaseException:
@@ -350,11 +363,24 @@ class ZOOptimizer(torch.optim.Optimizer):
         for option in self._shared:
             option.check(group[option.name])
 
-    def _check_processes(self, sharded: bool, hessian: str | None) -> None:
-        if sharded and (self.processes is None or self.module is None):
+    def _sharded(self) -> bool:
+        """Whether a weight is, trained or frozen: then forwards exchange weights, and all processes must make the same ones."""
+        inside = self.module.parameters() if self.module is not None else ()
+        return any(map(sharding.is_sharded, (*self._parameters(), *inside)))
+
+    def _check_processes(self, hessian: str | None) -> None:
+        if not isinstance(self.processes, Parallel | None):
+            raise TypeError(f"processes: expected zo_core.distributed.Parallel(), got {self.processes!r}")
+        if (sharded := self._sharded()) and (self.processes is None or self.module is None):
             raise ValueError(
                 "params: they are sharded (DTensors): pass processes=zo_core.distributed.Parallel(), so that all shards take "
                 "one step, and the module (module=), so that its forwards gather them anew"
+            )
+        inside = set(self.module.parameters()) if self.module is not None and sharded else set()
+        if gone := [n for n, p in zip(self._names(), self._parameters(), strict=True) if inside and p not in inside]:
+            raise ValueError(
+                f"params: {some(gone)}: no parameter of the module as it is when its weights are not gathered; give the "
+                "module, or its parameters after reshard()"
             )
         probes = self.processes.grid()[1] if self.processes is not None else 1
         if sharded and self.engine == "shadow":
@@ -394,11 +420,12 @@ class ZOOptimizer(torch.optim.Optimizer):
         if state["residuals"]:
             self._reset_residuals()
         if self._engine is None or self._look(tensors) != self._seen:
-            if sharded := any(map(sharding.is_sharded, self._parameters())):
-                self._units = sharding.units(self.module)
-                sharding.reshard(self._units)
+            self._units, pieces = sharding.units(self.module), None
+            sharding.reshard(self._units)
+            if any(map(sharding.is_sharded, self._parameters())):
                 runs = [sharding.runs_of(n, p) for n, p in zip(self._names(), self._parameters(), strict=True)]
-            pieces = sharding.Pieces(runs, device) if sharded else None
+                pieces = sharding.Pieces(runs, device)
+                state["shards"] = zlib.crc32(str(runs).encode())
             with torch.inference_mode(False):
                 more = torch.zeros(1 + len(tensors) - len(state["counters"]), dtype=torch.int64, device=device)
                 counters, residuals = torch.cat([state["counters"], more]), state["residuals"]
@@ -425,8 +452,7 @@ class ZOOptimizer(torch.optim.Optimizer):
             self._blocks = ()
             self._left_out()
             self._warn_of_small_eps(space)
-            shadow = self.engine == "shadow" and self.module is not None
-            self._engine = ShadowEngine(space, self.module) if shadow else InPlaceEngine(space)  # type: ignore[arg-type]
+            self._engine = ShadowEngine(space, self.module) if self.engine == "shadow" else InPlaceEngine(space)  # type: ignore[arg-type]
             self._versions, self._seen = self._tensor_versions(), self._look(tensors)
         return self._engine
 
@@ -448,7 +474,9 @@ class ZOOptimizer(torch.optim.Optimizer):
         """Zero those of weights that somebody else has written: a loaded checkpoint, say."""
         state, tensors, versions = self._own, self._tensors(), self._tensor_versions()
         if self._versions is None:  # since a state was loaded: are these the weights it was saved with?
-            written = [h is not None and h != _hash(p) for p, h in zip(tensors, state["hashes"], strict=False)]
+            written = [
+                h is not None and h != checksum(0, p.cpu()) for p, h in zip(tensors, state["hashes"], strict=False)
+            ]
         else:
             written = [a != b for a, b in zip(self._versions, versions, strict=False)]
         names = []
@@ -554,7 +582,7 @@ class ZOOptimizer(torch.optim.Optimizer):
             self._reset_residuals()
         if self._versions is not None or not hashes:  # else it was loaded, and so were its hashes
             pairs = zip(self._tensors(), self._own["residuals"], strict=False)
-            hashes = [_hash(p) if r.numel() else None for p, r in pairs]
+            hashes = [checksum(0, p.cpu()) if r.numel() else None for p, r in pairs]
         state: dict[str, Any] = super().state_dict()
         small = {name: x.clone() for name, x in self._own.items() if isinstance(x, Tensor)}  # as ``steps`` is: of now
         return {**state, "state": {**state["state"], _STATE: {**self._own, **small, "hashes": hashes}}}
@@ -570,6 +598,8 @@ class ZOOptimizer(torch.optim.Optimizer):
         for name in ("method", "hessian"):
             if saved[name] != self._own[name]:
                 raise ValueError(f"state_dict: expected {name} {self._own[name]!r}, got one of {saved[name]!r}")
+        if 0 not in (own := self._own["shards"], saved["shards"]) and own != saved["shards"]:
+            raise ValueError("state_dict: it is of other shards: each process goes on with the state that it saved")
         for name in ("residuals", "hessians"):
             mine, theirs = ([_shape(x) for x in own[name]] for own in (self._own, saved))
             if mine and theirs and mine != theirs:
@@ -599,16 +629,14 @@ def _shape(x: Any) -> Any:
     return tuple(x.shape) if isinstance(x, Tensor) else [_shape(y) for y in x]
 
 
-def _hash(p: Tensor) -> int:
-    return zlib.crc32(p.detach().reshape(-1).view(torch.uint8).cpu().numpy())  # type: ignore[arg-type]
-
-
 def _scalar(loss: object, device: torch.device) -> Tensor:
     if not isinstance(loss, Tensor | float | int) and not hasattr(loss, "__float__"):
         raise TypeError(f"closure: expected it to return a scalar loss, got {type(loss).__name__}; return the loss")
     value = loss if isinstance(loss, Tensor) else torch.tensor(float(loss), dtype=torch.float64, device="cpu")  # type: ignore[arg-type]
     if value.numel() != 1 or value.is_complex():
         raise ValueError(f"closure: expected a real scalar loss, got {value.dtype} of shape {tuple(value.shape)}")
+    if sharding.is_sharded(value):
+        value = value.full_tensor()  # type: ignore[attr-defined]
     return value.detach().reshape(()).to(device, torch.promote_types(value.dtype, torch.float32))
 
 
