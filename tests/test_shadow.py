@@ -343,6 +343,16 @@ def test_inference_mode_and_autocast_inside_the_closure():
     assert opt.memory()["scratch"] <= 2 * (8 * 8 * 2 + 8 * 2 + 128)  # made in bfloat16 at once
 
 
+def test_steps_in_inference_mode_and_out_of_it():
+    model, loss = make("llama")
+    before, opt, results = bits(model), optimizer(model, lr=0.0), []
+    for inside in (True, True, False, False, True, False):
+        with torch.inference_mode(inside):
+            opt._own["stream"].zero_()
+            results.append(opt.step(loss).clone())
+    assert unchanged(model, before) and len(set(map(float, results))) == 1
+
+
 def test_the_engine_must_be_known_and_have_a_module():
     model, loss = make("llama")
     with pytest.raises(ValueError, match="engine"):

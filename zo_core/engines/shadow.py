@@ -138,7 +138,8 @@ class _Slot:
 
     def view(self, at: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """A tensor from byte ``at`` on."""
-        return self.bytes[at : at + shape.numel() * dtype.itemsize].view(dtype).view(shape).detach()
+        with torch.inference_mode(False):
+            return self.bytes[at : at + shape.numel() * dtype.itemsize].view(dtype).view(shape).detach()
 
     def layout(self, keys: tuple[_Key, ...], sources: Sequence[Tensor]) -> dict[_Key, Tensor]:
         """Tensors for these keys, in the shapes of their sources, one after the other; made when they are first asked for."""
