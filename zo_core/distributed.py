@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import weakref
 import zlib
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import reduce
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.nn.functional import pad
 
 from .journal import backend_of
 from .space import Probe, some
@@ -143,7 +144,8 @@ class Exchange:
             self._fail(number, error)
             raise
         code = _FLOAT64 if losses.dtype == torch.float64 else _FLOAT32
-        codes, everyone = self._post(code, number, values, points=len(points))
+        with self._message():
+            codes, everyone = self._post(code, number, values, points=len(points))
         parts = everyone.view(self.probes, self.data, -1).unbind(1)
         mean = reduce(torch.add, parts) / self.data  # one after the other: the same bits on any machine
         dtype = torch.float64 if _FLOAT64 in codes else torch.float32
@@ -169,27 +171,42 @@ class Exchange:
         except BaseException as error:
             self._fail(number, error)
             raise
-        crc = torch.tensor([zlib.crc32(mine.encode())], dtype=torch.float64, device="cpu")
-        _, crcs = self._post(_COMPARES, number, crc)
-        if (crcs != crcs[0]).any():
-            everyone = [json.loads(text) for text in self._texts(mine)]
-            _same([x["facts"] for x in everyone])
-            for name, *pairs in zip(optimizer._names(), *[x["weights"] for x in everyone], strict=True):
-                for where in {at for at, _ in pairs}:  # those that have the same elements of a tensor
-                    values = {r: crc for r, (at, crc) in enumerate(pairs) if at == where}
-                    if len(set(values.values())) > 1:
-                        raise RankError(
-                            f"{name}: differs between ranks at step {number}, with checksums {_by_value(values)}: start all "
-                            "from the same weights and state"
-                        )
+        with self._message():
+            crc = torch.tensor([zlib.crc32(mine.encode())], dtype=torch.float64, device="cpu")
+            _, crcs = self._post(_COMPARES, number, crc)
+            if (crcs != crcs[0]).any():
+                everyone = [json.loads(text) for text in self._texts(mine)]
+                _same([x["facts"] for x in everyone])
+                for name, *pairs in zip(optimizer._names(), *[x["weights"] for x in everyone], strict=True):
+                    for where in {at for at, _ in pairs}:  # those that have the same elements of a tensor
+                        values = {r: crc for r, (at, crc) in enumerate(pairs) if at == where}
+                        if len(set(values.values())) > 1:
+                            raise RankError(
+                                f"{name}: differs between ranks at step {number}, with checksums {_by_value(values)}: start "
+                                "all from the same weights and state"
+                            )
         self.compared = True
 
     # ---- transport ---------------------------------------------------------------------------------------------
 
+    @contextmanager
+    def _message(self) -> Iterator[None]:
+        """All that belongs to one message: when that is interrupted in one rank, none may follow it."""
+        if self.broken:
+            raise RankError("step: a message between the processes was broken off before: start all of them again")
+        self.broken = True
+        try:
+            yield
+        except RankError as error:
+            self.broken = error.__cause__ is not None  # the others are lost; without a cause, all ranks raise it
+            raise
+        self.broken = False
+
     def _fail(self, number: int, error: BaseException) -> None:
         """Tell the others that this rank has failed."""
-        with suppress(RankError):  # which says just that
-            self._post(_FAILED, number, torch.zeros(0, dtype=torch.float64), text=f"{type(error).__name__}: {error}")
+        none = torch.zeros(0, dtype=torch.float64, device="cpu")
+        with suppress(RankError), self._message():  # which says just that
+            self._post(_FAILED, number, none, text=f"{type(error).__name__}: {error}")
 
     def _post(
         self, code: int, number: int, values: Tensor, points: int = 0, text: str = ""
@@ -197,23 +214,14 @@ class Exchange:
         """Codes and values, float64 (ranks, n), of all ranks, if they have sent the same kind of message.
 
         It goes in a frame, which has one size, and a rest, whose size has been agreed on: gloo ends the process, and says
-        nothing in Python, where sizes differ. A message that is interrupted between the two must not be followed by one.
+        nothing in Python, where sizes differ.
         """
-        if self.broken:
-            raise RankError("step: a message between the processes was broken off before: start all of them again")
-        self.broken = True
-        head = (number, code, points, zlib.crc32(self.options.encode()))
-        first = min(len(values), _FRAME - len(head))
-        frame = torch.zeros(_FRAME, dtype=torch.float64, device="cpu")
-        frame[: len(head)], frame[len(head) : len(head) + first] = (
-            torch.tensor(head, dtype=torch.float64),
-            values[:first],
-        )
-        frames = self._gather(frame)
+        head = [number, code, points, zlib.crc32(self.options.encode())]
+        whole = torch.cat([torch.tensor(head, dtype=torch.float64, device="cpu"), values])
+        frames = self._gather(pad(whole[:_FRAME], (0, max(0, _FRAME - len(whole)))))
         steps, codes, counts, options = frames[:, : len(head)].long().T.tolist()
         if _FAILED in codes:
             texts = self._texts(text)
-            self.broken = False
             failed = "; ".join(f"rank {r} failed: {texts[r]}" for r, code in enumerate(codes) if code == _FAILED)
             raise RankError(f"step {number}: {failed}")
         for name, told in (
@@ -222,18 +230,14 @@ class Exchange:
             ("number of evaluations", counts),
         ):
             if len(set(told)) > 1:
-                self.broken = False
                 raise RankError(
                     f"{name}: expected the same in all ranks, got {_by_value(told)}: load one state and set options in all "
                     "of them"
                 )
         if len(set(options)) > 1 and _COMPARES not in codes:
-            everyone = [json.loads(text) for text in self._texts(self.options)]
-            self.broken = False
-            _same(everyone)
-        rest = [self._gather(values[first:])] if len(values) > first else []
-        self.broken = False
-        return codes, torch.cat([frames[:, len(head) : len(head) + first], *rest], dim=1)
+            _same([json.loads(x) for x in self._texts(self.options)])
+        rest = [self._gather(whole[_FRAME:])] if len(whole) > _FRAME else []
+        return codes, torch.cat([frames, *rest], dim=1)[:, len(head) : len(whole)]
 
     def _gather(self, message: Tensor) -> Tensor:
         """The messages of all ranks, which have the same size, (ranks, n)."""
@@ -247,7 +251,7 @@ class Exchange:
         """The texts of all ranks."""
         data = torch.tensor(list(text.encode()), dtype=torch.uint8, device="cpu")
         sizes = self._gather(torch.tensor([len(data)], device="cpu")).view(-1).tolist()
-        everyone = self._gather(torch.nn.functional.pad(data, (0, max(sizes) - len(data))))
+        everyone = self._gather(pad(data, (0, max(sizes) - len(data))))
         return [bytes(x[:n].tolist()).decode() for x, n in zip(everyone, sizes, strict=True)]
 
     def _call(self, collective: Callable[..., Any], *args: Any, **options: Any) -> Any:
