@@ -118,7 +118,7 @@ class FinetuneConfig(BaseModel):
     split_seed: int = _option(0, "Data", "Seed of the division into parts.", ge=0, lt=2**63)
 
     method: Literal["mezo", "lezo", "hizoo", "hizoo-l", "fzoo", "fzoo-r", "spsa"] = _option(
-        "spsa", "Method", "Zeroth-order method."
+        "fzoo", "Method", "Zeroth-order method."
     )
     lr: float = _option(None, "Method", f"Learning rate. Without: {_defaults('lr')}.", gt=0)
     schedule: Literal["constant", "linear", "cosine"] = _option("linear", "Method", "How the learning rate falls.")
