@@ -2,6 +2,7 @@
 
 import json
 import platform
+import random
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -35,12 +36,12 @@ def machine() -> dict[str, Any]:
 
 
 def interleaved(tasks: Mapping[str, Callable[[], object]], rounds: int, title: str) -> dict[str, list[float]]:
-    """Seconds of each task in each round; all tasks once a round, after a round that is not counted."""
+    """Seconds of each task in each round; all tasks once a round, in changing order, after a round that is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
     for r in track(range(rounds + 1), description=title, console=console, transient=True):
-        for name, task in tasks.items():
+        for name in random.Random(r).sample(list(tasks), len(tasks)):
             start = time.perf_counter()
-            task()
+            tasks[name]()
             if r:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
