@@ -277,6 +277,13 @@ def timing(args: argparse.Namespace) -> dict[str, Any]:
     return {"seconds": found, "batch": list(batch[0].shape), "threads": torch.get_num_threads()}
 
 
+def zero_shot(args: argparse.Namespace, data: str) -> dict[str, float]:
+    """Test loss and accuracy of the weights as they came."""
+    session, _ = session_of(data, "bfloat16", args.longest)
+    found = tasks.evaluate(session.scorer, session.parts["test"][: args.test], batch_size=BATCH)
+    return {"loss": found.loss, "accuracy": found.accuracy}
+
+
 def runs_of(study: Study, what: str, method: str) -> list[dict[str, Any]]:
     """The runs of one part by one method."""
     return [r for r in study.runs if r["job"]["what"] == what and r["job"]["method"] == method]
@@ -406,6 +413,9 @@ def main() -> None:
     rates = sweep(args, study) if {"sweep", "reviews", "products"} & set(parts) else {}
     seeds = {name: args.published_seeds if name == PUBLISHED else args.seeds for name in args.methods}
     for what in [part for part in ("reviews", "products") if part in parts]:
+        known = load(args.json).get("zero_shot", {})
+        if what not in known:
+            keep(args.json, zero_shot={**known, what: zero_shot(args, what)})
         clock = load(args.json).get("timing", {}).get("seconds", {}) if what == "reviews" else {}
         study.side_by_side(study.do, [
             job_of(args, what, name, rates[name], seed, seconds=clock)
