@@ -99,7 +99,7 @@ class Pieces:
 
 def units(module: nn.Module | None) -> list[Any]:
     """The parts of a module that FSDP2 gathers."""
-    return [m for m in module.modules() if hasattr(m, "reshard")] if module else []
+    return [m for m in module.modules() if hasattr(m, "reshard")] if module is not None else []
 
 
 def reshard(units: Sequence[Any]) -> None:
