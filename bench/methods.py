@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -289,10 +289,10 @@ def runs_of(study: Study, what: str, method: str) -> list[dict[str, Any]]:
     return [r for r in study.runs if r["job"]["what"] == what and r["job"]["method"] == method]
 
 
-def mean_curve(runs: Sequence[dict[str, Any]]) -> tuple[list[int], list[float], list[float]]:
-    """Steps, mean and standard deviation of the validation loss over seeds, at the marks that all runs reached."""
+def mean_curve(runs: Sequence[dict[str, Any]], column: int = 1) -> tuple[list[int], list[float], list[float]]:
+    """Steps, mean and standard deviation over seeds of the validation loss (column 2: accuracy), at marks that all reached."""
     steps = [p[0] for p in min((r["curve"] for r in runs), key=len)]
-    values = [[r["curve"][i][1] for r in runs] for i in range(len(steps))]
+    values = [[r["curve"][i][column] for r in runs] for i in range(len(steps))]
     return steps, [statistics.mean(v) for v in values], [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values]
 
 
@@ -365,24 +365,26 @@ def tables(args: argparse.Namespace, study: Study) -> dict[str, Any]:
 
 
 def plot(args: argparse.Namespace, study: Study) -> None:
-    """Validation loss against forwards and seconds."""
+    """Validation loss and accuracy against forwards and seconds."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     seconds = load(args.json).get("timing", {}).get("seconds", {})
-    figure, axes = pyplot.subplots(1, 3, figsize=(16, 4.6))
+    figure, axes = pyplot.subplots(2, 3, figsize=(16, 9))
     shown = (("reviews", "forwards"), ("reviews", "seconds"), ("products", "forwards"))
-    for axis, (what, unit) in zip(axes, shown, strict=True):
+    for (column, measure), (at, (what, unit)) in product(((1, "loss"), (2, "accuracy")), enumerate(shown)):
+        axis = axes[column - 1, at]
         for i, name in enumerate(METHODS):
             if runs := runs_of(study, what, name):
-                steps, losses, spread = mean_curve(runs)
+                steps, means, spread = mean_curve(runs, column)
                 per = METHODS[name].forwards if unit == "forwards" else seconds.get(name, {}).get("median", math.nan)
                 style = {"color": f"C{i}", "linestyle": "--" if name in FIRST_ORDER else "-"}
-                axis.errorbar([s * per for s in steps], losses, spread, label=name, marker=".", capsize=2, **style)
-        axis.set(title=f"{'product' if what == 'products' else 'movie'} reviews", xlabel=unit, ylabel="validation loss")
-    axes[0].legend(frameon=False, fontsize=8)
+                axis.errorbar([s * per for s in steps], means, spread, label=name, marker=".", capsize=2, **style)
+        task = "product" if what == "products" else "movie"
+        axis.set(title=f"{task} reviews", xlabel=unit, ylabel=f"validation {measure}")
+    axes[0, 0].legend(frameon=False, fontsize=8)
     figure.tight_layout()
     args.plot.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.plot, dpi=110)
