@@ -54,7 +54,6 @@ class Method:
     make: Callable[..., Any]
     lr: float
     forwards: int
-    about: str = ""
 
 
 def ours(name: str, **options: Any) -> Callable[..., Any]:
@@ -82,16 +81,16 @@ class Published:
 
 FIRST_ORDER, PUBLISHED = ("Adam", "SGD"), "MeZO, published"
 METHODS = {
-    PUBLISHED: Method(Published, 3.2e-5, 2, "torch.normal in bfloat16, weights written to be probed"),
-    "MeZO": Method(ours("MeZO", distribution="rademacher"), 3.2e-5, 2, "random signs"),
-    "LeZO": Method(ours("LeZO", distribution="rademacher"), 1e-4, 2, "rho 0.75, random signs"),
-    "HiZOO": Method(ours("HiZOO"), 1e-4, 3, "smoothing 1e-6"),
-    "HiZOO-L": Method(ours("HiZOO", hessian="factored"), 1e-4, 3, "smoothing 1e-6"),
-    "FZOO": Method(ours("FZOO"), 3.2e-3, 9, "8 probes"),
-    "FZOO-R": Method(ours("FZOO", reuse=True, probes=4), 3.2e-3, 5, "4 new probes"),
-    "1.5-SPSA": Method(ours("SPSA", probes=4), 3.2e-4, 9, "4 probes"),
-    "Adam": Method(backprop("Adam"), 1e-5, 3, "backpropagation"),
-    "SGD": Method(backprop("SGD"), 1e-3, 3, "backpropagation"),
+    PUBLISHED: Method(Published, 3.2e-5, 2),  # torch.normal in bfloat16, weights written to be probed
+    "MeZO": Method(ours("MeZO", distribution="rademacher"), 3.2e-5, 2),  # random signs
+    "LeZO": Method(ours("LeZO", distribution="rademacher"), 1e-4, 2),  # rho 0.75, random signs
+    "HiZOO": Method(ours("HiZOO"), 1e-4, 3),  # smoothing 1e-6
+    "HiZOO-L": Method(ours("HiZOO", hessian="factored"), 1e-4, 3),  # smoothing 1e-6
+    "FZOO": Method(ours("FZOO"), 3.2e-3, 9),  # 8 probes
+    "FZOO-R": Method(ours("FZOO", reuse=True, probes=4), 3.2e-3, 5),  # 4 new probes
+    "1.5-SPSA": Method(ours("SPSA", probes=4), 3.2e-4, 9),  # 4 probes
+    "Adam": Method(backprop("Adam"), 1e-5, 3),  # backpropagation
+    "SGD": Method(backprop("SGD"), 1e-3, 3),  # backpropagation
 }
 
 
@@ -188,24 +187,21 @@ class Study:
 # ---- the parts ---------------------------------------------------------------------------------------------------
 
 
-def job_of(args: argparse.Namespace, what: str, method: str, lr: float, seed: int, **more: Any) -> dict[str, Any]:
-    """All that a run depends on."""
-    ends, data = (
-        steps_at(method, args.forwards, more.pop("seconds", {})),
-        "products" if what == "products" else "reviews",
-    )
+def job_of(
+    args: argparse.Namespace, what: str, method: str, lr: float, seed: int, clock: dict[str, Any] | None = None, **more: Any
+) -> dict[str, Any]:  # fmt: skip
+    """All that a run depends on; with a clock, it lasts until both budgets end."""
+    ends = steps_at(method, args.forwards, clock or {})
     last, steps = ends["forwards"], max(ends.values())
-    job = {
+    job: dict[str, Any] = {
         "what": what,
-        "data": data,
+        "data": "products" if what == "products" else "reviews",
         "method": method,
         "lr": lr,
         "seed": seed,
-        "longest": args.longest,
-        "steps": steps,
     }
-    job |= {"marks": sorted({*(round(m * last) for m in MARKS), steps}), "tested": last, "give_up": 4.0}
-    return {**job, "validation": args.validation, "test": args.test, **more}
+    job |= {"steps": steps, "marks": sorted({*(round(m * last) for m in MARKS), steps}), "tested": last, "give_up": 4.0}
+    return {**job, "longest": args.longest, "validation": args.validation, "test": args.test, **more}
 
 
 def steps_in(method: str, forwards: int) -> int:
@@ -228,8 +224,8 @@ def sweep(args: argparse.Namespace, study: Study) -> dict[str, float]:
     def search(name: str) -> float:
         def loss(lr: float) -> float:
             steps = steps_in(name, args.forwards)
-            marks, why = [0, steps // 2, steps], {"tested": None, "test": 0, "give_up": 1.25}
-            found = study.do(job_of(args, "sweep", name, lr, SWEEP_SEED, marks=marks, **why))
+            how: dict[str, Any] = {"marks": [0, steps // 2, steps], "tested": None, "test": 0, "give_up": 1.25}
+            found = study.do(job_of(args, "sweep", name, lr, SWEEP_SEED, **how))
             return float(found["curve"][-1][1]) if found["finished"] else math.inf
 
         tried = ladder(loss, METHODS[name].lr, most=5)
@@ -420,7 +416,7 @@ def main() -> None:
             keep(args.json, zero_shot={**known, what: zero_shot(args, what)})
         clock = load(args.json).get("timing", {}).get("seconds", {}) if what == "reviews" else {}
         study.side_by_side(study.do, [
-            job_of(args, what, name, rates[name], seed, seconds=clock)
+            job_of(args, what, name, rates[name], seed, clock)
             for seed in range(args.seeds) for name in args.methods if seed < seeds[name]
         ])  # fmt: skip
     keep(args.json, machine=machine(), summary=tables(args, study))

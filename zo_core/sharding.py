@@ -32,30 +32,29 @@ class Runs(NamedTuple):
 
 def runs_of(name: str, p: Tensor) -> Runs:
     """Where the elements of ``local(p)`` are. ValueError if p is neither whole nor split along dimensions, or not contiguous."""
-    if not local(p).is_contiguous():
+    mine = local(p)
+    if not mine.is_contiguous():
         raise ValueError(
-            f"{name}: expected a contiguous shard, got strides {local(p).stride()} of shape {tuple(local(p).shape)}"
+            f"{name}: expected a contiguous shard, got strides {mine.stride()} of shape {tuple(mine.shape)}"
         )
     if not is_sharded(p):
         return Runs(p.numel(), [0])
     mesh, placements = p.device_mesh, p.placements  # type: ignore[attr-defined]
     shape, offset = list(p.shape), [0] * p.dim()
-    later = {
-        i for i, x in enumerate(placements) if type(x).__name__ == "_StridedShard"
-    }  # they split what the others left
-    for i in (*(i for i in range(len(placements)) if i not in later), *sorted(later, reverse=True)):
+    strided = [type(x).__name__ == "_StridedShard" for x in placements]
+    # strided ones split what the others left, the last one first
+    order = [i for i, late in enumerate(strided) if not late] + [i for i, late in enumerate(strided) if late][::-1]
+    for i in order:
         x = placements[i]
-        if i in later or x.is_shard():
+        if strided[i] or x.is_shard():
             size = -(-shape[x.dim] // mesh.size(i))
             first = min(size * mesh.get_coordinate()[i], shape[x.dim])
             offset[x.dim] += first
             shape[x.dim] = min(size, shape[x.dim] - first)
         elif not x.is_replicate():
             raise ValueError(f"{name}: expected a DTensor that is sharded or replicated, got {x}: redistribute it")
-    if tuple(shape) != tuple(local(p).shape) and prod(shape) + local(p).numel():
-        raise ValueError(
-            f"{name}: expected a shard of shape {tuple(shape)} for {placements}, got {tuple(local(p).shape)}"
-        )
+    if tuple(shape) != tuple(mine.shape) and prod(shape) + mine.numel():
+        raise ValueError(f"{name}: expected a shard of shape {tuple(shape)} for {placements}, got {tuple(mine.shape)}")
     if not prod(shape):
         return Runs(0, [0])
     split = max((d for d in range(p.dim()) if shape[d] != p.shape[d]), default=0)  # dimensions behind it are whole

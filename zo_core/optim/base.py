@@ -376,12 +376,13 @@ class ZOOptimizer(torch.optim.Optimizer):
                 "params: they are sharded (DTensors): pass processes=zo_core.distributed.Parallel(), so that all shards take "
                 "one step, and the module (module=), so that its forwards gather them anew"
             )
-        inside = set(self.module.parameters()) if self.module is not None and sharded else set()
-        if gone := [n for n, p in zip(self._names(), self._parameters(), strict=True) if inside and p not in inside]:
-            raise ValueError(
-                f"params: {some(gone)}: no parameter of the module as it is when its weights are not gathered; give the "
-                "module, or its parameters after reshard()"
-            )
+        if sharded and self.module is not None:
+            inside = set(self.module.parameters())
+            if gone := [n for n, p in zip(self._names(), self._parameters(), strict=True) if p not in inside]:
+                raise ValueError(
+                    f"params: {some(gone)}: no parameter of the module as it is when its weights are not gathered; give the "
+                    "module, or its parameters after reshard()"
+                )
         probes = self.processes.grid()[1] if self.processes is not None else 1
         if sharded and self.engine == "shadow":
             raise ValueError("engine: 'shadow' cannot serve sharded weights (DTensors): leave it out, or 'inplace'")
