@@ -3,8 +3,9 @@
 import ctypes
 import os
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -106,35 +107,33 @@ def philox_(words: Tensor, *, domain: int, tensor_id: int, stream: int, block: i
         raise RuntimeError("zo_philox refused its arguments: please report this as a bug")
 
 
-def run_pass(
+def prepare(
     src: Sequence[Tensor],
     dst: Sequence[Tensor],
     hessians: Sequence[Tensor],
     tensor_ids: Sequence[int],
     offsets: Sequence[int],
-    streams: Tensor,
-    coeffs: Tensor,
     *,
-    seed: int,
-    distribution: str,
-    counters: Tensor,
-    decay: Tensor | None = None,
-    update: Tensor | None = None,
-    restore: Tensor | None = None,
-    curvature: Tensor | None = None,
-    smoothing: Tensor | None = None,
-    hessian_min: float = 0.0,
-    hessian_max: float = float("inf"),
     residuals: Sequence[Tensor] = (),
     row_scales: Sequence[Tensor] = (),
     column_scales: Sequence[Tensor] = (),
-) -> None:
+) -> Callable[..., None]:
+    """``zo_run`` on CPU tensors, as a function of the scalars of ``bindings.ops``, already checked.
+
+    It keeps no tensor alive: they are to stay where they are for as long as it is called.
+    """
+    table, n = _table(src, dst, hessians, tensor_ids, offsets, residuals, row_scales, column_scales), len(src)
+    return lambda *scalars, **more: _run(table.buffer_info()[0], n, *scalars, **more)
+
+
+def run_pass(
+    src: Sequence[Tensor], dst: Sequence[Tensor], hessians: Sequence[Tensor], tensor_ids: Sequence[int],
+    offsets: Sequence[int], streams: Tensor, coeffs: Tensor, *, residuals: Sequence[Tensor] = (),
+    row_scales: Sequence[Tensor] = (), column_scales: Sequence[Tensor] = (), **scalars: Any,
+) -> None:  # fmt: skip
     """``zo_run`` on CPU tensors; arguments as in ``bindings.ops``, already checked."""
-    table = _table(src, dst, hessians, tensor_ids, offsets, residuals, row_scales, column_scales)
-    _run(
-        table.buffer_info()[0], len(src), streams, coeffs, seed, distribution, counters, decay, update, restore,
-        curvature, smoothing, hessian_min, hessian_max,
-    )  # fmt: skip
+    beside = {"residuals": residuals, "row_scales": row_scales, "column_scales": column_scales}
+    prepare(src, dst, hessians, tensor_ids, offsets, **beside)(streams, coeffs, **scalars)
 
 
 def run_steps(
@@ -166,14 +165,18 @@ def _table(
 ) -> "array[int]":  # fmt: skip
     """``zo_tensor`` structs, one a tensor: eleven int64, [6] and [7] pairs of 32-bit fields."""
     kept_bits = [8 * r.itemsize if r.numel() else 0 for r in residuals] if residuals else [0] * len(src)
-    table = array("q")
-    for i, (source, target) in enumerate(zip(src, dst, strict=True)):
-        table.extend((
-            source.data_ptr(), target.data_ptr(), hessians[i].data_ptr() if hessians else 0,
-            residuals[i].data_ptr() if kept_bits[i] else 0, source.numel(), offsets[i] if offsets else 0,
-            tensor_ids[i] | DTYPES[source.dtype] << 32, DTYPES[target.dtype] | kept_bits[i] << 32,
-            *(_factors(row_scales[i], column_scales[i]) if row_scales else (0, 0, 0)),
-        ))  # fmt: skip
+    fields = [
+        [t.data_ptr() for t in src], [t.data_ptr() for t in dst], [h.data_ptr() for h in hessians],
+        [r.data_ptr() if bits else 0 for r, bits in zip(residuals, kept_bits, strict=False)],
+        [t.numel() for t in src], offsets,
+        [i | DTYPES[t.dtype] << 32 for i, t in zip(tensor_ids, src, strict=True)],
+        [DTYPES[t.dtype] | bits << 32 for t, bits in zip(dst, kept_bits, strict=True)],
+        *zip(*map(_factors, row_scales, column_scales), strict=True),
+    ]  # fmt: skip
+    table = array("q", bytes(8 * 11 * len(src)))
+    for i, field in enumerate(fields):
+        if field:
+            table[i::11] = array("q", field)
     return table
 
 

@@ -343,6 +343,18 @@ def backend_for(device: torch.device) -> ModuleType:
     return backend
 
 
+def prepare_perturb(device: torch.device, src: Any, *others: Any, **beside: Any) -> Callable[..., None]:
+    """``perturb`` of tensors that stay where they are, unchecked, as a function of src, which it does not keep, and the scalars.
+
+    The native backend is spared a look at each tensor in every call.
+    """
+    backend = backend_for(device)
+    if backend is native:
+        run = native.prepare(src, *others, **beside)
+        return lambda _, *scalars, **more: run(*scalars, **more)
+    return lambda src, *scalars, **more: backend.run_pass(src, *others, *scalars, **beside, **more)
+
+
 def _run(
     src: list[Tensor], dst: list[Tensor], *args: Any, in_place: bool, seed: int, residuals: list[Tensor] | None = None,
     row_scales: list[Tensor] | None = None, column_scales: list[Tensor] | None = None, **options: Any,

@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from conftest import NATIVE
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -407,3 +408,19 @@ def test_the_number_of_threads_is_torch_s(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 0)  # which no pass can run on
     with pytest.raises(RuntimeError, match="zo_run refused"):
         run(native, weights, weights, [1], [[0.1]])
+
+
+@pytest.mark.parametrize("isa", NATIVE, indirect=True)
+@pytest.mark.parametrize("dst_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shift", [0, 1], ids=["aligned", "unaligned"])
+def test_copies_that_go_past_the_caches_are_those_that_do_not(isa, dst_dtype, shift):
+    n, piece = (9 << 20) // dst_dtype.itemsize + 5, 1 << 20
+    src = torch.randn(n, generator=torch.Generator().manual_seed(3)).to(torch.bfloat16)
+    rest = torch.arange(n).to(torch.int8)
+    got, expected = (torch.empty(n + shift, dtype=dst_dtype)[shift:] for _ in range(2))
+    options = {"distribution": "rademacher", "ids": [4]}
+    run(native, [src], [got], [7], [1e-3], residuals=[rest], **options)
+    for at in range(0, n, piece):
+        part = slice(at, at + piece)
+        run(native, [src[part]], [expected[part]], [7], [1e-3], residuals=[rest[part]], offsets=[at], **options)
+    assert torch.equal(got, expected) and not torch.equal(got, src.to(dst_dtype))

@@ -39,7 +39,11 @@ def unchanged(model, before):
 def at(opt, loss, c, probe):
     with torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*read elsewhere.*")
-        return opt._prepare().evaluate(loss, c, probe)
+        engine = opt._prepare()
+        result = engine.evaluate(loss, c, probe)
+        if opt.engine == "shadow":
+            engine.restore()
+        return result
 
 
 @ARCHITECTURE
@@ -177,17 +181,94 @@ def test_tensors_that_a_probe_leaves_out_cost_nothing(monkeypatch, name):
     for c in (1e-2, -1e-2):  # the comparison is behind us when results differ
         at(opt, loss, c, probe)
     engine, count, seen = opt._prepare(), len(before), []
-    original = engine._perturb
-    monkeypatch.setattr(engine, "_perturb", lambda which, *rest: (seen.extend(which), original(which, *rest))[1])
-    for leave_out in (range(3, count), [0], range(count)):
+    original = engine._fill
+    monkeypatch.setattr(
+        engine, "_fill", lambda keys: (slot := original(keys), seen.extend(i for i, _ in slot.content))[0]
+    )
+    for leave_out in (range(3, count), [0], range(count // 2, count // 2 + 2), range(count)):
         del seen[:]
         with torch.no_grad():
             got = engine.evaluate(loss, 1e-2, probe, leave_out)
             expected = other._prepare().evaluate(twin_loss, 1e-2, probe, leave_out)
-            other._prepare().restore()
+            for each in (engine, other._prepare()):
+                each.restore()
         assert torch.allclose(got, expected, rtol=1e-5) and not set(seen) & set(leave_out)
         assert unchanged(model, before)
     assert torch.equal(got, loss())
+
+
+def test_weights_that_moved_between_steps_are_read_where_they_are():
+    (model, loss), (twin, twin_loss) = make("llama"), make("llama")
+    opt, other = optimizer(model), optimizer(twin, "inplace")
+    for _ in range(3):  # until the order of reading is known
+        assert torch.allclose(opt.step(loss), other.step(twin_loss), rtol=1e-5)
+    old = [p.data for p in model.parameters()]
+    for p, data in zip(model.parameters(), old, strict=True):
+        p.data = data.clone()
+        data.fill_(torch.nan)
+    for _ in range(2):
+        assert torch.allclose(opt.step(loss), other.step(twin_loss), rtol=1e-5)
+
+
+def test_stand_ins_stay_from_one_evaluation_to_the_next_and_no_longer(monkeypatch):
+    model, loss = make("llama")
+    opt, before, stood, clean = optimizer(model), bits(model), [], []
+    opt.step(loss)
+    engine = opt._prepare()
+    original = engine._stand_in
+    monkeypatch.setattr(engine, "_stand_in", lambda changed: (stood.append(1), original(changed))[1])
+    opt.step(loss)
+    assert len(stood) == 1
+    before, probe = bits(model), opt.draw(1)[0]
+    with torch.no_grad():
+        plain = loss()
+        engine.evaluate(loss, 1e-2, probe)
+        assert any(type(p) is shadow.StandIn for m in model.modules() for p in m._parameters.values())
+        assert torch.equal(loss(), plain)  # between evaluations they answer with the weights
+        engine.evaluate(lambda: (clean.append(unchanged(model, before)), plain)[1], 0.0, None)
+    assert clean == [True] and unchanged(model, before)
+
+
+def test_a_tensor_read_both_ways_is_perturbed_once():
+    twins, x = [nn.Linear(8, 1, bias=False), nn.Linear(8, 1, bias=False)], torch.randn(4, 8)
+    twins[1].load_state_dict(twins[0].state_dict())
+
+    def at_once(model, engine):
+        w = model.weight
+        return at(
+            optimizer(model, engine), lambda: model(x).square().sum() + (x @ w.t()).sum(), 1e-2, torch.tensor([5])
+        )
+
+    assert torch.allclose(at_once(twins[0], "shadow"), at_once(twins[1], "inplace"), rtol=1e-6)
+
+
+def test_what_is_copied_ahead_follows_a_new_order(monkeypatch):
+    layers, x, order, seen = (
+        nn.ModuleList(nn.Linear(8, 8, bias=False) for _ in range(3)),
+        torch.randn(4, 8),
+        [0, 1, 2],
+        [],
+    )
+
+    def loss():
+        h = x
+        for i in order:
+            h = layers[i](h)
+        return h.square().mean()
+
+    opt, probe = optimizer(layers), torch.tensor([5])
+    engine = opt._prepare()
+    original = engine._fill
+    monkeypatch.setattr(
+        engine, "_fill", lambda keys: (slot := original(keys), seen.append([i for i, _ in slot.content]))[0]
+    )
+    for c in (1e-2, -1e-2):
+        at(opt, loss, c, probe)
+    assert seen[-1] == [0, 1, 2]
+    order.reverse()
+    for c in (1e-2, -1e-2):
+        at(opt, loss, c, probe)
+    assert seen[-1] == [2, 1, 0]
 
 
 def test_tensors_read_elsewhere_are_named_once():

@@ -1,6 +1,6 @@
 """The trainable tensors of an optimizer as one space: names, ids in the noise, and the passes over them."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,10 +35,15 @@ class ParamSpace:
 
     def __post_init__(self) -> None:
         """Make what passes need of factored Hessians."""
+        self._scales: dict[str, Any] = {}
         self._rescale()
 
     def _rescale(self) -> None:
-        self._scales = scaling.of_passes(self.hessians, self.hessian) if self.hessian else {}
+        with torch.inference_mode(False):
+            scales = scaling.of_passes(self.hessians, self.hessian) if self.hessian else {}
+        for name, old in self._scales.items():  # where passes that are prepared look for them
+            scales[name] = [a.copy_(b) for a, b in zip(old, scales[name], strict=True)]
+        self._scales = scales
 
     def update_(
         self,
@@ -135,25 +140,29 @@ class ParamSpace:
         return out
 
     def perturb(
-        self, which: Sequence[int], sources: list[Tensor], out: list[Tensor], probe: Probe, coeffs: Tensor,
-        counters: Tensor,
-    ) -> None:  # fmt: skip
-        """Out <- round(theta + coeffs s z(probe)), of n of the tensors, which are only read.
+        self, which: Sequence[int], sources: Sequence[Tensor], out: Sequence[Tensor]
+    ) -> Callable[[Sequence[Tensor], Probe, Tensor, Tensor], None]:
+        """Makes out <- round(theta + coeffs s z(probe)), of n of the tensors, which are only read.
 
         Args:
             which: their numbers.
             sources: their values (``tensors``, under whatever name).
             out: n tensors of their shapes, of any of the three dtypes.
-            probe: the stream.
-            coeffs: float32 (1, n).
-            counters: int64 (1 + n,).
+
+        Returns:
+            A function of sources, which must be where they are now, probe, coeffs, float32 (1, n), and counters,
+            int64 (1 + n,).
         """
         residuals = [self.residuals[i] for i in which] if self.residuals else []
         scales = {"hessians": [], **{name: [scale[i] for i in which] for name, scale in self._scales.items()}}
-        ops.backend_for(probe.device).run_pass(  # what torch.ops.zo_core.perturb calls when it has checked all of this
-            sources, out, tensor_ids=which, offsets=[], streams=probe, coeffs=coeffs, counters=counters,
-            residuals=residuals, seed=self.seed, distribution=self.distribution, **scales,
-        )  # fmt: skip
+        run = ops.prepare_perturb(
+            self.counters.device, sources, out, scales.pop("hessians"), which, [], residuals=residuals, **scales
+        )
+
+        def make(sources: Sequence[Tensor], probe: Probe, coeffs: Tensor, counters: Tensor) -> None:
+            run(sources, probe, coeffs, counters=counters, seed=self.seed, distribution=self.distribution)
+
+        return make
 
     def perturb_rows(
         self, i: int, source: Tensor, rows: Tensor, out: Tensor, probe: Probe, coeffs: Tensor, counters: Tensor
@@ -161,9 +170,10 @@ class ParamSpace:
         """As ``perturb``, of the rows (int64, (n,)) of one matrix, into the n rows of ``out``; rows are not checked."""
         residual = self.residuals[i] if self.residuals and self.residuals[i].numel() else None
         scales = {name.removesuffix("s"): scale[i] for name, scale in self._scales.items()}
-        torch.ops.zo_core.perturb_rows(
-            source, rows, out, i, 0, probe, coeffs, counters=counters, residual=residual, **scales, **self._noise()
-        )
+        ops.backend_for(probe.device).run_rows(  # what torch.ops.zo_core.perturb_rows calls when it has checked all of this
+            source, rows, out, i, 0, probe, coeffs, counters=counters, residual=residual, seed=self.seed,
+            distribution=self.distribution, **scales,
+        )  # fmt: skip
 
     def full(self, c: float, leave_out: Collection[int] = ()) -> Tensor:
         """A row of coefficients: c for every tensor but those left out, float32 (1, T)."""

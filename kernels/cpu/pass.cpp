@@ -17,7 +17,7 @@ struct Float32 {
   static constexpr int KEPT = 0;
   static constexpr bool RANDOM = false;
   static ZO_INLINE vf get(const Bits *p, const char *) { return load<vf>(p); }
-  static ZO_INLINE void put(Bits *p, vf x, vu, bool, char *) { store(p, x); }
+  template <bool PAST> static ZO_INLINE void put(Bits *p, vf x, vu, bool, char *) { write<PAST>(p, x); }
 };
 
 struct BFloat16 {
@@ -28,9 +28,9 @@ struct BFloat16 {
   static ZO_INLINE vu extended(vu magnitude) { return magnitude; }
   static ZO_INLINE vu contracted(vu u) { return u; }
   static ZO_INLINE vf get(const Bits *p, const char *) { return as_f(widen(load<vh>(p)) << 16); }
-  static ZO_INLINE void put(Bits *p, vf x, vu random, bool stochastic, char *) {
+  template <bool PAST> static ZO_INLINE void put(Bits *p, vf x, vu random, bool stochastic, char *) {
     const vu b = as_u(x);
-    store(p, narrow<vh>((b + (stochastic ? random : 0x7fffu + ((b >> 16) & 1u))) >> 16));
+    write<PAST>(p, narrow<vh>((b + (stochastic ? random : 0x7fffu + ((b >> 16) & 1u))) >> 16));
   }
 };
 
@@ -55,7 +55,7 @@ struct Float16 {
     const vu h = widen(load<vh>(p)) << 16;
     return as_f(contracted(h & 0x7fffffffu) | (h & 0x80000000u));
   }
-  static ZO_INLINE void put(Bits *p, vf x, vu random, bool stochastic, char *) {
+  template <bool PAST> static ZO_INLINE void put(Bits *p, vf x, vu random, bool stochastic, char *) {
     const vu b = as_u(x) & 0x7fffffffu, sign = (as_u(x) >> 16) & 0x8000u;
     vu h;
     if (stochastic) {
@@ -66,7 +66,7 @@ struct Float16 {
       h = select((vi)b < 0x38800000, subnormal, normal - (112u << 10));
       h = select((vi)b >= 0x7f800000, ((b >> 13) & 0x3ffu) | 0x7c00u, h);
     }
-    store(p, narrow<vh>(h | sign));
+    write<PAST>(p, narrow<vh>(h | sign));
   }
 };
 
@@ -82,7 +82,7 @@ struct Kept : Format {
     const vi u = nearest + (rest & (nearest < Format::INFINITE));
     return as_f(Format::contracted((vu)(u > 0 ? u : vi{})) | (h & 0x80000000u));
   }
-  static ZO_INLINE void put(uint16_t *p, vf x, vu random, bool stochastic, char *residual) {
+  template <bool> static ZO_INLINE void put(uint16_t *p, vf x, vu random, bool stochastic, char *residual) {
     vu u = Format::extended(as_u(x) & 0x7fffffffu);
     if constexpr (RANDOM) u = (u + (stochastic ? random >> UNUSED : splat<vu>(1u << (UNUSED - 1)))) >> UNUSED << UNUSED;
     store(p, narrow<vh>(((u + 0x8000u) >> 16) | ((as_u(x) >> 16) & 0x8000u)));
@@ -118,7 +118,7 @@ struct Buffers {  // one thread's scratch; indices count from a multiple of 128 
 };
 
 // Elements [first, first + n) of the tile in the buffers. `hessian` is null, read, or (curvature) updated.
-template <class Src, class Dst, bool STOCHASTIC, bool SCALED>
+template <class Src, class Dst, bool STOCHASTIC, bool SCALED, bool PAST = false>
 int64_t finish(const Tile &t, const Buffers &buf, int64_t first, int64_t n, const typename Src::Bits *src,
                typename Dst::Bits *dst, float *hessian, char *residual) {
   const vf keep = splat<vf>(t.keep);
@@ -141,7 +141,7 @@ int64_t finish(const Tile &t, const Buffers &buf, int64_t first, int64_t n, cons
     vf out = base * keep + noise;
     if (__builtin_expect(!all_within(out, Dst::MAX), 0)) saturated += saturate(out, weight, Dst::MAX);
     const vu random = STOCHASTIC ? widen(load<vh>((const uint16_t *)buf.random + k)) : vu{};
-    Dst::put(dst + i, out, random, STOCHASTIC, residual + i * Dst::KEPT);
+    Dst::template put<PAST>(dst + i, out, random, STOCHASTIC, residual + i * Dst::KEPT);
   }
   return saturated;
 }
@@ -154,7 +154,10 @@ int64_t finish_all(const Tile &t, Buffers &buf) {
   float *hessian = SCALED ? t.hessian + t.begin : nullptr;
   char *residual = Src::KEPT ? (char *)t.residual + t.begin * Src::KEPT : nullptr;
   const int64_t first = (t.offset + t.begin) & 127, n = t.end - t.begin, whole = n - n % LANES, rest = n - whole;
-  int64_t saturated = finish<Src, Dst, STOCHASTIC, SCALED>(t, buf, first, whole, src, dst, hessian, residual);
+  auto *run = finish<Src, Dst, STOCHASTIC, SCALED>;
+  if constexpr (!STOCHASTIC && !Dst::KEPT)
+    if (t.past && (uintptr_t)dst % ZO_BYTES == 0) run = finish<Src, Dst, STOCHASTIC, SCALED, true>;
+  int64_t saturated = run(t, buf, first, whole, src, dst, hessian, residual);
   if (rest) {
     typename Src::Bits from[LANES] = {};
     typename Dst::Bits to[LANES];

@@ -33,6 +33,21 @@ typedef int8_t vb __attribute__((vector_size(ZO_BYTES / 4)));
 template <class V, class S> ZO_INLINE V splat(S x) { return V{} + x; }
 template <class V> ZO_INLINE V load(const void *p) { V v; memcpy(&v, p, sizeof v); return v; }
 template <class V> ZO_INLINE void store(void *p, V v) { memcpy(p, &v, sizeof v); }
+// A store; PAST the caches if they would lose it before it is read, p then a multiple of sizeof v.
+template <bool PAST, class V> ZO_INLINE void write(void *p, V v) {
+#if defined(__SSE2__)
+  if constexpr (PAST) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof v == 64) return _mm512_stream_si512((__m512i *)p, (__m512i)v);
+#endif
+#if defined(__AVX2__)
+    if constexpr (sizeof v == 32) return _mm256_stream_si256((__m256i *)p, (__m256i)v);
+#endif
+    if constexpr (sizeof v == 16) return _mm_stream_si128((__m128i *)p, (__m128i)v);
+  }
+#endif
+  store(p, v);
+}
 ZO_INLINE vf as_f(vu x) { return (vf)x; }
 ZO_INLINE vu as_u(vf x) { return (vu)x; }
 ZO_INLINE vu select(vi mask, vu a, vu b) { return mask ? a : b; }  // a comparison's mask

@@ -1,6 +1,9 @@
 // The C entry points: arguments, instruction set, threads. What a pass computes is in pass.cpp.
 #include <dlfcn.h>
 #include <unistd.h>
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
 
 #include <atomic>
 #include <cmath>
@@ -15,6 +18,9 @@ namespace {
 
 // Below this many elements a thread's start costs more than it saves (about 20 us against 1 ns an element).
 constexpr int64_t MIN_PER_THREAD = 1 << 16;
+
+// Copies of more bytes than this are written past the caches, which they would leave before they are read.
+constexpr int64_t PAST_CACHES = 8 << 20;
 
 // The OpenMP runtime that the process has, torch's say: its waiting threads spin, so threads of our own beside them would
 // fight for the cores. A child of fork() has the runtime without its threads and must leave it alone.
@@ -72,11 +78,13 @@ bool finite(const float *x, int64_t n) {
 
 constexpr int64_t MAX_INDEX = (int64_t)1 << 56;  // of an element; block numbers have 56 bits
 
+int64_t bytes(int32_t dtype, int64_t numel) { return numel * (dtype == ZO_FLOAT32 ? 4 : 2); }
+
 // src and dst must be the same memory in the same dtype, or disjoint.
 bool partly_overlap(const zo_tensor &t) {
   const char *s = (const char *)t.src, *d = (const char *)t.dst;
   if (s == d) return t.numel && t.src_dtype != t.dst_dtype;
-  return s < d + t.numel * (t.dst_dtype == ZO_FLOAT32 ? 4 : 2) && d < s + t.numel * (t.src_dtype == ZO_FLOAT32 ? 4 : 2);
+  return s < d + bytes(t.dst_dtype, t.numel) && d < s + bytes(t.src_dtype, t.numel);
 }
 
 bool valid_dtype(int32_t d) { return d >= ZO_FLOAT32 && d <= ZO_FLOAT16; }
@@ -139,10 +147,12 @@ int run(const zo_pass *passes, int64_t n_passes, const zo_tensor *tensors, int64
       counters[0]++;
 
   std::vector<int64_t> first_tile(1, 0);  // of each tensor, in one row of all tiles
+  int64_t copied = 0;
   for (int64_t i = 0; i < n_tensors; i++) {
     bool touched = false;
     for (size_t s = 0; s < steps.size() && !touched; s++) touched = touches(*steps[s], tensors[i], i, n_tensors);
     first_tile.push_back(first_tile.back() + (touched ? tiles_of(tensors[i]) : 0));
+    copied += tensors[i].src != tensors[i].dst ? bytes(tensors[i].dst_dtype, tensors[i].numel) : 0;
   }
   const int64_t tiles = first_tile.back();
   const Variant &variant = *variant_of(current_isa);
@@ -163,7 +173,7 @@ int run(const zo_pass *passes, int64_t n_passes, const zo_tensor *tensors, int64
       x.begin = start < 0 ? 0 : start;
       x.end = start + ZO_TILE < t.numel ? start + ZO_TILE : t.numel;
       x.index = i, x.n_tensors = n_tensors, x.id = t.id, x.src_dtype = t.src_dtype, x.dst_dtype = t.dst_dtype;
-      x.residual_bits = t.residual_bits;
+      x.residual_bits = t.residual_bits, x.past = t.src != t.dst && copied > PAST_CACHES;
       const bool keeps_all = t.src == t.dst && t.residual_bits == 16;  // what rounding takes: nothing random about it
       int64_t saturated = 0;
       for (const zo_pass *step : steps) {
@@ -178,6 +188,9 @@ int run(const zo_pass *passes, int64_t n_passes, const zo_tensor *tensors, int64
       }
       if (saturated) __atomic_fetch_add(&counters[1 + i], saturated, __ATOMIC_RELAXED);
     }
+#if defined(__SSE2__)
+    _mm_sfence();  // what went past the caches is there before this thread says that it is done
+#endif
   });
   return ZO_OK;
 }

@@ -9,9 +9,8 @@ order, copies are made of several ahead, and take the place of their stand-ins u
 import threading
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +47,7 @@ class StandIn(Tensor):
     _number: int
     _key: "_Key"
     _parameter: Tensor
-    _is_param = True  # isinstance(x, nn.Parameter)
+    _is_param: bool  # True: isinstance(x, nn.Parameter)
 
     @classmethod
     def __torch_function__(
@@ -115,6 +114,7 @@ def _modules(root: nn.Module) -> list[nn.Module]:
 
 
 _Key = tuple[int, torch.dtype]  # a tensor's number, and the dtype its copy has
+_Make = Callable[[Sequence[Tensor], Probe, Tensor, Tensor], None]  # see ``ParamSpace.perturb``
 
 
 class _Slot:
@@ -124,7 +124,7 @@ class _Slot:
         with torch.inference_mode(False):
             self.bytes = torch.empty(nbytes, dtype=torch.uint8, device=device)
         self._storage = self.bytes.untyped_storage()._cdata
-        self.layouts: dict[tuple[_Key, ...], dict[_Key, Tensor]] = {}
+        self.layouts: dict[tuple[_Key, ...], _Layout] = {}
         self.content: dict[_Key, Tensor] = {}  # one of the layouts, when it has been written
         self.version = 0  # of the memory, when it had been written
         self.placed: dict[int, Tensor] = {}  # content that modules have, in place of stand-ins
@@ -141,18 +141,33 @@ class _Slot:
         with torch.inference_mode(False):
             return self.bytes[at : at + shape.numel() * dtype.itemsize].view(dtype).view(shape).detach()
 
-    def layout(self, keys: tuple[_Key, ...], sources: Sequence[Tensor]) -> dict[_Key, Tensor]:
+    def layout(self, keys: tuple[_Key, ...], space: ParamSpace, sources: Sequence[Tensor]) -> "_Layout":
         """Tensors for these keys, in the shapes of their sources, one after the other; made when they are first asked for."""
         if (found := self.layouts.get(keys)) is None:
-            found, at, others = {}, 0, self._users() - self._own
-            for key, source in zip(keys, sources, strict=True):
-                found[key] = self.view(at, source.shape, key[1])
-                at += _aligned(source.numel() * key[1].itemsize)
             if len(self.layouts) >= _LAYOUTS:
-                self.layouts.clear()  # no order of reading repeats
-            self.layouts[keys] = found
+                self.forget()  # no order of reading repeats
+            copies, at, others = dict[_Key, Tensor](), 0, self._users() - self._own
+            for key in keys:
+                source = sources[key[0]]
+                copies[key] = self.view(at, source.shape, key[1])
+                at += _aligned(source.numel() * key[1].itemsize)
+            which = [i for i, _ in keys]
+            make = space.perturb(which, [sources[i] for i in which], list(copies.values()))
+            found = self.layouts[keys] = _Layout(which, copies, make)
             self._own = self._users() - others
         return found
+
+    def forget(self) -> None:
+        """What was laid out."""
+        others = self._users() - self._own
+        self.layouts, self.content = {}, {}
+        self._own = self._users() - others
+
+
+class _Layout(NamedTuple):
+    which: list[int]
+    copies: dict[_Key, Tensor]
+    make: _Make  # of ``copies``
 
 
 def _aligned(nbytes: int) -> int:
@@ -177,6 +192,9 @@ class ShadowEngine:
         with torch.inference_mode(False):
             self._uncounted = torch.zeros_like(space.counters)  # a probe that saturates harms no weight
         self._next: dict[_Key, _Key] = {}  # what was read after what
+        self._plans: dict[
+            tuple[_Key, ...], tuple[tuple[_Key, ...], int]
+        ] = {}  # what is copied when these are read, and its bytes
         self._last: _Key | None = None
         self._surprised, self._steady = False, False  # in this evaluation; whether the one before was without surprise
         self._branching = _branching(module, {id(p): i for i, p in enumerate(space.tensors)})
@@ -186,7 +204,8 @@ class ShadowEngine:
         self._peak = 0
         self._checks = _FLAT  # comparisons that may still be made
         self._flat: Tensor | None = None  # the result that did not change
-        self._sources: list[Tensor] = []  # the weights during an evaluation
+        self._sources: list[Tensor] = []  # the weights while there are stand-ins
+        self._addresses: list[int] = []  # where they were last
         self._stands: dict[int, StandIn] = {}
         self._places: dict[int, list[tuple[dict[str, Any], str]]] = {}  # of each tensor, in the modules' parameters
         self._written: list[int] = []  # held tensors that are perturbed
@@ -202,13 +221,14 @@ class ShadowEngine:
     ) -> Tensor:
         """The closure's result at theta + c z(probe), z = 0 in tensors left out; at theta without a probe."""
         if probe is None or c == 0:
+            self.restore()
             return closure()
         if self._checks:
-            self._left_out = frozenset()  # all are looked at, also those that this probe leaves out
+            self._leave_out(())  # all are looked at, also those that this probe leaves out
             result = self._run(closure, c, probe)
             if not self._reads_elsewhere(closure, c, probe, result) and not leave_out:
                 return result
-        self._left_out = frozenset(leave_out)
+        self._leave_out(leave_out)
         return self._run(closure, c, probe)
 
     def update(
@@ -217,6 +237,7 @@ class ShadowEngine:
     ) -> None:  # fmt: skip
         """Theta <- (1 - decay) theta + s sum_k coeffs[k] z_k in one pass; arguments as in ``ParamSpace.update_``."""
         with uninterrupted():
+            self.restore()
             self.space.update_(probes, coeffs, decay, update, None, curvature, smoothing)
 
     @property
@@ -228,19 +249,16 @@ class ShadowEngine:
         """Put the parameters back in their places, and what was perturbed in place back to its value."""
         if not self._sources:
             return
+        self._end()
         for p, source in zip(self.space.tensors, self._sources, strict=True):
             if p.data_ptr() != source.data_ptr():
                 p.data = source
-        for i in self._written:
-            self._sources[i].copy_(self._held[i])
-        for slot in self._slots:
-            slot.placed = {}
         places = [parameters for found in self._places.values() for parameters, _ in found]
-        for parameters in (*[m._parameters for m in _modules(self.module)], *places):
+        for parameters in {id(d): d for d in (*[m._parameters for m in _modules(self.module)], *places)}.values():
             for name, p in parameters.items():
                 if (parameter := getattr(p, "_parameter", None)) is not None:  # of a stand-in, or what took its place
                     parameters[name] = parameter
-        self._places, self._stands, self._sources, self._probe, self._kept, self._written = {}, {}, [], None, [], []
+        self._places, self._stands, self._sources = {}, {}, []
 
     def memory(self) -> dict[str, int]:
         """Bytes of scratch, the most so far, and of the copies of tensors that are read outside their modules."""
@@ -249,51 +267,81 @@ class ShadowEngine:
     # ---- one evaluation ----------------------------------------------------------------------------------------
 
     def _run(self, closure: Callable[[], Tensor], c: float, probe: Probe, changed: Sequence[int] = ()) -> Tensor:
-        with self._standing_in(c, probe, changed):
+        """The closure's result; tensors ``changed`` hold other numbers meanwhile. Stand-ins stay until ``restore``."""
+        try:
+            with uninterrupted():
+                if changed:
+                    self.restore()
+                if not self._sources:
+                    self._stand_in(changed)
+                self._begin(c, probe)
             result = closure()
             for slot in self._slots:
                 self._check_unwritten(slot)
             self._steady = not self._surprised
+            with uninterrupted():
+                self._end()
+                if changed:
+                    self.restore()
             return result
+        except BaseException:
+            with uninterrupted():
+                self.restore()
+            raise
+
+    def _leave_out(self, which: Collection[int]) -> None:
+        """Let the probe be zero there."""
+        if self._left_out != (left_out := frozenset(which)):
+            self.restore()
+            self._left_out, self._plans = left_out, {}
+
+    def _begin(self, c: float, probe: Probe) -> None:
+        """Let stand-ins answer with theta + c z."""
+        for slot in self._slots:
+            slot.content = {}
+        self._last, self._surprised = None, False
+        self._probe, self._coeffs = probe, self.space.full(c)
+        if which := [i for i in self._held if i not in self._left_out]:
+            for i in which:
+                self._held[i].copy_(self._sources[i])
+            self._written = which
+            held, sources = ([tensors[i] for i in which] for tensors in (self._held, self._sources))
+            self._perturb(self.space.perturb(which, held, sources), held)
+
+    def _end(self) -> None:
+        """Let stand-ins answer with theta."""
+        for slot in self._slots:
+            self._displace(slot)
+        for i in self._written:
+            self._sources[i].copy_(self._held[i])
+        self._probe, self._kept, self._written = None, [], []
 
     def _check_unwritten(self, slot: _Slot) -> None:
         if slot.content and slot.bytes._version != slot.version:
             names = ", ".join(self.space.names[i] for i, _ in slot.content)
             raise RuntimeError(f"closure: it wrote one of {names} during an evaluation; {_OUTSIDE}")
 
-    @contextmanager
-    def _standing_in(self, c: float, probe: Probe, changed: Sequence[int]) -> Iterator[None]:
-        """The parameters' places taken for theta + c z; ``changed`` ones hold other numbers themselves."""
+    def _stand_in(self, changed: Sequence[int]) -> None:
+        """Take the parameters' places; ``changed`` ones hold other numbers themselves."""
         tensors = self.space.tensors
-        for slot in self._slots:
-            slot.content = {}
-        self._last, self._surprised = None, False
-        try:
-            with uninterrupted():
-                self._sources = [p.data for p in tensors]
-                self._probe, self._coeffs = probe, self.space.full(c)
-                if which := [i for i in self._held if i not in self._left_out]:
-                    for i in which:
-                        self._held[i].copy_(self._sources[i])
-                    self._written = which
-                    self._perturb(which, [self._held[i] for i in which], [self._sources[i] for i in which])
-                for i, t in self._others(changed).items():
-                    tensors[i].data = t
-                placed = {*self._held, *self._left_out}  # or need no place
-                stands = {id(p): self._stand_in(i) for i, p in enumerate(tensors) if i not in placed}
-                self._stands = {stand._number: stand for stand in stands.values()}
-                for module in _modules(self.module):
-                    parameters: dict[str, Any] = module._parameters
-                    for name, p in parameters.items():
-                        if (stand := stands.get(id(p))) is not None:
-                            parameters[name] = stand
-                            self._places.setdefault(stand._number, []).append((parameters, name))
-                if len(placed) + len(self._places) < len(tensors):
-                    self._say_absent(set(range(len(tensors))) - placed - set(self._places))
-            yield
-        finally:
-            with uninterrupted():
-                self.restore()
+        self._sources = [p.data for p in tensors]
+        if (addresses := [t.data_ptr() for t in self._sources]) != self._addresses:
+            self._addresses = addresses
+            for slot in self._slots:
+                slot.forget()
+        for i, t in self._others(changed).items():
+            tensors[i].data = t
+        placed = {*self._held, *self._left_out}  # or need no place
+        self._stands = {i: self._stand_in_for(i) for i in range(len(tensors)) if i not in placed}
+        stands = {id(stand._parameter): stand for stand in self._stands.values()}
+        for module in _modules(self.module):
+            parameters: dict[str, Any] = module._parameters
+            for name, p in parameters.items():
+                if (stand := stands.get(id(p))) is not None:
+                    parameters[name] = stand
+                    self._places.setdefault(stand._number, []).append((parameters, name))
+        if len(placed) + len(self._places) < len(tensors):
+            self._say_absent(set(range(len(tensors))) - placed - set(self._places))
 
     def _say_absent(self, absent: set[int]) -> None:
         if absent := absent - self._absent:
@@ -304,17 +352,17 @@ class ShadowEngine:
                 stacklevel=2,
             )
 
-    def _stand_in(self, i: int) -> StandIn:
+    def _stand_in_for(self, i: int) -> StandIn:
         p = self.space.tensors[i]
         stand = Tensor._make_subclass(StandIn, p.data, p.requires_grad and not p.is_inference())
-        stand.__dict__.update(p.__dict__, _engine=self, _number=i, _key=(i, p.dtype), _parameter=p)
+        stand.__dict__.update(p.__dict__, _is_param=True, _engine=self, _number=i, _key=(i, p.dtype), _parameter=p)
         return stand
 
-    def _perturb(self, which: Sequence[int], sources: list[Tensor], out: list[Tensor]) -> None:
+    def _perturb(self, make: _Make, sources: list[Tensor]) -> None:
         """Write theta + c z of these tensors."""
         assert self._probe is not None
-        n = len(which)
-        self.space.perturb(which, sources, out, self._probe, self._coeffs[:, :n], self._uncounted[: 1 + n])
+        n = len(sources)
+        make(sources, self._probe, self._coeffs[:, :n], self._uncounted[: 1 + n])
 
     def call(
         self, func: Callable[..., Any], asks: str, stands: list[StandIn], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -349,12 +397,12 @@ class ShadowEngine:
         self, stands: Sequence[StandIn], dtype: torch.dtype | None = None, keep: bool = False
     ) -> dict[int, Tensor]:
         """Perturbed copies by number, in their own dtype or this one; kept until the evaluation ends, if asked."""
-        keys = [(s._number, dtype) if dtype else s._key for s in stands]
+        keys = tuple([(s._number, dtype) if dtype else s._key for s in stands])
         with self._lock:
             for key in keys:
                 last, self._last = self._last, key
                 if last not in (None, key) and self._next.get(last) != key != self._following(last, placed=False):
-                    self._next[last], self._surprised, self._steady = key, True, False
+                    self._next[last], self._surprised, self._steady, self._plans = key, True, False, {}
             for slot in reversed(self._slots):
                 if not [k for k in keys if k not in slot.content]:
                     break
@@ -369,24 +417,29 @@ class ShadowEngine:
                 self._kept += copies.values()
             return copies
 
-    def _fill(self, keys: list[_Key]) -> _Slot:
+    def _fill(self, keys: tuple[_Key, ...]) -> _Slot:
         """Make copies, and those of what was read next the last time while there is room: fewer, longer passes."""
+        wanted, nbytes = self._plans.get(keys) or self._plan(keys)
+        slot = self._slot(nbytes)
+        slot.content = {}  # first: what it held must not count as the new layout's
+        layout = slot.layout(wanted, self.space, self._sources)
+        self._perturb(layout.make, [self._sources[i] for i in layout.which])
+        slot.content, slot.version = layout.copies, slot.bytes._version
+        if self._steady and slot in self._slots:
+            self._place(slot)
+        return slot
+
+    def _plan(self, keys: tuple[_Key, ...]) -> tuple[tuple[_Key, ...], int]:
+        """These, and what was read after them while there is room, with its bytes; kept until another order is seen."""
         wanted = dict.fromkeys(keys)
         end = sum(map(self._bytes, wanted))
-        self._largest = max(self._largest, end)
+        if end > self._largest:
+            self._largest, self._plans = end, {}
         room, following = max(_LEAST, min(_AHEAD, self._largest)), self._following(keys[-1])
         while following is not None and following not in wanted and (more := end + self._bytes(following)) <= room:
             wanted[following], end = None, more
             following = self._following(following)
-        which = [i for i, _ in wanted]
-        sources, slot = [self._sources[i] for i in which], self._slot(end)
-        slot.content = {}  # first: what it held must not count as the new layout's
-        copies = slot.layout(tuple(wanted), sources)
-        self._perturb(which, sources, list(copies.values()))
-        slot.content, slot.version = copies, slot.bytes._version
-        if self._steady and slot in self._slots:
-            self._place(slot)
-        return slot
+        return self._plans.setdefault(keys, (tuple(wanted), end))
 
     def _following(self, key: _Key, placed: bool = True) -> _Key | None:
         """What was read after this, of what this probe does not leave out; ``placed`` or read through a stand-in."""
@@ -405,7 +458,7 @@ class ShadowEngine:
             if stand is None or key != stand._key or key[0] in self._branching:
                 continue
             slot.placed[key[0]] = t = copy.detach().requires_grad_()
-            t.__dict__.update(stand._parameter.__dict__, _is_param=True, _parameter=stand._parameter)
+            t.__dict__ = stand.__dict__
             for parameters, name in self._places[key[0]]:
                 if parameters.get(name) is stand:
                     parameters[name] = t
@@ -459,6 +512,7 @@ class ShadowEngine:
 
     def _hold(self, which: Sequence[int]) -> None:
         if which:
+            self.restore()
             with torch.inference_mode(False):
                 self._held |= {i: torch.empty_like(self.space.tensors[i].data) for i in which}
             names = [self.space.names[i] for i in which]
