@@ -42,7 +42,7 @@ EXAMPLES = """examples:
   python -m bench.methods                         all parts that are not in the JSON yet (hours)
   python -m bench.methods --part plot             the plot and the tables from the JSON
 """
-PARTS = ("timing", "sweep", "reviews", "products", "plot")
+PARTS = ("timing", "memory", "sweep", "reviews", "products", "plot")
 EPS, BATCH, SWEEP_SEED = 1e-3, 16, 100
 MARKS = (0.0, 1 / 6, 1 / 3, 1 / 2, 3 / 4, 1.0)  # of the budget of forwards, where validation is looked at
 
@@ -83,6 +83,7 @@ FIRST_ORDER, PUBLISHED = ("Adam", "SGD"), "MeZO, published"
 METHODS = {
     PUBLISHED: Method(Published, 3.2e-5, 2),  # torch.normal in bfloat16, weights written to be probed
     "MeZO": Method(ours("MeZO", distribution="rademacher"), 3.2e-5, 2),  # random signs
+    "MeZO, Gaussian": Method(ours("MeZO"), 3.2e-5, 2),
     "LeZO": Method(ours("LeZO", distribution="rademacher"), 1e-4, 2),  # rho 0.75, random signs
     "HiZOO": Method(ours("HiZOO"), 1e-4, 3),  # smoothing 1e-6
     "HiZOO-L": Method(ours("HiZOO", hessian="factored"), 1e-4, 3),  # smoothing 1e-6
@@ -98,24 +99,48 @@ METHODS = {
 
 
 @cache
-def session_of(data: str, dtype: str, longest: int) -> tuple[Session, dict[str, Tensor]]:
-    """Model, data without its long examples, and the weights as they came."""
-    config = FinetuneConfig(data=data, dtype=dtype, autocast=dtype == "float32", test_size=0.3, validation_size=0.1)  # type: ignore[arg-type]
-    session = prepare(config)
+def session_of(data: str, dtype: str, longest: int) -> Session:
+    """Model, and data without its long examples."""
+    sizes: dict[str, Any] = {"batch_size": BATCH, "test_size": 0.3, "validation_size": 0.1}
+    session = prepare(FinetuneConfig(data=data, dtype=dtype, autocast=dtype == "float32", **sizes))  # type: ignore[arg-type]
     parts = {name: [e for e in part if len(e.tokens) <= longest] for name, part in session.parts.items()}
-    start = {name: t.clone() for name, t in session.model.state_dict().items()}
-    return session._replace(parts=parts), start
+    return session._replace(parts=parts)
+
+
+@cache
+def start_of(data: str, dtype: str, longest: int) -> dict[str, Tensor]:
+    """The weights as they came; asked for before they move."""
+    return {name: t.clone() for name, t in session_of(data, dtype, longest).model.state_dict().items()}
+
+
+def dtype_of(method: str) -> str:
+    """Of the weights."""
+    return "float32" if method in FIRST_ORDER else "bfloat16"
+
+
+def trainer(name: str, session: Session, lr: float, seed: int) -> tuple[Any, Callable[[int], object]]:
+    """The method's optimizer, and a step of it on the batch of a number."""
+    optimizer = METHODS[name].make(session.model, lr, seed)
+    if name not in FIRST_ORDER:
+        return optimizer, lambda number: optimizer.step(session.loss_of(number))
+
+    def first_order(number: int) -> None:
+        optimizer.zero_grad()
+        session.scorer.loss(session.batch_of(number)).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+
+    return optimizer, first_order
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
     """Train, looking at validation at each mark; what came of it. A loss that is far above the first ends it."""
-    method, first_order = METHODS[job["method"]], job["method"] in FIRST_ORDER
-    session, start = session_of(job["data"], "float32" if first_order else "bfloat16", job["longest"])
-    session = session._replace(config=session.config.model_copy(update={"seed": job["seed"], "batch_size": BATCH}))
+    which = job["data"], dtype_of(job["method"]), job["longest"]
+    start, session = start_of(*which), session_of(*which)
+    session = session._replace(config=session.config.model_copy(update={"seed": job["seed"]}))
     model, scorer = session.model, session.scorer
     model.load_state_dict(start)
     torch.set_rng_state(torch.Generator().manual_seed(job["seed"]).get_state())
-    optimizer = method.make(model, job["lr"], job["seed"])
+    optimizer, train = trainer(job["method"], session, job["lr"], job["seed"])
     curve: list[list[float]] = []
     out: dict[str, Any] = {"curve": curve}
     begun = time.perf_counter()
@@ -130,12 +155,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
             out |= {"test": {"loss": found.loss, "accuracy": found.accuracy}}
         if step == job["steps"]:
             break
-        if first_order:
-            optimizer.zero_grad()
-            scorer.loss(session.batch_of(step)).backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-        else:
-            optimizer.step(session.loss_of(step))
+        train(step)
     if hasattr(optimizer, "memory"):
         out |= {"memory": optimizer.memory(), "skipped": optimizer.skipped}
     model.zero_grad(set_to_none=True)
@@ -238,25 +258,14 @@ def sweep(args: argparse.Namespace, study: Study) -> dict[str, float]:
 
 def timing(args: argparse.Namespace) -> dict[str, Any]:
     """Seconds of a step of each method, interleaved, beside a plain forward."""
-    session, _ = session_of("reviews", "bfloat16", args.longest)
-    batch, loss = session.batch_of(0), session.loss_of(0)
-    gate(session.model, loss, "shadow")
+    session = session_of("reviews", "bfloat16", args.longest)
+    gate(session.model, session.loss_of(0), "shadow")
     console.print("correctness gate passed")
     session.model.to(torch.bfloat16)
-    full, _ = session_of("reviews", "float32", args.longest)
-    work: dict[str, Callable[[], object]] = {"forward": loss}
+    work: dict[str, Callable[[], object]] = {"forward": lambda: session.loss_of(0)()}
     for name in args.methods:
-        model = full.model if name in FIRST_ORDER else session.model
-        optimizer = METHODS[name].make(model, 1e-12, 0)
-        work[name] = partial(optimizer.step, loss)
-        if name in FIRST_ORDER:
-
-            def first_order(optimizer: Any = optimizer) -> None:
-                optimizer.zero_grad()
-                full.scorer.loss(batch).backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
-
-            work[name] = first_order
+        _, train = trainer(name, session_of("reviews", dtype_of(name), args.longest), 1e-12, 0)
+        work[name] = partial(train, 0)
     times = interleaved(work, args.rounds, "steps")
     found: dict[str, Any] = {}
     for name, seconds in times.items():
@@ -270,12 +279,33 @@ def timing(args: argparse.Namespace) -> dict[str, Any]:
         for name, f in found.items()
     ]
     report("A step (medians), and what it takes beside its forwards", ["", "step ms", "beside ms"], rows, {}, None)
-    return {"seconds": found, "batch": list(batch[0].shape), "threads": torch.get_num_threads()}
+    return {"seconds": found, "batch": list(session.batch_of(0)[0].shape), "threads": torch.get_num_threads()}
+
+
+def peak(name: str, longest: int) -> dict[str, int]:
+    """Bytes that this process takes at most in three steps of a method, and in a forward; once a process."""
+    session = session_of("reviews", dtype_of(name), longest)
+
+    def at_most(work: Callable[[], object]) -> int:
+        Path("/proc/self/clear_refs").write_text("5")
+        work()
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) << 10
+
+    inference = max(at_most(session.loss_of(0)) for _ in range(3))
+    _, train = trainer(name, session, 1e-12, 0)
+    return {"inference": inference, "training": max(at_most(partial(train, 0)) for _ in range(3))}
+
+
+def memory(args: argparse.Namespace) -> dict[str, dict[str, int]]:
+    """Peak memory of each method, each in a process of its own."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _quiet, (2,), max_tasks_per_child=1) as pool:
+        return {name: pool.submit(peak, name, args.longest).result() for name in args.methods}
 
 
 def zero_shot(args: argparse.Namespace, data: str) -> dict[str, float]:
     """Test loss and accuracy of the weights as they came."""
-    session, _ = session_of(data, "bfloat16", args.longest)
+    session = session_of(data, "bfloat16", args.longest)
     found = tasks.evaluate(session.scorer, session.parts["test"][: args.test], batch_size=BATCH)
     return {"loss": found.loss, "accuracy": found.accuracy}
 
@@ -406,8 +436,12 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, default=Path("docs/methods.png"))
     args = parser.parse_args()
     parts, study = args.part or PARTS, Study(args.json, args.workers)
+    if "memory" in parts:
+        known = load(args.json).get("memory", {})
+        keep(args.json, memory={**known, **memory(args)})
     if "timing" in parts and ("timing" not in load(args.json) or args.part):
-        keep(args.json, machine=machine(), timing=timing(args))
+        known, found = load(args.json).get("timing", {}), timing(args)
+        keep(args.json, timing={**found, "seconds": {**known.get("seconds", {}), **found["seconds"]}})
     rates = sweep(args, study) if {"sweep", "reviews", "products"} & set(parts) else {}
     seeds = {name: args.published_seeds if name == PUBLISHED else args.seeds for name in args.methods}
     for what in [part for part in ("reviews", "products") if part in parts]:

