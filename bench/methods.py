@@ -83,7 +83,7 @@ FIRST_ORDER, PUBLISHED = ("Adam", "SGD"), "MeZO, published"
 METHODS = {
     PUBLISHED: Method(Published, 3.2e-5, 2),  # torch.normal in bfloat16, weights written to be probed
     "MeZO": Method(ours("MeZO", distribution="rademacher"), 3.2e-5, 2),  # random signs
-    "MeZO, Gaussian": Method(ours("MeZO"), 3.2e-5, 2),
+    "MeZO, Gaussian": Method(ours("MeZO"), 3.2e-5, 2),  # the default
     "LeZO": Method(ours("LeZO", distribution="rademacher"), 1e-4, 2),  # rho 0.75, random signs
     "HiZOO": Method(ours("HiZOO"), 1e-4, 3),  # smoothing 1e-6
     "HiZOO-L": Method(ours("HiZOO", hessian="factored"), 1e-4, 3),  # smoothing 1e-6
@@ -406,7 +406,7 @@ def plot(args: argparse.Namespace, study: Study) -> None:
             if runs := runs_of(study, what, name):
                 steps, means, spread = mean_curve(runs, column)
                 per = METHODS[name].forwards if unit == "forwards" else seconds.get(name, {}).get("median", math.nan)
-                style = {"color": f"C{i}", "linestyle": "--" if name in FIRST_ORDER else "-"}
+                style = {"color": pyplot.colormaps["tab20"](i), "linestyle": "--" if name in FIRST_ORDER else "-"}
                 axis.errorbar([s * per for s in steps], means, spread, label=name, marker=".", capsize=2, **style)
         task = "product" if what == "products" else "movie"
         axis.set(title=f"{task} reviews", xlabel=unit, ylabel=f"validation {measure}")

@@ -68,6 +68,8 @@ WAYS = {
     "published": Way(None),
     "in place, nearest": Way("inplace"),
     "in place, stochastic": Way("inplace", stochastic=True),
+    "in place, residual 8": Way("inplace", stochastic=True, residual=8),
+    "in place, residual 16": Way("inplace", stochastic=True, residual=16),
     "nearest": Way(),
     "stochastic": Way(stochastic=True),
     "residual 8": Way(stochastic=True, residual=8),

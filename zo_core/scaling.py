@@ -3,7 +3,7 @@
 A tensor's H is a list of float32 tensors: [H] in its shape, or, factored, [r, c] with H_ij = r_i c_j / mean(r).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from .bindings.ops import HESSIAN_RANGE
 
 KINDS = ("diagonal", "factored")
-_CHUNK = 1 << 20  # weights whose noise is made at once, for the means over rows and columns
+BLOCK = 1 << 20  # weights whose noise is made at once, for the means over rows and columns
 
 
 def identity(p: Tensor, kind: str) -> list[Tensor]:
@@ -32,24 +32,24 @@ def of_passes(hessians: Sequence[list[Tensor]], kind: str) -> dict[str, Any]:
     }
 
 
-def factors(h: list[Tensor], squares: Any, curvature: Tensor, smoothing: Tensor) -> list[Tensor]:
+def factors(h: list[Tensor], squares: Callable[[int, int], Tensor], smoothing: Tensor) -> list[Tensor]:
     """The factors of (1 - smoothing + sum_k curvature[k] z_k^2) H: its means over rows and over columns.
 
     Args:
         h: [r, c], or [H] of a vector.
-        squares: squares(first, last) is z^2 of the elements first to last, flat, (K, last - first).
-        curvature: (K,).
+        squares: squares(first, last) is sum_k curvature[k] z_k^2 of the elements first to last, flat, (last - first,); of a
+            matrix at most max(BLOCK, one row) at once.
         smoothing: 0-dimensional.
     """
     if len(h) == 1:
-        change = 1 - smoothing + curvature @ squares(0, h[0].numel())
+        change = 1 - smoothing + squares(0, h[0].numel())
         return [(h[0] * change.view_as(h[0])).clamp(*HESSIAN_RANGE)]
     r, c = h
     relative, n = r / r.mean(), c.numel()
     over_rows, over_columns = torch.empty_like(r), torch.zeros_like(c)
-    for first in range(0, len(r), step := max(1, _CHUNK // n)):
+    for first in range(0, len(r), step := max(1, BLOCK // n)):
         part = slice(first, min(first + step, len(r)))
-        z2 = (curvature @ squares(part.start * n, part.stop * n)).view(-1, n)
+        z2 = squares(part.start * n, part.stop * n).view(-1, n)
         over_rows[part] = z2 @ c / n
         over_columns += relative[part] @ z2
     return [

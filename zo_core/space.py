@@ -123,20 +123,28 @@ class ParamSpace:
 
     def _learn(self, probes: Sequence[Probe], curvature: Tensor, smoothing: Tensor) -> list[list[Tensor]]:
         """New factors of all tensors, which are the old ones where curvature and smoothing are zero."""
-        out = []
+        out, device = [], curvature.device
+        sizes = [
+            min(t.numel(), max(scaling.BLOCK, h[-1].numel())) for t, h in zip(self.tensors, self.hessians, strict=True)
+        ]
+        noise, total = torch.empty(
+            2, max(sizes), dtype=torch.float32, device=device
+        )  # once: blocks of it fragment the heap
+        one, uncounted = torch.ones(1, 1, dtype=torch.float32, device=device), self.counters.new_zeros(2)
         for i, h in enumerate(self.hessians):
 
             def squares(first: int, last: int, i: int = i) -> Tensor:
-                """Z^2 of elements of tensor i, (K, last - first)."""
-                z = torch.zeros(len(probes), last - first, dtype=torch.float32, device=curvature.device)
-                one = torch.ones(1, 1, dtype=torch.float32, device=curvature.device)
-                for row, probe in zip(z, probes, strict=True):
+                """Sum_k curvature[k] z_k^2 of elements of tensor i."""
+                z: Tensor = noise[: last - first]
+                weighted: Tensor = total[: last - first].zero_()
+                for probe, weight in zip(probes, curvature[:, i], strict=True):
                     torch.ops.zo_core.update_(
-                        [row], [], [i], [first], probe, one, counters=self.counters.new_zeros(2), **self._noise()
+                        [z.zero_()], [], [i], [first], probe, one, counters=uncounted, **self._noise()
                     )
-                return z.square_()
+                    weighted.addcmul_(z.square_(), weight)
+                return weighted
 
-            out.append(scaling.factors(h, squares, curvature[:, i], smoothing[i]))
+            out.append(scaling.factors(h, squares, smoothing[i]))
         return out
 
     def perturb(
