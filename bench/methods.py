@@ -413,7 +413,7 @@ def plot(args: argparse.Namespace, study: Study) -> None:
                 axis.errorbar([s * per for s in steps], means, spread, label=name, marker=".", capsize=2, **style)
         task = "product" if what == "products" else "movie"
         axis.set(title=f"{task} reviews", xlabel=unit, ylabel=f"validation {measure}")
-    axes[0, 1].legend(frameon=False, fontsize=9, loc="center right")  # only the published way takes so long
+    axes[0, 1].legend(frameon=False, fontsize=9, loc="lower right")  # only the published way takes so long
     figure.tight_layout()
     args.plot.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.plot, dpi=110)
