@@ -297,10 +297,11 @@ def peak(name: str, longest: int) -> dict[str, int]:
     return {"inference": inference, "training": max(at_most(partial(train, 0)) for _ in range(3))}
 
 
-def memory(args: argparse.Namespace) -> dict[str, dict[str, int]]:
+def memory(names: Sequence[str], longest: int) -> dict[str, dict[str, int]]:
     """Peak memory of each method, each in a process of its own."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _quiet, (2,), max_tasks_per_child=1) as pool:
-        return {name: pool.submit(peak, name, args.longest).result() for name in args.methods}
+    spawn, threads = multiprocessing.get_context("spawn"), torch.get_num_threads()
+    with ProcessPoolExecutor(1, spawn, _quiet, (threads,), max_tasks_per_child=1) as pool:
+        return {name: pool.submit(peak, name, longest).result() for name in names}
 
 
 def zero_shot(args: argparse.Namespace, data: str) -> dict[str, float]:
@@ -441,7 +442,8 @@ def main() -> None:
     parts, study = args.part or PARTS, Study(args.json, args.workers)
     if "memory" in parts:
         known = load(args.json).get("memory", {})
-        keep(args.json, memory={**known, **memory(args)})
+        wanted = [name for name in args.methods if args.part or name not in known]
+        keep(args.json, memory={**known, **memory(wanted, args.longest)})
     if "timing" in parts and ("timing" not in load(args.json) or args.part):
         known, found = load(args.json).get("timing", {}), timing(args)
         keep(args.json, timing={**found, "seconds": {**known.get("seconds", {}), **found["seconds"]}})

@@ -23,7 +23,7 @@ import zo_core
 from zo_core.integrations.config import FinetuneConfig
 from zo_core.integrations.session import prepare
 from zo_core.integrations.tasks import Batch, Encoded, collate
-from zo_core.losses import cross_entropy
+from zo_core.losses import causal_lm_loss
 
 from . import gpu_models, published
 from .harness import console, interleaved, quantiles, ratio, report
@@ -39,8 +39,7 @@ class Untrained:
 
     def loss(self, tokens: Tensor) -> Tensor:
         """Of predicting each token, float32."""
-        logits = self.model(input_ids=tokens).logits[:, :-1].flatten(0, 1)
-        return cross_entropy(logits, tokens[:, 1:].flatten())
+        return causal_lm_loss(self.model(input_ids=tokens).logits, tokens)
 
 
 def workload(model: str, dtype: Any, batch: int, length: int, autocast: bool = False) -> tuple[Any, Batch | Tensor]:

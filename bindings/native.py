@@ -123,7 +123,7 @@ def prepare(
     It keeps no tensor alive: they are to stay where they are for as long as it is called.
     """
     table, n = _table(src, dst, hessians, tensor_ids, offsets, residuals, row_scales, column_scales), len(src)
-    return lambda *scalars, **more: _run(table.buffer_info()[0], n, *scalars, **more)
+    return lambda **scalars: _run(table.buffer_info()[0], n, **scalars)
 
 
 def run_pass(
@@ -133,7 +133,7 @@ def run_pass(
 ) -> None:  # fmt: skip
     """``zo_run`` on CPU tensors; arguments as in ``bindings.ops``, already checked."""
     beside = {"residuals": residuals, "row_scales": row_scales, "column_scales": column_scales}
-    prepare(src, dst, hessians, tensor_ids, offsets, **beside)(streams, coeffs, **scalars)
+    prepare(src, dst, hessians, tensor_ids, offsets, **beside)(streams=streams, coeffs=coeffs, **scalars)
 
 
 def run_steps(

@@ -343,16 +343,16 @@ def backend_for(device: torch.device) -> ModuleType:
     return backend
 
 
-def prepare_perturb(device: torch.device, src: Any, *others: Any, **beside: Any) -> Callable[..., None]:
+def prepare_perturb(device: torch.device, src: Any, dst: Any, **beside: Any) -> Callable[..., None]:
     """``perturb`` of tensors that stay where they are, unchecked, as a function of src, which it does not keep, and the scalars.
 
     The native backend is spared a look at each tensor in every call.
     """
     backend = backend_for(device)
     if backend is native:
-        run = native.prepare(src, *others, **beside)
-        return lambda _, *scalars, **more: run(*scalars, **more)
-    return lambda src, *scalars, **more: backend.run_pass(src, *others, *scalars, **beside, **more)
+        run = native.prepare(src, dst, **beside)
+        return lambda _, **scalars: run(**scalars)
+    return lambda src, **scalars: backend.run_pass(src, dst, **beside, **scalars)
 
 
 def _run(

@@ -5,6 +5,7 @@ import os
 import signal
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 
 import pytest
 import torch
@@ -40,6 +41,15 @@ def at(opt, loss, c, probe):
     with torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*read elsewhere.*")
         return opt._prepare().evaluate(loss, c, probe)
+
+
+def copied(monkeypatch, engine):
+    """A list that gets the numbers of the tensors of each pass over copies."""
+    seen, original = [], engine._fill
+    monkeypatch.setattr(
+        engine, "_fill", lambda keys: (slot := original(keys), seen.append([i for i, _ in slot.content]))[0]
+    )
+    return seen
 
 
 @ARCHITECTURE
@@ -176,18 +186,15 @@ def test_tensors_that_a_probe_leaves_out_cost_nothing(monkeypatch, name):
     opt, other, before = optimizer(model), optimizer(twin, "inplace"), bits(model)
     for c in (1e-2, -1e-2):  # the comparison is behind us when results differ
         at(opt, loss, c, probe)
-    engine, count, seen = opt._prepare(), len(before), []
-    original = engine._fill
-    monkeypatch.setattr(
-        engine, "_fill", lambda keys: (slot := original(keys), seen.extend(i for i, _ in slot.content))[0]
-    )
+    engine, count = opt._prepare(), len(before)
+    seen = copied(monkeypatch, engine)
     for leave_out in (range(3, count), [0], range(count // 2, count // 2 + 2), range(count)):
         del seen[:]
         with torch.no_grad():
             got = engine.evaluate(loss, 1e-2, probe, leave_out)
             expected = other._prepare().evaluate(twin_loss, 1e-2, probe, leave_out)
             other._prepare().restore()
-        assert torch.allclose(got, expected, rtol=1e-5) and not set(seen) & set(leave_out)
+        assert torch.allclose(got, expected, rtol=1e-5) and not set(chain(*seen)) & set(leave_out)
         assert unchanged(model, before)
     assert torch.equal(got, loss())
 
@@ -209,11 +216,8 @@ def test_weights_of_another_shape_in_the_same_place_are_read_as_they_are():
     torch_layers, x = [nn.Sequential(nn.Linear(8, 16), nn.Tanh()) for _ in range(2)], torch.randn(4, 8)
     torch_layers[1].load_state_dict(torch_layers[0].state_dict())
     opts = [optimizer(m, engine) for m, engine in zip(torch_layers, ("shadow", "inplace"), strict=True)]
-    for change in (
-        lambda d: d,
-        lambda d: d[:8],
-        lambda d: torch.cat([d, d, d]),
-    ):  # smaller, at the same address; larger
+    smaller, larger = (lambda d: d[:8]), (lambda d: torch.cat([d, d, d]))  # smaller, at the same address
+    for change in (lambda d: d, smaller, larger):
         for m in torch_layers:
             for p in m.parameters():
                 p.data = change(p.data)
@@ -253,12 +257,8 @@ def test_a_tensor_read_both_ways_is_perturbed_once():
 
 
 def test_what_is_copied_ahead_follows_a_new_order(monkeypatch):
-    layers, x, order, seen = (
-        nn.ModuleList(nn.Linear(8, 8, bias=False) for _ in range(3)),
-        torch.randn(4, 8),
-        [0, 1, 2],
-        [],
-    )
+    layers = nn.ModuleList(nn.Linear(8, 8, bias=False) for _ in range(3))
+    x, order = torch.randn(4, 8), [0, 1, 2]
 
     def loss():
         h = x
@@ -267,11 +267,7 @@ def test_what_is_copied_ahead_follows_a_new_order(monkeypatch):
         return h.square().mean()
 
     opt, probe = optimizer(layers), torch.tensor([5])
-    engine = opt._prepare()
-    original = engine._fill
-    monkeypatch.setattr(
-        engine, "_fill", lambda keys: (slot := original(keys), seen.append([i for i, _ in slot.content]))[0]
-    )
+    seen = copied(monkeypatch, opt._prepare())
     for c in (1e-2, -1e-2):
         at(opt, loss, c, probe)
     assert seen[-1] == [0, 1, 2]

@@ -127,9 +127,8 @@ class ParamSpace:
         sizes = [
             min(t.numel(), max(scaling.BLOCK, h[-1].numel())) for t, h in zip(self.tensors, self.hessians, strict=True)
         ]
-        noise, total = torch.empty(
-            2, max(sizes), dtype=torch.float32, device=device
-        )  # once: blocks of it fragment the heap
+        # once for all tensors: blocks that come and go fragment the heap
+        noise, total = torch.empty(2, max(sizes), dtype=torch.float32, device=device)
         one, uncounted = torch.ones(1, 1, dtype=torch.float32, device=device), self.counters.new_zeros(2)
         for i, h in enumerate(self.hessians):
 
@@ -163,12 +162,12 @@ class ParamSpace:
         """
         residuals = [self.residuals[i] for i in which] if self.residuals else []
         scales = {"hessians": [], **{name: [scale[i] for i in which] for name, scale in self._scales.items()}}
-        run = ops.prepare_perturb(
-            self.counters.device, sources, out, scales.pop("hessians"), which, [], residuals=residuals, **scales
-        )
+        device = self.counters.device
+        run = ops.prepare_perturb(device, sources, out, tensor_ids=which, offsets=[], residuals=residuals, **scales)
 
         def make(sources: Sequence[Tensor], probe: Probe, coeffs: Tensor, counters: Tensor) -> None:
-            run(sources, probe, coeffs, counters=counters, seed=self.seed, distribution=self.distribution)
+            scalars = {"streams": probe, "coeffs": coeffs, "counters": counters}
+            run(sources, **scalars, seed=self.seed, distribution=self.distribution)
 
         return make
 
