@@ -16,6 +16,7 @@ if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
 import triton
 import triton.language as tl
 from cases import SEED, Case, run
+from zo_core.bindings import ops
 from zo_core.kernels import reference
 from zo_core.kernels import triton as backend
 from zo_core.kernels.triton import launch, passes
@@ -314,3 +315,16 @@ def test_saturated_elements_are_counted_for_their_tensor_whatever_launch_it_is_i
           for i, w in enumerate(weights)]  # fmt: skip
     assert counters.tolist() == [0, up[0], 2000, 0, up[3]]  # no float16 is as large as the noise
     assert not any(r.any() for r in rests[1:2])
+
+
+def test_a_prepared_pass_is_the_reference_s(monkeypatch):
+    src = [torch.linspace(-1, 1, 300), torch.linspace(0, 2, 5)]
+    found = []
+    for module in (backend, reference):
+        monkeypatch.setattr(ops, "backend_for", lambda device, module=module: module)
+        out, counters = [torch.empty_like(t) for t in src], torch.zeros(3, dtype=torch.int64)
+        run = ops.prepare_perturb(counters.device, src, out, hessians=[], tensor_ids=[1, 4], offsets=[])
+        coeffs = torch.full((1, 2), 0.5)
+        run(src, streams=torch.tensor([3]), coeffs=coeffs, counters=counters, seed=9, distribution="rademacher")
+        found.append(torch.cat(out))
+    assert torch.equal(*found) and not torch.equal(found[0], torch.cat(src))

@@ -233,10 +233,10 @@ def _run_rows(
     )  # fmt: skip
 
 
-def run_pass(*args: Any, **options: Any) -> None:
+def run_pass(*args: Any, counters: Tensor, **options: Any) -> None:
     """The pass of ``bindings.ops``, arguments already checked: one launch a kind of tensor, and two small ones before."""
-    with _on(args[5].device):
-        _run_pass(*args, **options)
+    with _on(counters.device):
+        _run_pass(*args, counters=counters, **options)
 
 
 def run_rows(*args: Any, **options: Any) -> None:
