@@ -195,19 +195,13 @@ def run_rows(
     """``perturb`` with a tensor a row: rows of ``src`` that ``rows`` names, into the rows of ``dst``."""
     n, width = dst.shape
     bits = 8 * residual.itemsize if residual is not None and residual.numel() else 0
-    table = torch.zeros(n, 11, dtype=torch.int64)
-    table[:, 0] = src.data_ptr() + rows * (width * src.itemsize)
-    table[:, 1] = dst.data_ptr() + torch.arange(n) * (width * dst.itemsize)
-    if hessian is not None:
-        table[:, 2] = hessian.data_ptr() + rows * (width * hessian.itemsize)
-    if residual is not None and bits:
-        table[:, 3] = residual.data_ptr() + rows * (width * residual.itemsize)
-    table[:, 4] = width
-    table[:, 5] = offset + rows * width
-    table[:, 6] = tensor_id | DTYPES[src.dtype] << 32
-    table[:, 7] = DTYPES[dst.dtype] | bits << 32
-    if row_scale is not None and column_scale is not None:
-        table[:, 8:] = torch.tensor(_factors(row_scale, column_scale))
+    read = [(t.data_ptr(), width * t.itemsize) if t is not None and t.numel() else (0, 0) for t in (src, hessian, residual)]
+    factors = _factors(row_scale, column_scale) if row_scale is not None and column_scale is not None else (0, 0, 0)
+    first = (read[0][0], dst.data_ptr(), read[1][0], read[2][0], width, offset)
+    first += (tensor_id | DTYPES[src.dtype] << 32, DTYPES[dst.dtype] | bits << 32, *factors)
+    a_row = (read[0][1], 0, read[1][1], read[2][1], 0, width, 0, 0, 0, 0, 0)
+    table = torch.tensor(first) + rows.unsqueeze(1) * torch.tensor(a_row)
+    table[:, 1] += torch.arange(n) * (width * dst.itemsize)
     counts = counters.new_zeros(1 + n)
     _run(table.data_ptr(), n, streams, coeffs.expand(-1, n), seed, distribution, counts)
     counters += torch.stack((counts[0], counts[1:].sum()))

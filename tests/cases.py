@@ -231,6 +231,8 @@ def _cases() -> list[Case]:
     cases += [Case(d, t, bad=b, residual=r, stochastic=r == 8)
               for d, b in (("gaussian", "weights"), ("rademacher", "range")) for t in (BF16, F16) for r in (8, 16)]  # fmt: skip
     cases += [Case("gaussian", BF16, bad="coeffs", residual=8), Case("rademacher", BF16, F32, bad="range", residual=16)]
+    # decay would bring an infinity with a residual below 0 back into the range, were it read as a number
+    cases += [Case("gaussian", BF16, t, bad="weights", residual=r, decay=True) for t in (None, BF16) for r in (8, 16)]
     cases += [Case(d, sizes=(2100, 129, 40, 5, 2200, 300, 77), offsets=(2**34 + 1003, 1, 127, 64, 0, 2047, 5), k=k,
                    mixed=True, decay=k > 1, hessian=h, stochastic=s, skewed=k)
               for d in both for k, h, s in ((1, "", True), (1, "", False), (3, "", True), (2, "read", True),

@@ -33,6 +33,7 @@ def test_only_adapters_are_perturbed_and_move(name):
     shadow, inplace = (zo_core.MeZO(model, lr=0.1, eps=1e-2, seed=2, engine=e) for e in ("shadow", "inplace"))
     with torch.no_grad():
         seen = [shadow._prepare().evaluate(loss, c, probe) for c in (1e-2, -1e-2)]
+        shadow._prepare().restore()
         assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
         expected = [inplace._prepare().evaluate(loss, c, probe) for c in (1e-2, -1e-2)]
         inplace._prepare().restore()

@@ -40,7 +40,10 @@ def unchanged(model, before):
 def at(opt, loss, c, probe):
     with torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*read elsewhere.*")
-        return opt._prepare().evaluate(loss, c, probe)
+        try:
+            return opt._prepare().evaluate(loss, c, probe)
+        finally:
+            opt._prepare().restore()
 
 
 def copied(monkeypatch, engine):
@@ -193,7 +196,7 @@ def test_tensors_that_a_probe_leaves_out_cost_nothing(monkeypatch, name):
         with torch.no_grad():
             got = engine.evaluate(loss, 1e-2, probe, leave_out)
             expected = other._prepare().evaluate(twin_loss, 1e-2, probe, leave_out)
-            other._prepare().restore()
+            engine.restore(), other._prepare().restore()
         assert torch.allclose(got, expected, rtol=1e-5) and not set(chain(*seen)) & set(leave_out)
         assert unchanged(model, before)
     assert torch.equal(got, loss())
@@ -622,6 +625,29 @@ def test_a_copy_that_is_tied_inside_a_closure_is_the_parameter_afterwards():
     at(opt, closure, 1e-2, probe)
     assert model[2].weight is model[1].weight and model[2].bias is model[1].bias
     assert type(model[1].weight) is nn.Parameter
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["a stand-in", "a copy"])
+def test_what_a_closure_leaves_in_another_module_answers_with_the_next_probe_too(late):
+    twins = [nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)]) for _ in range(2)]
+    twins[1].load_state_dict(twins[0].state_dict())
+    tie = []
+
+    def loss(model):
+        x = model[0](torch.ones(4))
+        if len(model) == 3:
+            return model[2](x).sum()
+        if tie or not late:
+            model.append(nn.Linear(4, 4))
+            model[2].weight, model[2].bias = model[1].weight, model[1].bias
+        return model[1](x).sum()
+
+    opts = [optimizer(m, engine, lr=0.0) for m, engine in zip(twins, ("shadow", "inplace"), strict=True)]
+    for step in range(5):
+        tie += [1] * (step == 3)
+        seen = [o.step(lambda m=m: loss(m)) for o, m in zip(opts, twins, strict=True)]
+        assert torch.allclose(seen[0], seen[1], rtol=1e-5)
+    assert all(type(p) is nn.Parameter for p in twins[0].parameters()) and twins[0][2].weight is twins[0][1].weight
 
 
 def test_parameters_keep_their_attributes_and_subclasses_are_held():

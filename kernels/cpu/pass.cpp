@@ -30,7 +30,7 @@ struct BFloat16 {
   static ZO_INLINE vf get(const Bits *p, const char *) { return as_f(widen(load<vh>(p)) << 16); }
   template <bool PAST> static ZO_INLINE void put(Bits *p, vf x, vu random, bool stochastic, char *) {
     const vu b = as_u(x);
-    write<PAST>(p, narrow<vh>((b + (stochastic ? random : 0x7fffu + ((b >> 16) & 1u))) >> 16));
+    write<PAST>(p, high_halves(stochastic ? b + random : nearest_high(b)));
   }
 };
 
@@ -70,22 +70,30 @@ struct Float16 {
   }
 };
 
-// A 16-bit format whose elements keep a residual R, int8_t or int16_t, beside them.
+// A 16-bit format whose elements keep a residual R, int8_t or int16_t, beside them. `get` may give NaN for what only
+// `exact` reads.
 template <class Format, class R>
 struct Kept : Format {
   static constexpr int KEPT = sizeof(R), UNUSED = 16 - 8 * KEPT;  // low bits that the residual does not hold
   static constexpr bool RANDOM = UNUSED != 0;
   using Residuals = std::conditional_t<KEPT == 1, vb, vs>;
+  static ZO_INLINE vu high(const uint16_t *p) { return widen(load<vh>(p)) << 16; }
+  static ZO_INLINE vi low(const char *residual) { return widen(load<Residuals>(residual)) << UNUSED; }
   static ZO_INLINE vf get(const uint16_t *p, const char *residual) {
-    const vu h = widen(load<vh>(p)) << 16;
-    const vi nearest = (vi)(h & 0x7fffffffu), rest = widen(load<Residuals>(residual)) << UNUSED;
-    const vi u = nearest + (rest & (nearest < Format::INFINITE));
+    if constexpr (!std::is_same_v<Format, BFloat16>) return exact(p, residual);
+    const vf weight = as_f(high(p));
+    // Infinities become NaN, which stay NaN. A residual below 0 takes a zero through its sign to NaN.
+    return as_f(as_u(weight * 0.0f + weight) + (vu)low(residual));
+  }
+  static ZO_INLINE vf exact(const uint16_t *p, const char *residual) {
+    const vu h = high(p);
+    const vi nearest = (vi)(h & 0x7fffffffu), u = nearest + (low(residual) & (nearest < Format::INFINITE));
     return as_f(Format::contracted((vu)(u > 0 ? u : vi{})) | (h & 0x80000000u));
   }
   template <bool> static ZO_INLINE void put(uint16_t *p, vf x, vu random, bool stochastic, char *residual) {
-    vu u = Format::extended(as_u(x) & 0x7fffffffu);
-    if constexpr (RANDOM) u = (u + (stochastic ? random >> UNUSED : splat<vu>(1u << (UNUSED - 1)))) >> UNUSED << UNUSED;
-    store(p, narrow<vh>(((u + 0x8000u) >> 16) | ((as_u(x) >> 16) & 0x8000u)));
+    vu u = Format::extended(as_u(x) & 0x7fffffffu) | (as_u(x) & 0x80000000u);
+    if constexpr (RANDOM) u += stochastic ? random >> UNUSED : splat<vu>(1u << (UNUSED - 1));
+    store(p, high_halves((u >> UNUSED << UNUSED) + 0x8000u));
     store(residual, narrow<std::conditional_t<KEPT == 1, vb, vh>>(u >> UNUSED));
   }
 };
@@ -125,11 +133,12 @@ int64_t finish(const Tile &t, const Buffers &buf, int64_t first, int64_t n, cons
   int64_t saturated = 0;
   for (int64_t i = 0; i < n; i += LANES) {
     const int64_t k = first + i;
-    vf weight = Src::get(src + i, residual + i * Src::KEPT), noise = load<vf>(buf.coeffs + k), base = weight;
+    const char *kept = residual + i * Src::KEPT;
+    vf weight = Src::get(src + i, kept), noise = load<vf>(buf.coeffs + k), back;
     if constexpr (SCALED) {
       vf h = load<vf>(hessian + i), scale = 1.0f / sqrt(h);
       if (t.curvature) {
-        base = weight + load<vf>(buf.restore + k) * scale;
+        back = load<vf>(buf.restore + k) * scale;
         h = h * (t.remain + load<vf>(buf.curvature + k));
         h = h < t.hessian_min ? splat<vf>(t.hessian_min) : h;
         h = h > t.hessian_max ? splat<vf>(t.hessian_max) : h;
@@ -138,8 +147,15 @@ int64_t finish(const Tile &t, const Buffers &buf, int64_t first, int64_t n, cons
       }
       noise = noise * scale;
     }
-    vf out = base * keep + noise;
-    if (__builtin_expect(!all_within(out, Dst::MAX), 0)) saturated += saturate(out, weight, Dst::MAX);
+    const auto moved = [&](vf w) { return (SCALED && t.curvature ? w + back : w) * keep + noise; };
+    vf out = moved(weight);
+    if (__builtin_expect(!all_within(out, Dst::MAX), 0)) {
+      if constexpr (Src::KEPT != 0) weight = Src::exact(src + i, kept);
+      vf result = moved(weight);  // a name of its own: what has an address is in memory all the time
+      const vf from = weight;
+      saturated += saturate(result, from, Dst::MAX);
+      out = result;
+    }
     const vu random = STOCHASTIC ? widen(load<vh>((const uint16_t *)buf.random + k)) : vu{};
     Dst::template put<PAST>(dst + i, out, random, STOCHASTIC, residual + i * Dst::KEPT);
   }

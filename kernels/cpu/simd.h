@@ -160,6 +160,26 @@ ZO_INLINE void narrow(vu x, vb &low) { low = __builtin_convertvector(x, vb); }
 #endif
 template <class V> ZO_INLINE V narrow(vu x) { V low; narrow(x, low); return low; }
 
+// The high 16 bits of each lane.
+ZO_INLINE vh high_halves(vu x) {
+#if defined(__AVX512BW__)
+  return (vh)_mm512_castsi512_si256(_mm512_permutexvar_epi16((__m512i)(iota() * 0x40004u + 0x30001u), (__m512i)x));
+#else
+  return narrow<vh>(x >> 16);
+#endif
+}
+
+// The high 16 bits rounded to nearest even, in their place.
+ZO_INLINE vu nearest_high(vu x) {
+#if defined(__AVX512F__)
+  const __mmask16 odd = _mm512_test_epi32_mask((__m512i)x, _mm512_set1_epi32(0x10000));
+  const vu up = x + 0x7fffu;
+  return (vu)_mm512_mask_sub_epi32((__m512i)up, odd, (__m512i)up, _mm512_set1_epi32(-1));
+#else
+  return x + 0x7fffu + ((x >> 16) & 1u);
+#endif
+}
+
 // Whether |x| <= limit in every lane (false for NaN).
 ZO_INLINE bool all_within(vf x, float limit) {
   const vu magnitude = as_u(x) & 0x7fffffffu;

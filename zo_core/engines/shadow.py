@@ -1,16 +1,16 @@
 """Probes that never touch the weights: a parameter that is read during an evaluation answers with a perturbed copy.
 
-While a closure runs, a stand-in has each trainable tensor's place in its modules. A torch function that is given
-stand-ins gets theta + c z, made at that moment in scratch memory, and the parameters stay as they are: nothing to
-restore, whatever happens. An embedding gets only the rows it looks up. Once parameters are known to be read in one
-order, copies are made of several ahead, and take the place of their stand-ins until the memory is needed.
+During a step, a stand-in has each trainable tensor's place in its modules. A torch function that is given stand-ins
+gets theta + c z, made at that moment in scratch memory, and the parameters stay as they are: nothing to restore,
+whatever happens. An embedding gets only the rows it looks up. Once parameters are known to be read in one order, copies
+are made of several ahead, and take the place of their stand-ins until the memory is needed.
 """
 
 import threading
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import lru_cache
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -115,6 +115,7 @@ def _modules(root: nn.Module) -> list[nn.Module]:
 
 
 _Key = tuple[int, torch.dtype]  # a tensor's number, and the dtype its copy has
+_Plan = tuple[tuple[_Key, ...], int]  # what is copied together, and its bytes
 _Make = Callable[[Sequence[Tensor], Probe, Tensor, Tensor], None]  # see ``ParamSpace.perturb``
 
 
@@ -144,7 +145,7 @@ class _Slot:
 
     def layout(self, keys: tuple[_Key, ...], space: ParamSpace, sources: list[Tensor]) -> "_Layout":
         """Tensors for these keys, in the shapes of their sources, one after the other; made anew if sources have moved."""
-        where, found = [(t.data_ptr(), t.shape) for t in sources], self.layouts.get(keys)
+        where, found = [t.data_ptr() for t in sources], self.layouts.get(keys)
         if found is None or found.where != where:
             if found is not None or len(self.layouts) >= _LAYOUTS:  # or no order of reading repeats
                 self.forget()
@@ -165,7 +166,7 @@ class _Slot:
 
 
 class _Layout(NamedTuple):
-    where: list[tuple[int, torch.Size]]  # its sources
+    where: list[int]  # its sources are
     copies: dict[_Key, Tensor]
     make: _Make  # of ``copies``
 
@@ -192,7 +193,7 @@ class ShadowEngine:
         with torch.inference_mode(False):
             self._uncounted = torch.zeros_like(space.counters)  # a probe that saturates harms no weight
         self._next: dict[_Key, _Key] = {}  # what was read after what
-        self._plans: dict[tuple[_Key, ...], tuple[_Key, ...]] = {}  # what is copied when these are read
+        self._plans: dict[tuple[_Key, ...], _Plan] = {}  # what is copied when these are read
         self._last: _Key | None = None
         self._surprised, self._steady = False, False  # in this evaluation; whether the one before was without surprise
         self._branching = _branching(module, {id(p): i for i, p in enumerate(space.tensors)})
@@ -202,7 +203,8 @@ class ShadowEngine:
         self._peak = 0
         self._checks = _FLAT  # comparisons that may still be made
         self._flat: Tensor | None = None  # the result that did not change
-        self._sources: list[Tensor] = []  # the weights during an evaluation
+        self._sources: list[Tensor] = []  # the weights, while stand-ins have their places
+        self._shapes: list[torch.Size] = []  # they had the last time
         self._stands: dict[int, StandIn] = {}
         self._places: dict[int, list[tuple[dict[str, Any], str]]] = {}  # of each tensor, in the modules' parameters
         self._written: list[int] = []  # held tensors that are perturbed
@@ -218,6 +220,7 @@ class ShadowEngine:
     ) -> Tensor:
         """The closure's result at theta + c z(probe), z = 0 in tensors left out; at theta without a probe."""
         if probe is None or c == 0:
+            self.restore()
             return closure()
         if self._checks:
             self._leave_out(())  # all are looked at, also those that this probe leaves out
@@ -233,6 +236,7 @@ class ShadowEngine:
     ) -> None:  # fmt: skip
         """Theta <- (1 - decay) theta + s sum_k coeffs[k] z_k in one pass; arguments as in ``ParamSpace.update_``."""
         with uninterrupted():
+            self.restore()
             self.space.update_(probes, coeffs, decay, update, None, curvature, smoothing)
 
     @property
@@ -244,19 +248,15 @@ class ShadowEngine:
         """Put the parameters back in their places, and what was perturbed in place back to its value."""
         if not self._sources:
             return
+        self._end()
         for p, source in zip(self.space.tensors, self._sources, strict=True):
             if p.data_ptr() != source.data_ptr():
                 p.data = source
-        for i in self._written:
-            self._sources[i].copy_(self._held[i])
-        for slot in self._slots:
-            slot.placed = {}
-        places = [parameters for found in self._places.values() for parameters, _ in found]
-        for parameters in {id(d): d for d in (*[m._parameters for m in _modules(self.module)], *places)}.values():
-            for name, p in parameters.items():
-                if (parameter := getattr(p, "_parameter", None)) is not None:  # of a stand-in, or what took its place
-                    parameters[name] = parameter
-        self._places, self._stands, self._sources, self._probe, self._kept, self._written = {}, {}, [], None, [], []
+        inside = [(m._parameters, name) for m in _modules(self.module) for name in m._parameters]
+        for parameters, name in (*inside, *chain.from_iterable(self._places.values())):
+            if (parameter := getattr(parameters.get(name), "_parameter", None)) is not None:
+                parameters[name] = parameter  # of a stand-in, or what took its place
+        self._places, self._stands, self._sources = {}, {}, []
 
     def memory(self) -> dict[str, int]:
         """Bytes of scratch, the most so far, and of the copies of tensors that are read outside their modules."""
@@ -265,16 +265,29 @@ class ShadowEngine:
     # ---- one evaluation ----------------------------------------------------------------------------------------
 
     def _run(self, closure: Callable[[], Tensor], c: float, probe: Probe, changed: Sequence[int] = ()) -> Tensor:
-        with self._standing_in(c, probe, changed):
+        try:
+            with uninterrupted():
+                if changed:
+                    self.restore()
+                self._begin(c, probe, changed)
             result = closure()
             for slot in self._slots:
                 self._check_unwritten(slot)
             self._steady = not self._surprised
+            with uninterrupted():
+                self._end()
+                if changed:
+                    self.restore()
             return result
+        except BaseException:
+            with uninterrupted():
+                self.restore()
+            raise
 
     def _leave_out(self, which: Collection[int]) -> None:
         """Let the probe be zero there."""
         if self._left_out != (left_out := frozenset(which)):
+            self.restore()
             self._left_out, self._plans = left_out, {}
 
     def _check_unwritten(self, slot: _Slot) -> None:
@@ -282,40 +295,55 @@ class ShadowEngine:
             names = ", ".join(self.space.names[i] for i, _ in slot.content)
             raise RuntimeError(f"closure: it wrote one of {names} during an evaluation; {_OUTSIDE}")
 
-    @contextmanager
-    def _standing_in(self, c: float, probe: Probe, changed: Sequence[int]) -> Iterator[None]:
-        """The parameters' places taken for theta + c z; ``changed`` ones hold other numbers themselves."""
-        tensors = self.space.tensors
+    def _begin(self, c: float, probe: Probe, changed: Sequence[int]) -> None:
+        """Let stand-ins answer with theta + c z; ``changed`` tensors hold other numbers themselves."""
         for slot in self._slots:
             slot.content = {}
         self._last, self._surprised = None, False
-        try:
-            with uninterrupted():
-                self._sources = [p.data for p in tensors]
-                self._probe, self._coeffs = probe, self.space.full(c)
-                if which := [i for i in self._held if i not in self._left_out]:
-                    for i in which:
-                        self._held[i].copy_(self._sources[i])
-                    self._written = which
-                    held, sources = ([tensors[i] for i in which] for tensors in (self._held, self._sources))
-                    self._perturb(self.space.perturb(which, held, sources), held)
-                for i, t in self._others(changed).items():
-                    tensors[i].data = t
-                placed = {*self._held, *self._left_out}  # or need no place
-                stands = {id(p): self._stand_in(i) for i, p in enumerate(tensors) if i not in placed}
-                self._stands = {stand._number: stand for stand in stands.values()}
-                for module in _modules(self.module):
-                    parameters: dict[str, Any] = module._parameters
-                    for name, p in parameters.items():
-                        if (stand := stands.get(id(p))) is not None:
-                            parameters[name] = stand
-                            self._places.setdefault(stand._number, []).append((parameters, name))
-                if len(placed) + len(self._places) < len(tensors):
-                    self._say_absent(set(range(len(tensors))) - placed - set(self._places))
-            yield
-        finally:
-            with uninterrupted():
-                self.restore()
+        if not self._sources:
+            self._make_stands(changed)
+        self._probe, self._coeffs = probe, self.space.full(c)
+        if which := [i for i in self._held if i not in self._left_out]:
+            for i in which:
+                self._held[i].copy_(self._sources[i])
+            self._written = which
+            held, sources = ([tensors[i] for i in which] for tensors in (self._held, self._sources))
+            self._perturb(self.space.perturb(which, held, sources), held)
+        self._take_places()
+
+    def _end(self) -> None:
+        """Let stand-ins answer with theta."""
+        for slot in self._slots:
+            self._displace(slot)
+        for i in self._written:
+            self._sources[i].copy_(self._held[i])
+        self._probe, self._kept, self._written = None, [], []
+
+    def _make_stands(self, changed: Sequence[int]) -> None:
+        tensors = self.space.tensors
+        self._sources = [p.data for p in tensors]
+        if (shapes := [t.shape for t in self._sources]) != self._shapes:
+            self._shapes, self._plans = shapes, {}
+            for slot in self._slots:
+                slot.forget()
+        for i, t in self._others(changed).items():
+            tensors[i].data = t
+        self._stands = {
+            i: self._stand_in(i) for i in range(len(tensors)) if i not in self._held and i not in self._left_out
+        }
+
+    def _take_places(self) -> None:
+        """Put stand-ins where parameters are, or what an earlier evaluation left there."""
+        stands = {id(stand._parameter): stand for stand in self._stands.values()}
+        self._places = {}
+        for module in _modules(self.module):
+            parameters: dict[str, Any] = module._parameters
+            for name, p in parameters.items():
+                if (stand := stands.get(id(getattr(p, "_parameter", p)))) is not None:
+                    parameters[name] = stand
+                    self._places.setdefault(stand._number, []).append((parameters, name))
+        if len(self._places) < len(self._stands):
+            self._say_absent(set(self._stands) - set(self._places))
 
     def _say_absent(self, absent: set[int]) -> None:
         if absent := absent - self._absent:
@@ -328,7 +356,7 @@ class ShadowEngine:
 
     def _stand_in(self, i: int) -> StandIn:
         p = self.space.tensors[i]
-        stand = Tensor._make_subclass(StandIn, p.data, p.requires_grad and not p.is_inference())
+        stand = Tensor._make_subclass(StandIn, self._sources[i], p.requires_grad and not p.is_inference())
         stand.__dict__.update(p.__dict__, _is_param=True, _engine=self, _number=i, _key=(i, p.dtype), _parameter=p)
         return stand
 
@@ -393,8 +421,8 @@ class ShadowEngine:
 
     def _fill(self, keys: tuple[_Key, ...]) -> _Slot:
         """Make copies, and those of what was read next the last time while there is room: fewer, longer passes."""
-        wanted = self._plans.get(keys) or self._plan(keys)
-        sources, slot = [self._sources[i] for i, _ in wanted], self._slot(sum(map(self._bytes, wanted)))
+        wanted, nbytes = self._plans.get(keys) or self._plan(keys)
+        sources, slot = [self._sources[i] for i, _ in wanted], self._slot(nbytes)
         slot.content = {}  # first: what it held must not count as the new layout's
         layout = slot.layout(wanted, self.space, sources)
         self._perturb(layout.make, sources)
@@ -403,7 +431,7 @@ class ShadowEngine:
             self._place(slot)
         return slot
 
-    def _plan(self, keys: tuple[_Key, ...]) -> tuple[_Key, ...]:
+    def _plan(self, keys: tuple[_Key, ...]) -> _Plan:
         """These, and what was read after them while there is room; kept until another order is seen."""
         wanted = dict.fromkeys(keys)
         end = sum(map(self._bytes, wanted))
@@ -413,7 +441,7 @@ class ShadowEngine:
         while following is not None and following not in wanted and (more := end + self._bytes(following)) <= room:
             wanted[following], end = None, more
             following = self._following(following)
-        return self._plans.setdefault(keys, tuple(wanted))
+        return self._plans.setdefault(keys, (tuple(wanted), end))
 
     def _following(self, key: _Key, placed: bool = True) -> _Key | None:
         """What was read after this, of what this probe does not leave out; ``placed`` or read through a stand-in."""
@@ -431,7 +459,7 @@ class ShadowEngine:
             stand = self._stands.get(key[0])
             if stand is None or key != stand._key or key[0] in self._branching:
                 continue
-            slot.placed[key[0]] = t = copy.detach().requires_grad_()
+            slot.placed[key[0]] = t = Tensor._make_subclass(nn.Parameter, copy, True)
             t.__dict__ = stand.__dict__
             for parameters, name in self._places[key[0]]:
                 if parameters.get(name) is stand:
@@ -486,6 +514,7 @@ class ShadowEngine:
 
     def _hold(self, which: Sequence[int]) -> None:
         if which:
+            self.restore()
             with torch.inference_mode(False):
                 self._held |= {i: torch.empty_like(self.space.tensors[i].data) for i in which}
             names = [self.space.names[i] for i in which]
