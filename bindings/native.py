@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 LIBRARY = Path(__file__).with_name("libzo_core.so")
 ISAS = ("portable", "avx2", "avx512")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_FIELDS = 12  # int64 of a zo_tensor
 DISTRIBUTIONS = {"gaussian": 0, "rademacher": 1}
 
 _i32, _i64, _u32, _u64, _f32, _ptr = (
@@ -117,12 +118,14 @@ def prepare(
     residuals: Sequence[Tensor] = (),
     row_scales: Sequence[Tensor] = (),
     column_scales: Sequence[Tensor] = (),
+    mirrors: Sequence[Tensor] = (),
 ) -> Callable[..., None]:
     """``zo_run`` on CPU tensors, as a function of the scalars of ``bindings.ops``, already checked.
 
     It keeps no tensor alive: they are to stay where they are for as long as it is called.
     """
-    table, n = _table(src, dst, hessians, tensor_ids, offsets, residuals, row_scales, column_scales), len(src)
+    table = _table(src, dst, hessians, tensor_ids, offsets, residuals, row_scales, column_scales, mirrors)
+    n = len(src)
     return lambda **scalars: _run(table.buffer_info()[0], n, **scalars)
 
 
@@ -161,9 +164,9 @@ def run_steps(
 def _table(
     src: Sequence[Tensor], dst: Sequence[Tensor], hessians: Sequence[Tensor], tensor_ids: Sequence[int],
     offsets: Sequence[int], residuals: Sequence[Tensor], row_scales: Sequence[Tensor] = (),
-    column_scales: Sequence[Tensor] = (),
+    column_scales: Sequence[Tensor] = (), mirrors: Sequence[Tensor] = (),
 ) -> "array[int]":  # fmt: skip
-    """``zo_tensor`` structs, one a tensor: eleven int64, [6] and [7] pairs of 32-bit fields."""
+    """``zo_tensor`` structs, one a tensor: _FIELDS int64, [6] and [7] pairs of 32-bit fields."""
     kept_bits = [8 * r.itemsize if r.numel() else 0 for r in residuals] if residuals else [0] * len(src)
     fields = [
         [t.data_ptr() for t in src], [t.data_ptr() for t in dst], [h.data_ptr() for h in hessians],
@@ -171,17 +174,18 @@ def _table(
         [t.numel() for t in src], offsets,
         [i | DTYPES[t.dtype] << 32 for i, t in zip(tensor_ids, src, strict=True)],
         [DTYPES[t.dtype] | bits << 32 for t, bits in zip(dst, kept_bits, strict=True)],
-        *zip(*map(_factors, row_scales, column_scales), strict=True),
+        *(zip(*map(_factors, row_scales, column_scales), strict=True) if row_scales else ((), (), ())),
+        [m.data_ptr() for m in mirrors],
     ]  # fmt: skip
-    table = array("q", bytes(8 * 11 * len(src)))
+    table = array("q", bytes(8 * _FIELDS * len(src)))
     for i, field in enumerate(fields):
         if field:
-            table[i::11] = array("q", field)
+            table[i::_FIELDS] = array("q", field)
     return table
 
 
 def _factors(row_scale: Tensor, column_scale: Tensor) -> tuple[int, int, int]:
-    """The last fields of a ``zo_tensor``: the two factors and the number of columns. A vector is one row."""
+    """Fields 8 to 10 of a ``zo_tensor``: the two factors and the number of columns. A vector is one row."""
     if not column_scale.numel():
         return 0, row_scale.data_ptr(), row_scale.numel()
     return row_scale.data_ptr(), column_scale.data_ptr(), column_scale.numel()
@@ -198,8 +202,8 @@ def run_rows(
     read = [(t.data_ptr(), width * t.itemsize) if t is not None and t.numel() else (0, 0) for t in (src, hessian, residual)]
     factors = _factors(row_scale, column_scale) if row_scale is not None and column_scale is not None else (0, 0, 0)
     first = (read[0][0], dst.data_ptr(), read[1][0], read[2][0], width, offset)
-    first += (tensor_id | DTYPES[src.dtype] << 32, DTYPES[dst.dtype] | bits << 32, *factors)
-    a_row = (read[0][1], 0, read[1][1], read[2][1], 0, width, 0, 0, 0, 0, 0)
+    first += (tensor_id | DTYPES[src.dtype] << 32, DTYPES[dst.dtype] | bits << 32, *factors, 0)
+    a_row = (read[0][1], 0, read[1][1], read[2][1], 0, width, 0, 0, 0, 0, 0, 0)
     table = torch.tensor(first) + rows.unsqueeze(1) * torch.tensor(a_row)
     table[:, 1] += torch.arange(n) * (width * dst.itemsize)
     counts = counters.new_zeros(1 + n)
@@ -213,7 +217,7 @@ def _run(
     curvature: Tensor | None = None, smoothing: Tensor | None = None, hessian_min: float = 0.0,
     hessian_max: float = float("inf"),
 ) -> None:  # fmt: skip
-    """``zo_run`` on n ``zo_tensor`` structs at this address: eleven int64, [6] and [7] pairs of 32-bit fields."""
+    """``zo_run`` on n ``zo_tensor`` structs at this address."""
     kept: list[Tensor] = []  # alive until the call returns
 
     def pointer(x: Tensor | None, dtype: torch.dtype = torch.float32) -> int | None:

@@ -343,16 +343,25 @@ def backend_for(device: torch.device) -> ModuleType:
     return backend
 
 
-def prepare_perturb(device: torch.device, src: Any, dst: Any, **beside: Any) -> Callable[..., None]:
+def prepare_perturb(
+    device: torch.device, src: Any, dst: Any, mirrors: Any = (), **beside: Any
+) -> Callable[..., None]:
     """``perturb`` of tensors that stay where they are, unchecked, as a function of src, which it does not keep, and the scalars.
 
-    The native backend is spared a look at each tensor in every call.
+    ``mirrors`` are written as ``dst``, with the noise subtracted. The native backend makes the noise once for both, and is
+    spared a look at each tensor in every call.
     """
     backend = backend_for(device)
     if backend is native:
-        run = native.prepare(src, dst, **beside)
+        run = native.prepare(src, dst, mirrors=mirrors, **beside)
         return lambda _, **scalars: run(**scalars)
-    return lambda src, **scalars: backend.run_pass(src, dst, **beside, **scalars)
+
+    def both(src: Any, coeffs: Tensor, **scalars: Any) -> None:
+        backend.run_pass(src, dst, **beside, coeffs=coeffs, **scalars)
+        if mirrors:
+            backend.run_pass(src, mirrors, **beside, coeffs=-coeffs, **scalars)
+
+    return both
 
 
 def _run(

@@ -547,6 +547,55 @@ def test_reads_in_a_known_order_are_of_plain_copies(monkeypatch):
     assert counts[-1] == counts[-2] < counts[0] / 4 and all(torch.equal(r, results[0]) for r in results)
 
 
+@pytest.mark.parametrize("order", [[0, 1, 2, 3, 4, 5], [5, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5, 5, 4]], ids=str)
+def test_a_probe_and_its_mirror_make_the_last_copies_at_once(monkeypatch, order):
+    model, now = layers(monkeypatch), [0, 1, 2, 3, 4, 5]
+
+    def closure():
+        x = torch.ones(32)
+        for i in now:
+            x = model[i](x)
+        return x.sum()
+
+    opt, probe, _ = steady(closure, model)
+    engine, before = opt._prepare(), bits(model)
+    seen, both = copied(monkeypatch, engine), []
+    original = engine.space.perturb
+
+    def perturb(which, sources, out, mirrors=()):
+        both.extend(which if mirrors else ())
+        return original(which, sources, out, mirrors)
+
+    monkeypatch.setattr(engine.space, "perturb", perturb)
+    for now[:] in ([0, 1, 2, 3, 4, 5], order):  # the second evaluation does not go where the first one did
+        expected = [at(optimizer(model), closure, c, probe) for c in (1e-2, -1e-2)]
+        for _ in range(3):
+            del seen[:], both[:]
+            with torch.no_grad():
+                first = engine.evaluate(closure, 1e-2, probe, mirrored=True)
+                if _ == 1:  # a probe in between: what was made ahead is not of it
+                    engine.evaluate(closure, -1e-2, torch.tensor([9]))
+                second = engine.evaluate(closure, -1e-2, probe)
+            engine.restore()
+            assert torch.equal(first, expected[0]) and torch.equal(second, expected[1]) and unchanged(model, before)
+        if order == now[:6] == [0, 1, 2, 3, 4, 5]:
+            assert both and len(list(chain(*seen))) == 2 * 12 - len(both)
+
+
+def test_the_two_evaluations_of_a_step_share_noise(monkeypatch):
+    model, loss = make("llama", torch.bfloat16)
+    opt, plain = optimizer(model), optimizer(copy.deepcopy(model))
+    twin_loss = lambda: plain.module(input_ids=IDS, labels=IDS).loss  # noqa: E731
+    evaluate = shadow.ShadowEngine.evaluate
+    for _ in range(4):
+        mirrored = opt.step(loss)
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                shadow.ShadowEngine, "evaluate", lambda self, *args: evaluate(self, *args[:4])
+            )  # no word of what comes next
+            assert torch.equal(plain.step(twin_loss), mirrored)
+
+
 def test_weights_that_a_closure_holds_keep_their_values(monkeypatch):
     model, again = layers(monkeypatch), []
 

@@ -147,7 +147,7 @@ class ParamSpace:
         return out
 
     def perturb(
-        self, which: Sequence[int], sources: Sequence[Tensor], out: Sequence[Tensor]
+        self, which: Sequence[int], sources: Sequence[Tensor], out: Sequence[Tensor], mirrors: Sequence[Tensor] = ()
     ) -> Callable[[Sequence[Tensor], Probe, Tensor, Tensor], None]:
         """Makes out <- round(theta + coeffs s z(probe)), of n of the tensors, which are only read.
 
@@ -155,6 +155,7 @@ class ParamSpace:
             which: their numbers.
             sources: their values (``tensors``, under whatever name).
             out: n tensors of their shapes, of any of the three dtypes.
+            mirrors: n more, or none, for round(theta - coeffs s z(probe)).
 
         Returns:
             A function of sources, which must be where they are now, probe, coeffs, float32 (1, n), and counters,
@@ -163,7 +164,8 @@ class ParamSpace:
         residuals = [self.residuals[i] for i in which] if self.residuals else []
         scales = {"hessians": [], **{name: [scale[i] for i in which] for name, scale in self._scales.items()}}
         device = self.counters.device
-        run = ops.prepare_perturb(device, sources, out, tensor_ids=which, offsets=[], residuals=residuals, **scales)
+        beside = {"tensor_ids": which, "offsets": [], "residuals": residuals, **scales}
+        run = ops.prepare_perturb(device, sources, out, mirrors, **beside)
 
         def make(sources: Sequence[Tensor], probe: Probe, coeffs: Tensor, counters: Tensor) -> None:
             scalars = {"streams": probe, "coeffs": coeffs, "counters": counters}

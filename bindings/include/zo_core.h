@@ -29,7 +29,7 @@
 extern "C" {
 #endif
 
-#define ZO_ABI_VERSION 4   /* layout of the structs below */
+#define ZO_ABI_VERSION 5   /* layout of the structs below */
 #define ZO_NOISE_VERSION 1 /* docs/noise.md */
 
 enum zo_dtype { ZO_FLOAT32 = 0, ZO_BFLOAT16 = 1, ZO_FLOAT16 = 2 };
@@ -52,6 +52,7 @@ typedef struct zo_tensor {
   const float *row_scale;    /* one float32 for each row that `columns` divide the full tensor into; NULL for 1 */
   const float *column_scale; /* `columns` float32, or NULL for no scales; not with a hessian */
   int64_t columns;           /* at least 1 with a column_scale; a vector is one row */
+  void *mirror; /* as dst, for the pass with its sum of noise subtracted; or NULL. Not in place, nor with curvature */
 } zo_tensor;
 
 typedef struct zo_pass {

@@ -211,6 +211,18 @@ int64_t finish_from(const Tile &t, Buffers &buf) {
   }
 }
 
+int64_t finish_tile(const Tile &t, Buffers &buf) {
+  switch (t.src_dtype + t.residual_bits) {
+    case ZO_FLOAT32: return finish_from<Float32>(t, buf);
+    case ZO_BFLOAT16: return finish_from<BFloat16>(t, buf);
+    case ZO_BFLOAT16 + 8: return finish_from<Kept<BFloat16, int8_t>>(t, buf);
+    case ZO_BFLOAT16 + 16: return finish_from<Kept<BFloat16, int16_t>>(t, buf);
+    case ZO_FLOAT16: return finish_from<Float16>(t, buf);
+    case ZO_FLOAT16 + 8: return finish_from<Kept<Float16, int8_t>>(t, buf);
+    default: return finish_from<Kept<Float16, int16_t>>(t, buf);
+  }
+}
+
 // Multiplies the noise in the buffers by the scales of its elements, a row or what the tile has of one at a time.
 void scale(const Tile &t, Buffers &buf) {
   const int64_t end = t.offset + t.end;
@@ -264,15 +276,14 @@ int64_t run_tile(const zo_pass &pass, const Tile &t) {
   if (t.column_scale) scale(t, buf);
   if (t.stochastic)
     philox_words(buf.random, (uint64_t)e >> 3, n >> 3, ZO_DOMAIN_ROUNDING, {pass.seed, t.id, pass.update});
-  switch (t.src_dtype + t.residual_bits) {
-    case ZO_FLOAT32: return finish_from<Float32>(t, buf);
-    case ZO_BFLOAT16: return finish_from<BFloat16>(t, buf);
-    case ZO_BFLOAT16 + 8: return finish_from<Kept<BFloat16, int8_t>>(t, buf);
-    case ZO_BFLOAT16 + 16: return finish_from<Kept<BFloat16, int16_t>>(t, buf);
-    case ZO_FLOAT16: return finish_from<Float16>(t, buf);
-    case ZO_FLOAT16 + 8: return finish_from<Kept<Float16, int8_t>>(t, buf);
-    default: return finish_from<Kept<Float16, int16_t>>(t, buf);
+  int64_t saturated = finish_tile(t, buf);
+  if (t.mirror) {
+    for (int64_t i = 0; i < n; i++) buf.coeffs[i] = -buf.coeffs[i];
+    Tile mirrored = t;
+    mirrored.dst = t.mirror;
+    saturated += finish_tile(mirrored, buf);
   }
+  return saturated;
 }
 
 void words(uint32_t *out, uint64_t block, int64_t n_blocks, uint32_t domain, uint64_t seed, uint32_t tensor_id,

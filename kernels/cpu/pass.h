@@ -6,7 +6,7 @@ constexpr int ZO_TILE = 2048;  // elements; a thread's scratch is then 28 KiB an
 
 struct Tile {
   const void *src;
-  void *dst;
+  void *dst, *mirror;
   float *hessian;
   void *residual;
   const float *row_scale, *column_scale;

@@ -80,11 +80,17 @@ constexpr int64_t MAX_INDEX = (int64_t)1 << 56;  // of an element; block numbers
 
 int64_t bytes(int32_t dtype, int64_t numel) { return numel * (dtype == ZO_FLOAT32 ? 4 : 2); }
 
-// src and dst must be the same memory in the same dtype, or disjoint.
-bool partly_overlap(const zo_tensor &t) {
-  const char *s = (const char *)t.src, *d = (const char *)t.dst;
-  if (s == d) return t.numel && t.src_dtype != t.dst_dtype;
-  return s < d + bytes(t.dst_dtype, t.numel) && d < s + bytes(t.src_dtype, t.numel);
+bool overlap(const void *a, int32_t a_dtype, const void *b, int32_t b_dtype, int64_t numel) {
+  const char *x = (const char *)a, *y = (const char *)b;
+  return x < y + bytes(b_dtype, numel) && y < x + bytes(a_dtype, numel);
+}
+
+// src and dst must be the same memory in the same dtype, or disjoint; a mirror is disjoint from both.
+bool wrong_memory(const zo_tensor &t) {
+  const bool in_place = t.src == t.dst;
+  if (in_place ? t.numel && t.src_dtype != t.dst_dtype : overlap(t.src, t.src_dtype, t.dst, t.dst_dtype, t.numel)) return true;
+  return t.mirror && (in_place || overlap(t.src, t.src_dtype, t.mirror, t.dst_dtype, t.numel) ||
+                      overlap(t.dst, t.dst_dtype, t.mirror, t.dst_dtype, t.numel));
 }
 
 bool valid_dtype(int32_t d) { return d >= ZO_FLOAT32 && d <= ZO_FLOAT16; }
@@ -123,7 +129,8 @@ int check(const zo_pass &p, const zo_tensor *tensors, int64_t n_tensors) {
     const zo_tensor &t = tensors[i];
     if (t.numel < 0 || t.offset < 0 || t.numel > MAX_INDEX || t.offset > MAX_INDEX || !valid_dtype(t.src_dtype) || !valid_dtype(t.dst_dtype) ||
         (t.numel && (!t.src || !t.dst)) || (p.curvature && t.numel && !t.hessian) ||
-        !valid_residual(t) || !valid_scales(t) || partly_overlap(t))
+        !valid_residual(t) || !valid_scales(t) || wrong_memory(t) ||
+        (p.curvature && t.mirror))
       return ZO_BAD_ARGUMENT;
   }
   return ZO_OK;
@@ -153,6 +160,7 @@ int run(const zo_pass *passes, int64_t n_passes, const zo_tensor *tensors, int64
     for (size_t s = 0; s < steps.size() && !touched; s++) touched = touches(*steps[s], tensors[i], i, n_tensors);
     first_tile.push_back(first_tile.back() + (touched ? tiles_of(tensors[i]) : 0));
     copied += tensors[i].src != tensors[i].dst ? bytes(tensors[i].dst_dtype, tensors[i].numel) : 0;
+    copied += tensors[i].mirror ? bytes(tensors[i].dst_dtype, tensors[i].numel) : 0;
   }
   const int64_t tiles = first_tile.back();
   const Variant &variant = *variant_of(current_isa);
@@ -168,7 +176,7 @@ int run(const zo_pass *passes, int64_t n_passes, const zo_tensor *tensors, int64
       const zo_tensor &t = tensors[i];
       const int64_t start = (t.offset / ZO_TILE + tile - first_tile[i]) * ZO_TILE - t.offset;
       Tile x = {};
-      x.src = t.src, x.dst = t.dst, x.hessian = t.hessian, x.residual = t.residual, x.offset = t.offset;
+      x.src = t.src, x.dst = t.dst, x.mirror = t.mirror, x.hessian = t.hessian, x.residual = t.residual, x.offset = t.offset;
       x.row_scale = t.row_scale, x.column_scale = t.column_scale, x.columns = t.columns;
       x.begin = start < 0 ? 0 : start;
       x.end = start + ZO_TILE < t.numel ? start + ZO_TILE : t.numel;

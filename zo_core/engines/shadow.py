@@ -130,6 +130,7 @@ class _Slot:
         self.content: dict[_Key, Tensor] = {}  # one of the layouts, when it has been written
         self.version = 0  # of the memory, when it had been written
         self.placed: dict[int, Tensor] = {}  # content that modules have, in place of stand-ins
+        self.ahead: tuple[Probe, float, dict[_Key, Tensor]] | None = None  # content of the evaluation that comes next
         self._own = self._users()
 
     def _users(self) -> int:
@@ -210,15 +211,19 @@ class ShadowEngine:
         self._written: list[int] = []  # held tensors that are perturbed
         self._left_out: frozenset[int] = frozenset()  # of the probe
         self._probe: Probe | None = None
-        self._coeffs = space.full(0.0)
+        self._c, self._coeffs, self._mirrored = 0.0, space.full(0.0), False  # mirrored: at -c next
         self._hold(_out_of_reach(module, space.tensors))
 
     # ---- the engine --------------------------------------------------------------------------------------------
 
     def evaluate(
-        self, closure: Callable[[], Tensor], c: float, probe: Probe | None, leave_out: Collection[int] = ()
-    ) -> Tensor:
-        """The closure's result at theta + c z(probe), z = 0 in tensors left out; at theta without a probe."""
+        self, closure: Callable[[], Tensor], c: float, probe: Probe | None, leave_out: Collection[int] = (),
+        mirrored: bool = False,
+    ) -> Tensor:  # fmt: skip
+        """The closure's result at theta + c z(probe), z = 0 in tensors left out; at theta without a probe.
+
+        ``mirrored``: theta - c z comes next. Copies that are read last are then made of both at once.
+        """
         if probe is None or c == 0:
             self.restore()
             return closure()
@@ -228,7 +233,7 @@ class ShadowEngine:
             if not self._reads_elsewhere(closure, c, probe, result) and not leave_out:
                 return result
         self._leave_out(leave_out)
-        return self._run(closure, c, probe)
+        return self._run(closure, c, probe, mirrored=mirrored)
 
     def update(
         self, probes: Sequence[Probe], coeffs: Tensor, decay: Tensor, update: Tensor | None,
@@ -257,6 +262,8 @@ class ShadowEngine:
             if (parameter := getattr(parameters.get(name), "_parameter", None)) is not None:
                 parameters[name] = parameter  # of a stand-in, or what took its place
         self._places, self._stands, self._sources = {}, {}, []
+        for slot in self._slots:
+            slot.ahead = None
 
     def memory(self) -> dict[str, int]:
         """Bytes of scratch, the most so far, and of the copies of tensors that are read outside their modules."""
@@ -264,11 +271,14 @@ class ShadowEngine:
 
     # ---- one evaluation ----------------------------------------------------------------------------------------
 
-    def _run(self, closure: Callable[[], Tensor], c: float, probe: Probe, changed: Sequence[int] = ()) -> Tensor:
+    def _run(
+        self, closure: Callable[[], Tensor], c: float, probe: Probe, changed: Sequence[int] = (), mirrored: bool = False
+    ) -> Tensor:
         try:
             with uninterrupted():
                 if changed:
                     self.restore()
+                self._mirrored = mirrored
                 self._begin(c, probe, changed)
             result = closure()
             for slot in self._slots:
@@ -298,11 +308,12 @@ class ShadowEngine:
     def _begin(self, c: float, probe: Probe, changed: Sequence[int]) -> None:
         """Let stand-ins answer with theta + c z; ``changed`` tensors hold other numbers themselves."""
         for slot in self._slots:
-            slot.content = {}
+            made = slot.ahead if slot.ahead and slot.ahead[0] is probe and slot.ahead[1] == c else None
+            slot.ahead, slot.content = made, made[2] if made else {}
         self._last, self._surprised = None, False
         if not self._sources:
             self._make_stands(changed)
-        self._probe, self._coeffs = probe, self.space.full(c)
+        self._probe, self._c, self._coeffs = probe, c, self.space.full(c)
         if which := [i for i in self._held if i not in self._left_out]:
             for i in which:
                 self._held[i].copy_(self._sources[i])
@@ -310,6 +321,9 @@ class ShadowEngine:
             held, sources = ([tensors[i] for i in which] for tensors in (self._held, self._sources))
             self._perturb(self.space.perturb(which, held, sources), held)
         self._take_places()
+        for slot in self._slots:
+            if slot.content and self._steady:
+                self._place(slot)
 
     def _end(self) -> None:
         """Let stand-ins answer with theta."""
@@ -423,13 +437,28 @@ class ShadowEngine:
         """Make copies, and those of what was read next the last time while there is room: fewer, longer passes."""
         wanted, nbytes = self._plans.get(keys) or self._plan(keys)
         sources, slot = [self._sources[i] for i, _ in wanted], self._slot(nbytes)
-        slot.content = {}  # first: what it held must not count as the new layout's
+        slot.content, slot.ahead = {}, None  # first: what it held must not count as the new layout's
         layout = slot.layout(wanted, self.space, sources)
-        self._perturb(layout.make, sources)
+        if self._mirrored and self._steady and self._following(wanted[-1]) is None:
+            self._perturb_both(slot, layout, sources)
+        else:
+            self._perturb(layout.make, sources)
         slot.content, slot.version = layout.copies, slot.bytes._version
         if self._steady and slot in self._slots:
             self._place(slot)
         return slot
+
+    def _perturb_both(self, slot: _Slot, layout: _Layout, sources: list[Tensor]) -> None:
+        """Copies of theta - c z beside those of theta + c z, where the other buffer has room: one noise makes both."""
+        assert self._probe is not None
+        keys, mirrors, make = tuple(layout.copies), dict[_Key, Tensor](), layout.make
+        other = next((s for s in self._slots if s is not slot and s.bytes.nbytes >= slot.bytes.nbytes), None)
+        if other is not None and slot in self._slots and self._freed(other):
+            other.content, other.ahead, mirrors = {}, None, other.layout(keys, self.space, sources).copies
+            make = self.space.perturb([i for i, _ in keys], sources, [*layout.copies.values()], [*mirrors.values()])
+        self._perturb(make, sources)
+        if other is not None and mirrors:
+            other.ahead, other.version = (self._probe, -self._c, mirrors), other.bytes._version
 
     def _plan(self, keys: tuple[_Key, ...]) -> _Plan:
         """These, and what was read after them while there is room; kept until another order is seen."""
@@ -491,13 +520,17 @@ class ShadowEngine:
         return out.view(*index.shape, -1)
 
     def _slot(self, nbytes: int) -> _Slot:
-        """Scratch of this size: the one of the two buffers that was free longest, else memory of its own."""
-        free = next((s for s in self._slots if self._freed(s)), None) if len(self._slots) == 2 else None
+        """Scratch of this size: the one of the two buffers that was free longest, else memory of its own.
+
+        Rather not the one that holds what the next evaluation reads.
+        """
+        slots = sorted(self._slots, key=lambda s: s.ahead is not None) if len(self._slots) == 2 else []
+        free = next((s for s in slots if self._freed(s)), None)
         if free is not None and free.bytes.nbytes >= nbytes:
             return free
         if free is not None:
             self._slots.remove(free)
-            del free  # before there is a larger one
+            del slots, free  # before there is a larger one
         slot = _Slot(nbytes, self.device)
         self._peak = max(self._peak, sum(s.bytes.nbytes for s in (*self._slots, slot)))
         if len(self._slots) < 2:

@@ -248,8 +248,8 @@ class ZOOptimizer(torch.optim.Optimizer):
 
         left_out = self._left_out()
 
-        def evaluate(c: float, probe: Probe | None) -> Tensor:
-            return engine.evaluate(evaluation, c, probe, left_out)
+        def evaluate(c: float, probe: Probe | None, mirrored: bool = False) -> Tensor:
+            return engine.evaluate(evaluation, c, probe, left_out, mirrored)
 
         def pass_by(c: float, probe: Probe | None) -> None:
             if isinstance(engine, InPlaceEngine):  # going there and back rounds, as it does in other processes
@@ -257,7 +257,8 @@ class ZOOptimizer(torch.optim.Optimizer):
 
         def losses(points: Sequence[tuple[float, Probe | None]]) -> Tensor:
             if exchange is None:
-                return torch.stack([evaluate(c, probe) for c, probe in points])
+                pairs = zip(points, [*points[1:], (0.0, None)], strict=True)
+                return torch.stack([evaluate(c, p, mirrored=(d == -c and q is p)) for (c, p), (d, q) in pairs])
             return exchange.losses(evaluate, pass_by, points, state["steps"])
 
         done, self._stepping = False, True
