@@ -199,10 +199,12 @@ def run_rows(
     """``perturb`` with a tensor a row: rows of ``src`` that ``rows`` names, into the rows of ``dst``."""
     n, width = dst.shape
     bits = 8 * residual.itemsize if residual is not None and residual.numel() else 0
-    read = [(t.data_ptr(), width * t.itemsize) if t is not None and t.numel() else (0, 0) for t in (src, hessian, residual)]
+    read = [
+        (t.data_ptr(), width * t.itemsize) if t is not None and t.numel() else (0, 0) for t in (src, hessian, residual)
+    ]
     factors = _factors(row_scale, column_scale) if row_scale is not None and column_scale is not None else (0, 0, 0)
-    first = (read[0][0], dst.data_ptr(), read[1][0], read[2][0], width, offset)
-    first += (tensor_id | DTYPES[src.dtype] << 32, DTYPES[dst.dtype] | bits << 32, *factors, 0)
+    kinds = (tensor_id | DTYPES[src.dtype] << 32, DTYPES[dst.dtype] | bits << 32)
+    first = (read[0][0], dst.data_ptr(), read[1][0], read[2][0], width, offset, *kinds, *factors, 0)
     a_row = (read[0][1], 0, read[1][1], read[2][1], 0, width, 0, 0, 0, 0, 0, 0)
     table = torch.tensor(first) + rows.unsqueeze(1) * torch.tensor(a_row)
     table[:, 1] += torch.arange(n) * (width * dst.itemsize)

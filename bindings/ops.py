@@ -343,9 +343,7 @@ def backend_for(device: torch.device) -> ModuleType:
     return backend
 
 
-def prepare_perturb(
-    device: torch.device, src: Any, dst: Any, mirrors: Any = (), **beside: Any
-) -> Callable[..., None]:
+def prepare_perturb(device: torch.device, src: Any, dst: Any, mirrors: Any = (), **beside: Any) -> Callable[..., None]:
     """``perturb`` of tensors that stay where they are, unchecked, as a function of src, which it does not keep, and the scalars.
 
     ``mirrors`` are written as ``dst``, with the noise subtracted. The native backend makes the noise once for both, and is

@@ -699,6 +699,21 @@ def test_what_a_closure_leaves_in_another_module_answers_with_the_next_probe_too
     assert all(type(p) is nn.Parameter for p in twins[0].parameters()) and twins[0][2].weight is twins[0][1].weight
 
 
+def test_a_module_that_a_closure_takes_out_has_its_parameters_back():
+    model, out = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)}), []
+    before = dict(model["b"].named_parameters())
+
+    def closure():
+        x = model["a"](torch.ones(4))
+        if not out:
+            out.append(model.pop("b"))
+        return out[0](x).sum()
+
+    with pytest.warns(UserWarning, match="no longer a parameter"):
+        optimizer(model).step(closure)
+    assert all(p is before[name] for name, p in out[0].named_parameters())
+
+
 def test_parameters_keep_their_attributes_and_subclasses_are_held():
     class Scaled(nn.Parameter):
         pass

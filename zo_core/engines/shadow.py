@@ -10,7 +10,6 @@ import threading
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import lru_cache
-from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -208,6 +207,7 @@ class ShadowEngine:
         self._shapes: list[torch.Size] = []  # they had the last time
         self._stands: dict[int, StandIn] = {}
         self._places: dict[int, list[tuple[dict[str, Any], str]]] = {}  # of each tensor, in the modules' parameters
+        self._taken: dict[tuple[int, str], dict[str, Any]] = {}  # all places that had stand-ins, also in lost modules
         self._written: list[int] = []  # held tensors that are perturbed
         self._left_out: frozenset[int] = frozenset()  # of the probe
         self._probe: Probe | None = None
@@ -257,11 +257,11 @@ class ShadowEngine:
         for p, source in zip(self.space.tensors, self._sources, strict=True):
             if p.data_ptr() != source.data_ptr():
                 p.data = source
-        inside = [(m._parameters, name) for m in _modules(self.module) for name in m._parameters]
-        for parameters, name in (*inside, *chain.from_iterable(self._places.values())):
+        places = [(m._parameters, name) for m in _modules(self.module) for name in m._parameters]
+        for parameters, name in places + [(d, name) for (_, name), d in self._taken.items()]:
             if (parameter := getattr(parameters.get(name), "_parameter", None)) is not None:
                 parameters[name] = parameter  # of a stand-in, or what took its place
-        self._places, self._stands, self._sources = {}, {}, []
+        self._places, self._taken, self._stands, self._sources = {}, {}, {}, []
         for slot in self._slots:
             slot.ahead = None
 
@@ -354,7 +354,7 @@ class ShadowEngine:
             parameters: dict[str, Any] = module._parameters
             for name, p in parameters.items():
                 if (stand := stands.get(id(getattr(p, "_parameter", p)))) is not None:
-                    parameters[name] = stand
+                    parameters[name], self._taken[id(parameters), name] = stand, parameters
                     self._places.setdefault(stand._number, []).append((parameters, name))
         if len(self._places) < len(self._stands):
             self._say_absent(set(self._stands) - set(self._places))
@@ -488,16 +488,16 @@ class ShadowEngine:
             stand = self._stands.get(key[0])
             if stand is None or key != stand._key or key[0] in self._branching:
                 continue
-            slot.placed[key[0]] = t = Tensor._make_subclass(nn.Parameter, copy, True)
+            slot.placed[key[0]] = t = copy.detach().requires_grad_()
             t.__dict__ = stand.__dict__
-            for parameters, name in self._places[key[0]]:
+            for parameters, name in self._places.get(key[0], ()):
                 if parameters.get(name) is stand:
                     parameters[name] = t
 
     def _displace(self, slot: _Slot) -> None:
         """Put stand-ins back."""
         for i, t in slot.placed.items():
-            for parameters, name in self._places[i]:
+            for parameters, name in self._places.get(i, ()):
                 if parameters.get(name) is t:
                     parameters[name] = self._stands[i]
         slot.placed = {}
