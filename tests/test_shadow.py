@@ -714,6 +714,98 @@ def test_a_module_that_a_closure_takes_out_has_its_parameters_back():
     assert all(p is before[name] for name, p in out[0].named_parameters())
 
 
+@pytest.mark.parametrize("kept", ["a reference", "no gradient"])
+def test_what_a_closure_takes_before_it_reads_is_no_copy(monkeypatch, kept):
+    twins, refs = [layers(monkeypatch), layers(monkeypatch)], {"shadow": [], "inplace": []}
+    twins[1].load_state_dict(twins[0].state_dict())
+    calls = []
+
+    def loss(model, engine):
+        calls.append(calls[0])
+        if calls == [4, 4, 4]:  # the second evaluation of the fifth step
+            if kept == "a reference":
+                refs[engine].append(model[5].weight)
+            else:
+                model[5].weight.requires_grad_(False)
+        x = torch.ones(32)
+        for layer in model:
+            x = layer(x)
+        return x.sum() + 0.1 * sum(w.square().sum() for w in refs[engine])
+
+    opts = {e: optimizer(m, e, lr=1e-3) for e, m in zip(refs, twins, strict=True)}
+    for step in range(8):
+        seen = []
+        for (e, o), m in zip(opts.items(), twins, strict=True):
+            calls[:] = [step]
+            seen.append(o.step(lambda m=m, e=e: loss(m, e)))
+        assert torch.allclose(seen[0], seen[1], rtol=1e-4)
+    assert [m[5].weight.requires_grad for m in twins] == [kept == "a reference"] * 2
+
+
+def test_a_module_replaced_between_steps_leaves_no_stand_in():
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4)))
+    opt = optimizer(model)
+    for _ in range(3):
+        opt.step(lambda: model(torch.ones(2, 4)).sum())
+    model[1] = nn.Linear(4, 4)
+    with pytest.warns(UserWarning, match="no longer a parameter"):
+        opt.step(lambda: model(torch.ones(2, 4)).sum())
+    assert all(type(p) is nn.Parameter for p in model.parameters())
+
+
+def test_a_tensor_read_in_two_dtypes_is_perturbed_in_both():
+    twins, x = [nn.Linear(8, 8, bias=False) for _ in range(2)], torch.randn(4, 8)
+    twins[1].load_state_dict(twins[0].state_dict())
+
+    def loss(m):
+        with torch.autocast("cpu", torch.bfloat16):
+            return m(x).float().square().mean() + m.weight.sum()
+
+    opts = [optimizer(m, engine, lr=0.0) for m, engine in zip(twins, ("shadow", "inplace"), strict=True)]
+    for _ in range(4):
+        seen = [o.step(lambda m=m: loss(m)) for o, m in zip(opts, twins, strict=True)]
+        assert torch.allclose(seen[0], seen[1], rtol=1e-3)
+
+
+def test_a_step_inside_the_closure_over_other_parameters_leaves_the_probe_alone():
+    twins, x = [nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 1)) for _ in range(2)], torch.randn(4, 8)
+    twins[1].load_state_dict(twins[0].state_dict())
+    pairs = [
+        [optimizer(part.parameters(), engine, module=m, lr=lr) for part, lr in ((m[1], 1e-2), (m[0], 0.0))]
+        for m, engine in zip(twins, ("shadow", "inplace"), strict=True)
+    ]
+    for _ in range(4):
+        seen = []
+        for m, (outer, inner) in zip(twins, pairs, strict=True):
+
+            def loss(m=m):
+                return m(x).square().mean()
+
+            seen.append(outer.step(lambda inner=inner, loss=loss: (inner.step(loss), loss())[1]))
+        assert torch.allclose(seen[0], seen[1], rtol=1e-5)
+    assert pairs[0][0].memory()["held"] == 0
+
+
+def test_an_attribute_of_the_engine_s_name_is_the_user_s():
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+    model[1].weight.requires_grad_(False)._parameter = nn.Parameter(torch.zeros(4))
+    kept = model[1].weight
+    optimizer(model).step(lambda: model(torch.ones(2, 4)).sum())
+    assert model[1].weight is kept
+
+
+def test_a_scripted_submodule_is_perturbed_in_place():
+    model, twin = (nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1)) for _ in range(2))
+    twin.load_state_dict(model.state_dict())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        model[1] = torch.jit.script(model[1])
+    opts = optimizer(model), optimizer(twin, "inplace")
+    for _ in range(3):
+        seen = [o.step(lambda m=m: m(torch.ones(2, 4)).sum()) for o, m in zip(opts, (model, twin), strict=True)]
+        assert torch.allclose(seen[0], seen[1], rtol=1e-5)
+
+
 def test_parameters_keep_their_attributes_and_subclasses_are_held():
     class Scaled(nn.Parameter):
         pass

@@ -10,6 +10,7 @@ import threading
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import lru_cache
+from inspect import getattr_static
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +31,7 @@ _METHODS = set(
 _ADDRESSES = {"data_ptr", "untyped_storage", "storage", "numpy", "__array__", "__dlpack__", "_typed_storage"}
 _MUTATORS = {"__setitem__", *(f"__i{op}__" for op in "add sub mul truediv floordiv mod pow and or xor".split())}
 _AUTOCAST = {functional.linear, torch.matmul, torch.mm, torch.bmm, torch.addmm}  # autocast casts all they are given
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that copies may have
 _ALIGNMENT = 64
 _AHEAD = 256 << 20  # bytes of copies made in one pass, at most: fewer, longer passes
 _LEAST = 256 << 10  # bytes of scratch that are worth a shorter step, however small the layers
@@ -102,15 +104,15 @@ def _asks(func: Callable[..., Any]) -> str:
     return "address" if name in _ADDRESSES else "values"
 
 
-def _modules(root: nn.Module) -> list[nn.Module]:
-    """``root.modules()`` without its generators, which take half a millisecond in a model of 300 modules."""
+def _parameters(root: nn.Module) -> list[dict[str, Any]]:
+    """Of ``root.modules()``, but of scripted ones; without its generators, which take half a millisecond for 300 modules."""
     modules, seen = [root], {root}
     for module in modules:
         for child in module._modules.values():
             if child is not None and child not in seen:
                 seen.add(child)
                 modules.append(child)
-    return modules
+    return [m._parameters for m in modules if isinstance(m._parameters, dict)]
 
 
 _Key = tuple[int, torch.dtype]  # a tensor's number, and the dtype its copy has
@@ -191,7 +193,8 @@ class ShadowEngine:
         self._kept: list[Tensor] = []  # copies whose address was asked for
         self._slots: list[_Slot] = []  # least recently used first
         with torch.inference_mode(False):
-            self._uncounted = torch.zeros_like(space.counters)  # a probe that saturates harms no weight
+            most = len(_DTYPES) * len(space.tensors)  # copies in one pass
+            self._uncounted = space.counters.new_zeros(1 + most)  # a probe that saturates harms no weight
         self._next: dict[_Key, _Key] = {}  # what was read after what
         self._plans: dict[tuple[_Key, ...], _Plan] = {}  # what is copied when these are read
         self._last: _Key | None = None
@@ -211,7 +214,7 @@ class ShadowEngine:
         self._written: list[int] = []  # held tensors that are perturbed
         self._left_out: frozenset[int] = frozenset()  # of the probe
         self._probe: Probe | None = None
-        self._c, self._coeffs, self._mirrored = 0.0, space.full(0.0), False  # mirrored: at -c next
+        self._c, self._coeffs, self._mirrored = 0.0, space.full(0.0), False  # one for each copy; mirrored: at -c next
         self._hold(_out_of_reach(module, space.tensors))
 
     # ---- the engine --------------------------------------------------------------------------------------------
@@ -257,10 +260,10 @@ class ShadowEngine:
         for p, source in zip(self.space.tensors, self._sources, strict=True):
             if p.data_ptr() != source.data_ptr():
                 p.data = source
-        places = [(m._parameters, name) for m in _modules(self.module) for name in m._parameters]
+        places = [(parameters, name) for parameters in _parameters(self.module) for name in parameters]
         for parameters, name in places + [(d, name) for (_, name), d in self._taken.items()]:
-            if (parameter := getattr(parameters.get(name), "_parameter", None)) is not None:
-                parameters[name] = parameter  # of a stand-in, or what took its place
+            if (found := parameters.get(name)) is not (parameter := self._stood_for(found)):
+                parameters[name] = parameter
         self._places, self._taken, self._stands, self._sources = {}, {}, {}, []
         for slot in self._slots:
             slot.ahead = None
@@ -313,7 +316,7 @@ class ShadowEngine:
         self._last, self._surprised = None, False
         if not self._sources:
             self._make_stands(changed)
-        self._probe, self._c, self._coeffs = probe, c, self.space.full(c)
+        self._probe, self._c, self._coeffs = probe, c, self.space.full(c).repeat(1, len(_DTYPES))
         if which := [i for i in self._held if i not in self._left_out]:
             for i in which:
                 self._held[i].copy_(self._sources[i])
@@ -321,9 +324,6 @@ class ShadowEngine:
             held, sources = ([tensors[i] for i in which] for tensors in (self._held, self._sources))
             self._perturb(self.space.perturb(which, held, sources), held)
         self._take_places()
-        for slot in self._slots:
-            if slot.content and self._steady:
-                self._place(slot)
 
     def _end(self) -> None:
         """Let stand-ins answer with theta."""
@@ -350,14 +350,17 @@ class ShadowEngine:
         """Put stand-ins where parameters are, or what an earlier evaluation left there."""
         stands = {id(stand._parameter): stand for stand in self._stands.values()}
         self._places = {}
-        for module in _modules(self.module):
-            parameters: dict[str, Any] = module._parameters
+        for parameters in _parameters(self.module):
             for name, p in parameters.items():
-                if (stand := stands.get(id(getattr(p, "_parameter", p)))) is not None:
+                if (stand := stands.get(id(self._stood_for(p)))) is not None:
                     parameters[name], self._taken[id(parameters), name] = stand, parameters
                     self._places.setdefault(stand._number, []).append((parameters, name))
         if len(self._places) < len(self._stands):
             self._say_absent(set(self._stands) - set(self._places))
+
+    def _stood_for(self, p: Any) -> Any:
+        """What a stand-in of this engine, or a copy in its place, stands for; p otherwise."""
+        return p._parameter if getattr(p, "_engine", None) is self else p
 
     def _say_absent(self, absent: set[int]) -> None:
         if absent := absent - self._absent:
@@ -424,6 +427,9 @@ class ShadowEngine:
                     break
             else:
                 slot = self._fill(keys)
+            if slot.ahead is not None:
+                slot.ahead = None
+                self._place(slot)
             if slot is not self._slots[-1] and slot in self._slots:  # the one used last is the last to be taken again
                 self._slots.append(self._slots.pop(0))
             # Leaves with requires_grad, and no views: matmul then folds a batch into rows, as it does for parameters.
@@ -444,8 +450,7 @@ class ShadowEngine:
         else:
             self._perturb(layout.make, sources)
         slot.content, slot.version = layout.copies, slot.bytes._version
-        if self._steady and slot in self._slots:
-            self._place(slot)
+        self._place(slot)
         return slot
 
     def _perturb_both(self, slot: _Slot, layout: _Layout, sources: list[Tensor]) -> None:
@@ -484,6 +489,8 @@ class ShadowEngine:
 
     def _place(self, slot: _Slot) -> None:
         """Give modules the copies themselves: in the parameters' own dtypes, and where torch does the same with them."""
+        if not self._steady or slot not in self._slots:
+            return
         for key, copy in slot.content.items():
             stand = self._stands.get(key[0])
             if stand is None or key != stand._key or key[0] in self._branching:
@@ -638,7 +645,10 @@ def _out_of_reach(module: nn.Module, tensors: Sequence[Tensor]) -> list[int]:
 
 def _branching(module: nn.Module, numbers: dict[int, int]) -> set[int]:
     """Numbers of tensors under modules that do something else where parameters are overridden, as torch's encoder layers."""
-    names = {m: getattr(type(m).forward, "__code__", _branching.__code__).co_names for m in module.modules()}
+    forwards = {
+        m: getattr_static(type(m), "forward", None) for m in module.modules()
+    }  # scripted modules have none to get
+    names = {m: getattr(f, "__code__", _branching.__code__).co_names for m, f in forwards.items()}
     found = [m for m in names if "has_torch_function" in names[m]]
     return {numbers[id(p)] for m in found for p in m.parameters() if id(p) in numbers}
 
