@@ -134,11 +134,16 @@ int64_t finish(const Tile &t, const Buffers &buf, int64_t first, int64_t n, cons
   for (int64_t i = 0; i < n; i += LANES) {
     const int64_t k = first + i;
     const char *kept = residual + i * Src::KEPT;
-    vf weight = Src::get(src + i, kept), noise = load<vf>(buf.coeffs + k), back;
+    vf weight, noise = load<vf>(buf.coeffs + k);
+    if constexpr (SCALED && Src::KEPT != 0)
+      weight = Src::exact(src + i, kept);
+    else
+      weight = Src::get(src + i, kept);
+    vf base = weight;
     if constexpr (SCALED) {
       vf h = load<vf>(hessian + i), scale = 1.0f / sqrt(h);
       if (t.curvature) {
-        back = load<vf>(buf.restore + k) * scale;
+        base = weight + load<vf>(buf.restore + k) * scale;
         h = h * (t.remain + load<vf>(buf.curvature + k));
         h = h < t.hessian_min ? splat<vf>(t.hessian_min) : h;
         h = h > t.hessian_max ? splat<vf>(t.hessian_max) : h;
@@ -147,11 +152,13 @@ int64_t finish(const Tile &t, const Buffers &buf, int64_t first, int64_t n, cons
       }
       noise = noise * scale;
     }
-    const auto moved = [&](vf w) { return (SCALED && t.curvature ? w + back : w) * keep + noise; };
-    vf out = moved(weight);
+    vf out = base * keep + noise;
     if (__builtin_expect(!all_within(out, Dst::MAX), 0)) {
-      if constexpr (Src::KEPT != 0) weight = Src::exact(src + i, kept);
-      vf result = moved(weight);  // a name of its own: what has an address is in memory all the time
+      if constexpr (!SCALED && Src::KEPT != 0) {
+        weight = Src::exact(src + i, kept);
+        out = weight * keep + noise;
+      }
+      vf result = out;  // names of their own: what has an address is in memory all the time
       const vf from = weight;
       saturated += saturate(result, from, Dst::MAX);
       out = result;
