@@ -531,6 +531,18 @@ def layers(monkeypatch, n=6):
     return nn.ModuleList([nn.Linear(32, 32) for _ in range(n)])
 
 
+def through(model, order):
+    """A closure that reads layers in this order, whatever it is by then."""
+
+    def closure():
+        x = torch.ones(32)
+        for i in order:
+            x = model[i](x)
+        return x.sum()
+
+    return closure
+
+
 def test_reads_in_a_known_order_are_of_plain_copies(monkeypatch):
     model, loss = make("llama")
     engine = optimizer(model)._prepare()
@@ -550,13 +562,7 @@ def test_reads_in_a_known_order_are_of_plain_copies(monkeypatch):
 @pytest.mark.parametrize("order", [[0, 1, 2, 3, 4, 5], [5, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5, 5, 4]], ids=str)
 def test_a_probe_and_its_mirror_make_the_last_copies_at_once(monkeypatch, order):
     model, now = layers(monkeypatch), [0, 1, 2, 3, 4, 5]
-
-    def closure():
-        x = torch.ones(32)
-        for i in now:
-            x = model[i](x)
-        return x.sum()
-
+    closure = through(model, now)
     opt, probe, _ = steady(closure, model)
     engine, before = opt._prepare(), bits(model)
     seen, both = copied(monkeypatch, engine), []
@@ -569,11 +575,11 @@ def test_a_probe_and_its_mirror_make_the_last_copies_at_once(monkeypatch, order)
     monkeypatch.setattr(engine.space, "perturb", perturb)
     for now[:] in ([0, 1, 2, 3, 4, 5], order):  # the second evaluation does not go where the first one did
         expected = [at(optimizer(model), closure, c, probe) for c in (1e-2, -1e-2)]
-        for _ in range(3):
+        for turn in range(3):
             del seen[:], both[:]
             with torch.no_grad():
                 first = engine.evaluate(closure, 1e-2, probe, mirrored=True)
-                if _ == 1:  # a probe in between: what was made ahead is not of it
+                if turn == 1:  # a probe in between: what was made ahead is not of it
                     engine.evaluate(closure, -1e-2, torch.tensor([9]))
                 second = engine.evaluate(closure, -1e-2, probe)
             engine.restore()
@@ -615,13 +621,7 @@ def test_weights_that_a_closure_holds_keep_their_values(monkeypatch):
 
 def test_an_order_that_changes_changes_no_result(monkeypatch):
     model, order = layers(monkeypatch), [0, 1, 2, 3, 4, 5]
-
-    def closure():
-        x = torch.ones(32)
-        for i in order:
-            x = model[i](x)
-        return x.sum()
-
+    closure = through(model, order)
     opt, probe, _ = steady(closure, model)
     for change in ([5, 4, 3, 2, 1, 0], [0, 0, 1, 2, 3], [3, 1, 3, 1, 5], [0, 1, 2, 3, 4, 5]):
         order[:] = change

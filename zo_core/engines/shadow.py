@@ -645,9 +645,8 @@ def _out_of_reach(module: nn.Module, tensors: Sequence[Tensor]) -> list[int]:
 
 def _branching(module: nn.Module, numbers: dict[int, int]) -> set[int]:
     """Numbers of tensors under modules that do something else where parameters are overridden, as torch's encoder layers."""
-    forwards = {
-        m: getattr_static(type(m), "forward", None) for m in module.modules()
-    }  # scripted modules have none to get
+    # static: scripted modules have no forward to get
+    forwards = {m: getattr_static(type(m), "forward", None) for m in module.modules()}
     names = {m: getattr(f, "__code__", _branching.__code__).co_names for m, f in forwards.items()}
     found = [m for m in names if "has_torch_function" in names[m]]
     return {numbers[id(p)] for m in found for p in m.parameters() if id(p) in numbers}
