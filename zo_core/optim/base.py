@@ -241,8 +241,7 @@ class ZOOptimizer(torch.optim.Optimizer):
 
         def evaluation() -> Tensor:
             generators.rewind()
-            if torch.is_autocast_cache_enabled():
-                torch.clear_autocast_cache()  # which knows parameters by their identity, not by their values
+            torch.clear_autocast_cache()  # which knows parameters by their identity, not by their values
             sharding.reshard(self._units)
             return _scalar(closure(), stream.device)
 
