@@ -37,18 +37,18 @@ class Nested(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """An LSTM keeps its weights in a list beside its attributes; another object keeps a reference to a parameter."""
+    """An LSTM keeps its weights in a list beside its attributes; a head is read as an extension in C++ would."""
 
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Embedding(61, 16)
         self.lstm = nn.LSTM(16, 16, batch_first=True)
         self.head = nn.Linear(16, 61)
-        weight, bias = self.head.weight, self.head.bias
-        self.score = lambda x: nn.functional.linear(x, weight, bias)  # past the module's attributes
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.score(self.lstm(self.embed(ids))[0])
+        x = self.lstm(self.embed(ids))[0]
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.head(x)
 
 
 ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {

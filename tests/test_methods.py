@@ -245,12 +245,14 @@ def test_options_set_anew_are_checked_before_a_weight_is_touched(method, name, v
 
 def test_weights_read_past_their_modules_are_found_though_the_first_step_leaves_them_out():
     model = network()
-    weights = [block[1].weight for block in model.blocks]
 
     def loss():
         x = model.first(X)
-        for block, weight in zip(model.blocks, weights, strict=True):
-            x = x + torch.tanh(nn.functional.linear(block[0](x), weight, block[1].bias))
+        for block in model.blocks:
+            x = block[0](x)
+            with torch._C.DisableTorchFunctionSubclass():
+                weight = block[1].weight + 0
+            x = x + torch.tanh(nn.functional.linear(x, weight, block[1].bias))
         return (model.last(x) - Y).square().mean()
 
     opt = zo_core.MeZO(model, lr=0.0, rho=0.75)

@@ -134,6 +134,10 @@ int64_t finish(const Tile &t, const Buffers &buf, int64_t first, int64_t n, cons
   for (int64_t i = 0; i < n; i += LANES) {
     const int64_t k = first + i;
     const char *kept = residual + i * Src::KEPT;
+    if constexpr (PAST) {  // a tile ahead, and not for long: the caches keep what the forward pass has there
+      __builtin_prefetch(src + i + ZO_TILE, 0, 0);
+      if constexpr (Src::KEPT != 0) __builtin_prefetch(kept + ZO_TILE * Src::KEPT, 0, 0);
+    }
     vf weight, noise = load<vf>(buf.coeffs + k);
     if constexpr (SCALED && Src::KEPT != 0)
       weight = Src::exact(src + i, kept);

@@ -1,17 +1,18 @@
 """Probes that never touch the weights: a parameter that is read during an evaluation answers with a perturbed copy.
 
-During a step, a stand-in has each trainable tensor's place in its modules. A torch function that is given stand-ins
-gets theta + c z, made at that moment in scratch memory, and the parameters stay as they are: nothing to restore,
-whatever happens. An embedding gets only the rows it looks up. Once parameters are known to be read in one order, copies
-are made of several ahead, and take the place of their stand-ins until the memory is needed.
+During an evaluation trainable tensors are of a class that intercepts torch functions. One that is given such tensors
+gets theta + c z, made at that moment in scratch memory, and the weights stay as they are: nothing to restore, whatever
+happens. An embedding gets only the rows it looks up. Once parameters are known to be read in one order, copies are made
+of several ahead, and take their places in their modules until the memory is needed.
 """
 
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import lru_cache
 from inspect import getattr_static
-from typing import Any, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from torch.nn import functional
 
 from ..space import ParamSpace, Probe, some
 from .base import uninterrupted
+from .scratch import NOTHING, Key, Layout, Make, Slot, aligned
 
 _PROPERTIES = set(
     "shape dtype device layout ndim requires_grad is_leaf grad grad_fn names nbytes itemsize retains_grad output_nr "
@@ -32,65 +34,64 @@ _ADDRESSES = {"data_ptr", "untyped_storage", "storage", "numpy", "__array__", "_
 _MUTATORS = {"__setitem__", *(f"__i{op}__" for op in "add sub mul truediv floordiv mod pow and or xor".split())}
 _AUTOCAST = {functional.linear, torch.matmul, torch.mm, torch.bmm, torch.addmm}  # autocast casts all they are given
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that copies may have
-_ALIGNMENT = 64
 _AHEAD = 256 << 20  # bytes of copies made in one pass, at most: fewer, longer passes
 _LEAST = 256 << 10  # bytes of scratch that are worth a shorter step, however small the layers
-_LAYOUTS = 1024  # of a buffer that are remembered
-_CHECKS = 64  # evaluations, at most, that finding tensors read outside their modules may take
+_CHECKS = 64  # evaluations, at most, that finding tensors read past torch's functions may take
+_LOOK = 16  # steps between two looks at what modules have, while parameters are read in the same order
 _FLAT = 8  # times that the comparison is made again while the closure's result does not change
 _OUTSIDE = "weights change in opt.step only: write them outside it, or use engine='inplace'"
 _PATTERN = 0x3C  # of bytes: 0.0115 in float32 and bfloat16, 1.06 in float16
 
 
-class StandIn(Tensor):
-    """In place of a parameter: its values are those of theta + c z, all else is the parameter's."""
+class Perturbed(Tensor):
+    """What parameters are during an evaluation: functions of their values get those of theta + c z.
 
-    _engine: "ShadowEngine"
-    _number: int
-    _key: "_Key"
-    _parameter: Tensor
-    _is_param: bool  # True: isinstance(x, nn.Parameter)
+    Each engine has a subclass, whose ``engine`` is set while it evaluates.
+    """
+
+    engine: ClassVar["ShadowEngine"]
+    _is_param = True  # isinstance(x, nn.Parameter)
 
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Call func with what the stand-ins stand for."""
-        kwargs, stands, nested = kwargs or {}, [], False
+        """Call func with copies where the engine's parameters are."""
+        kwargs, parameters, nested = kwargs or {}, [], False
         for a in (*args, *kwargs.values()) if kwargs else args:
             if type(a) is cls:
-                stands.append(a)
+                parameters.append(a)
             elif type(a) in (tuple, list, dict):
                 nested = True
-        if nested or not stands:
-            stands, nested = [], True
-            _map((args, kwargs), stands.append)
-        engine, asks = stands[0]._engine, _asks(func)
-        if asks == "about" or not engine.evaluating:
-            args, kwargs = _map((args, kwargs), lambda s: s._parameter)
-        elif (rows := engine.call(func, asks, stands, args, kwargs)) is not None:
+        if nested or not parameters:
+            parameters, nested = [], True
+            _map((args, kwargs), cls, parameters.append)
+        engine, asks = cls.engine, _asks(func)
+        if asks == "about":
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        if (rows := engine.call(func, asks, parameters, args, kwargs)) is not None:
             return rows
+        kind = engine.device.type
+        casts = func in _AUTOCAST and torch.is_autocast_enabled(kind)
+        copies = engine.read(parameters, torch.get_autocast_dtype(kind) if casts else None, keep=asks == "address")
+        if nested:
+            args, kwargs = _map((args, kwargs), cls, lambda p: copies[id(p)])
         else:
-            kind = engine.device.type
-            casts = func in _AUTOCAST and torch.is_autocast_enabled(kind)
-            copies = engine.read(stands, torch.get_autocast_dtype(kind) if casts else None, keep=asks == "address")
-            if nested:
-                args, kwargs = _map((args, kwargs), lambda s: copies[s._number])
-            else:
-                args = tuple([copies[a._number] if type(a) is cls else a for a in args])
-                if kwargs:
-                    kwargs = {k: copies[v._number] if type(v) is cls else v for k, v in kwargs.items()}
+            args = tuple([copies[id(a)] if type(a) is cls else a for a in args])
+            if kwargs:
+                kwargs = {k: copies[id(v)] if type(v) is cls else v for k, v in kwargs.items()}
         return func(*args, **kwargs)
 
 
-def _map(x: Any, f: Callable[[StandIn], Any]) -> Any:
-    """X with f of each stand-in inside lists, tuples and dicts."""
-    if isinstance(x, StandIn):
+def _map(x: Any, cls: type, f: Callable[[Any], Any]) -> Any:
+    """X with f of each object of this class inside lists, tuples and dicts."""
+    if type(x) is cls:
         return f(x)
     if isinstance(x, tuple | list):
-        items = [_map(y, f) for y in x]
+        items = [_map(y, cls, f) for y in x]
         return type(x)(*items) if hasattr(x, "_fields") else tuple(items) if isinstance(x, tuple) else items
-    return {k: _map(v, f) for k, v in x.items()} if type(x) is dict else x
+    return {k: _map(v, cls, f) for k, v in x.items()} if type(x) is dict else x
 
 
 @lru_cache(4096)
@@ -115,66 +116,7 @@ def _parameters(root: nn.Module) -> list[dict[str, Any]]:
     return [m._parameters for m in modules if isinstance(m._parameters, dict)]
 
 
-_Key = tuple[int, torch.dtype]  # a tensor's number, and the dtype its copy has
-_Plan = tuple[tuple[_Key, ...], int]  # what is copied together, and its bytes
-_Make = Callable[[Sequence[Tensor], Probe, Tensor, Tensor], None]  # see ``ParamSpace.perturb``
-
-
-class _Slot:
-    """Scratch memory that is handed out in tensors; free again when none of them, nor a view of one, is alive."""
-
-    def __init__(self, nbytes: int, device: torch.device) -> None:
-        with torch.inference_mode(False):
-            self.bytes = torch.empty(nbytes, dtype=torch.uint8, device=device)
-        self._storage = self.bytes.untyped_storage()._cdata
-        self.layouts: dict[tuple[_Key, ...], _Layout] = {}
-        self.content: dict[_Key, Tensor] = {}  # one of the layouts, when it has been written
-        self.version = 0  # of the memory, when it had been written
-        self.placed: dict[int, Tensor] = {}  # content that modules have, in place of stand-ins
-        self.ahead: tuple[Probe, float, dict[_Key, Tensor]] | None = None  # content of the evaluation that comes next
-        self._own = self._users()
-
-    def _users(self) -> int:
-        return int(torch._C._storage_Use_Count(self._storage))
-
-    def free(self) -> bool:
-        return self._users() == self._own
-
-    def view(self, at: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """A tensor from byte ``at`` on."""
-        with torch.inference_mode(False):
-            return self.bytes[at : at + shape.numel() * dtype.itemsize].view(dtype).view(shape).detach()
-
-    def layout(self, keys: tuple[_Key, ...], space: ParamSpace, sources: list[Tensor]) -> "_Layout":
-        """Tensors for these keys, in the shapes of their sources, one after the other; made anew if sources have moved."""
-        where, found = [t.data_ptr() for t in sources], self.layouts.get(keys)
-        if found is None or found.where != where:
-            if found is not None or len(self.layouts) >= _LAYOUTS:  # or no order of reading repeats
-                self.forget()
-            copies, at, others = dict[_Key, Tensor](), 0, self._users() - self._own
-            for key, source in zip(keys, sources, strict=True):
-                copies[key] = self.view(at, source.shape, key[1])
-                at += _aligned(source.numel() * key[1].itemsize)
-            make = space.perturb([i for i, _ in keys], sources, list(copies.values()))
-            found = self.layouts[keys] = _Layout(where, copies, make)
-            self._own = self._users() - others
-        return found
-
-    def forget(self) -> None:
-        """What was laid out."""
-        others = self._users() - self._own
-        self.layouts, self.content = {}, {}
-        self._own = self._users() - others
-
-
-class _Layout(NamedTuple):
-    where: list[int]  # its sources are
-    copies: dict[_Key, Tensor]
-    make: _Make  # of ``copies``
-
-
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+_Plan = tuple[tuple[Key, ...], int]  # what is copied together, and its bytes
 
 
 class ShadowEngine:
@@ -182,35 +124,37 @@ class ShadowEngine:
 
     Copies live in two scratch buffers, each as large as the largest tensors that one torch function was given
     (``memory``). At the first evaluation the closure is called once more, with other numbers where the parameters are: a
-    tensor whose change shows is read past its stand-in. It is perturbed in place instead, for the whole of each
+    tensor whose change shows is read past torch's functions. It is perturbed in place instead, for the whole of each
     evaluation, and put back from a copy; a warning names it.
     """
 
     def __init__(self, space: ParamSpace, module: nn.Module) -> None:
         self.space, self.module = space, module
+        self._numbers = {id(p): i for i, p in enumerate(space.tensors)}
         self.device = space.counters.device
         self._lock = threading.RLock()  # modules may run in threads of their own
         self._kept: list[Tensor] = []  # copies whose address was asked for
-        self._slots: list[_Slot] = []  # least recently used first
+        self._slots: list[Slot] = []  # least recently used first
         with torch.inference_mode(False):
             most = len(_DTYPES) * len(space.tensors)  # copies in one pass
             self._uncounted = space.counters.new_zeros(1 + most)  # a probe that saturates harms no weight
-        self._next: dict[_Key, _Key] = {}  # what was read after what
-        self._plans: dict[tuple[_Key, ...], _Plan] = {}  # what is copied when these are read
-        self._last: _Key | None = None
+        self._next: dict[Key, Key] = {}  # what was read after what
+        self._plans: dict[tuple[Key, ...], _Plan] = {}  # what is copied when these are read
+        self._last: Key | None = None
         self._surprised, self._steady = False, False  # in this evaluation; whether the one before was without surprise
-        self._branching = _branching(module, {id(p): i for i, p in enumerate(space.tensors)})
+        self._branching = _branching(module, self._numbers)
         self._largest = 0  # bytes that one function needed
         self._held: dict[int, Tensor] = {}  # tensors that are perturbed in place, and their values
-        self._absent: set[int] = set()  # tensors that the module no longer has
+        self._look_in = 0  # steps until places are looked for again
+        self._inside, self._absent = set[int](), set[int]()  # tensors that the module has had, and no longer has
         self._peak = 0
         self._checks = _FLAT  # comparisons that may still be made
         self._flat: Tensor | None = None  # the result that did not change
-        self._sources: list[Tensor] = []  # the weights, while stand-ins have their places
+        self._class = type("Perturbed", (Perturbed,), {"engine": weakref.proxy(self)})
+        self._changed: list[tuple[Tensor, type]] = []  # tensors of that class, and what they were before
+        self._sources: list[Tensor] = []  # the weights, also while parameters have other data
         self._shapes: list[torch.Size] = []  # they had the last time
-        self._stands: dict[int, StandIn] = {}
         self._places: dict[int, list[tuple[dict[str, Any], str]]] = {}  # of each tensor, in the modules' parameters
-        self._taken: dict[tuple[int, str], dict[str, Any]] = {}  # all places that had stand-ins, also in lost modules
         self._written: list[int] = []  # held tensors that are perturbed
         self._left_out: frozenset[int] = frozenset()  # of the probe
         self._probe: Probe | None = None
@@ -247,29 +191,18 @@ class ShadowEngine:
             self.restore()
             self.space.update_(probes, coeffs, decay, update, None, curvature, smoothing)
 
-    @property
-    def evaluating(self) -> bool:
-        """Whether theta + c z is what parameters answer with."""
-        return self._probe is not None
-
     def restore(self) -> None:
         """Put the parameters back in their places, and what was perturbed in place back to its value."""
-        if not self._sources:
-            return
         self._end()
-        for p, source in zip(self.space.tensors, self._sources, strict=True):
+        for p, source in zip(self.space.tensors, self._sources, strict=False):  # none where nothing was evaluated
             if p.data_ptr() != source.data_ptr():
                 p.data = source
-        places = [(parameters, name) for parameters in _parameters(self.module) for name in parameters]
-        for parameters, name in places + [(d, name) for (_, name), d in self._taken.items()]:
-            if (found := parameters.get(name)) is not (parameter := self._stood_for(found)):
-                parameters[name] = parameter
-        self._places, self._taken, self._stands, self._sources = {}, {}, {}, []
+        self._sources = []
         for slot in self._slots:
             slot.ahead = None
 
     def memory(self) -> dict[str, int]:
-        """Bytes of scratch, the most so far, and of the copies of tensors that are read outside their modules."""
+        """Bytes of scratch, the most so far, and of the copies of tensors that are perturbed in place."""
         return {"scratch": self._peak, "held": sum(t.nbytes for t in self._held.values())}
 
     # ---- one evaluation ----------------------------------------------------------------------------------------
@@ -287,6 +220,8 @@ class ShadowEngine:
             for slot in self._slots:
                 self._check_unwritten(slot)
             self._steady = not self._surprised
+            if self._surprised:
+                self._look_in = 0
             with uninterrupted():
                 self._end()
                 if changed:
@@ -303,19 +238,20 @@ class ShadowEngine:
             self.restore()
             self._left_out, self._plans = left_out, {}
 
-    def _check_unwritten(self, slot: _Slot) -> None:
-        if slot.content and slot.bytes._version != slot.version:
-            names = ", ".join(self.space.names[i] for i, _ in slot.content)
+    def _check_unwritten(self, slot: Slot) -> None:
+        if slot.content is not NOTHING and slot.bytes._version != slot.version:
+            names = ", ".join(self.space.names[i] for i, _ in slot.content.copies)
             raise RuntimeError(f"closure: it wrote one of {names} during an evaluation; {_OUTSIDE}")
 
     def _begin(self, c: float, probe: Probe, changed: Sequence[int]) -> None:
-        """Let stand-ins answer with theta + c z; ``changed`` tensors hold other numbers themselves."""
+        """Let parameters answer with theta + c z; ``changed`` ones hold other numbers themselves."""
+        tensors = self.space.tensors
+        if not self._sources:
+            self._find_sources()
         for slot in self._slots:
             made = slot.ahead if slot.ahead and slot.ahead[0] is probe and slot.ahead[1] == c else None
-            slot.ahead, slot.content = made, made[2] if made else {}
+            slot.ahead, slot.content = made, made[2] if made else NOTHING
         self._last, self._surprised = None, False
-        if not self._sources:
-            self._make_stands(changed)
         self._probe, self._c, self._coeffs = probe, c, self.space.full(c).repeat(1, len(_DTYPES))
         if which := [i for i in self._held if i not in self._left_out]:
             for i in which:
@@ -323,107 +259,117 @@ class ShadowEngine:
             self._written = which
             held, sources = ([tensors[i] for i in which] for tensors in (self._held, self._sources))
             self._perturb(self.space.perturb(which, held, sources), held)
-        self._take_places()
+        for i, t in self._other_numbers(changed).items():
+            tensors[i].data = t
+        apart = {*self._held, *self._left_out}
+        self._changed = [(p, type(p)) for i, p in enumerate(tensors) if i not in apart]
+        for p, _ in self._changed:
+            p.__class__ = self._class
 
     def _end(self) -> None:
-        """Let stand-ins answer with theta."""
+        """Let parameters answer with theta."""
+        for p, kind in self._changed:
+            p.__class__ = kind
         for slot in self._slots:
             self._displace(slot)
         for i in self._written:
             self._sources[i].copy_(self._held[i])
-        self._probe, self._kept, self._written = None, [], []
+        self._probe, self._kept, self._written, self._changed = None, [], [], []
+        if not all(slot.free() for slot in self._slots):
+            self._reclaim()
 
-    def _make_stands(self, changed: Sequence[int]) -> None:
-        tensors = self.space.tensors
-        self._sources = [p.data for p in tensors]
+    def _find_sources(self) -> None:
+        """The weights as they are, and where modules have them."""
+        if taken := [i for i, p in enumerate(self.space.tensors) if isinstance(p, Perturbed)]:
+            raise RuntimeError(
+                f"step: {some([self.space.names[i] for i in taken])}: in use by the optimizer whose closure this is"
+            )
+        self._sources = [p.data for p in self.space.tensors]
         if (shapes := [t.shape for t in self._sources]) != self._shapes:
             self._shapes, self._plans = shapes, {}
             for slot in self._slots:
                 slot.forget()
-        for i, t in self._others(changed).items():
-            tensors[i].data = t
-        self._stands = {
-            i: self._stand_in(i) for i in range(len(tensors)) if i not in self._held and i not in self._left_out
-        }
-
-    def _take_places(self) -> None:
-        """Put stand-ins where parameters are, or what an earlier evaluation left there."""
-        stands = {id(stand._parameter): stand for stand in self._stands.values()}
-        self._places = {}
+        if self._look_in > 0:
+            self._look_in -= 1
+            return
+        self._places, self._look_in = {}, _LOOK
         for parameters in _parameters(self.module):
             for name, p in parameters.items():
-                if (stand := stands.get(id(self._stood_for(p)))) is not None:
-                    parameters[name], self._taken[id(parameters), name] = stand, parameters
-                    self._places.setdefault(stand._number, []).append((parameters, name))
-        if len(self._places) < len(self._stands):
-            self._say_absent(set(self._stands) - set(self._places))
+                if (i := self._numbers.get(id(p))) is not None:
+                    self._places.setdefault(i, []).append((parameters, name))
+        self._inside |= set(self._places)
+        if len(self._places) < len(self._inside):
+            self._say_absent(self._inside - set(self._places))
+        for i in self._branching:
+            self._places.pop(i, None)
 
-    def _stood_for(self, p: Any) -> Any:
-        """What a stand-in of this engine, or a copy in its place, stands for; p otherwise."""
-        return p._parameter if getattr(p, "_engine", None) is self else p
+    def _reclaim(self) -> None:
+        """Put parameters where a closure has left their copies."""
+        owners = {id(p.__dict__): p for p in self.space.tensors}
+        for parameters in _parameters(self.module):
+            for name, p in parameters.items():
+                if p is not None and (owner := owners.get(id(p.__dict__))) is not None:
+                    parameters[name] = owner
 
     def _say_absent(self, absent: set[int]) -> None:
         if absent := absent - self._absent:
             self._absent |= absent
             warnings.warn(
-                f"{some([self.space.names[i] for i in sorted(absent)], 5)}: no longer a parameter of the module, so that "
-                "probes do not reach it; if it was replaced, make a new optimizer",
+                f"{some([self.space.names[i] for i in sorted(absent)], 5)}: no longer a parameter of the module; if it was replaced, make a new optimizer",
                 stacklevel=2,
             )
 
-    def _stand_in(self, i: int) -> StandIn:
-        p = self.space.tensors[i]
-        stand = Tensor._make_subclass(StandIn, self._sources[i], p.requires_grad and not p.is_inference())
-        stand.__dict__.update(p.__dict__, _is_param=True, _engine=self, _number=i, _key=(i, p.dtype), _parameter=p)
-        return stand
-
-    def _perturb(self, make: _Make, sources: list[Tensor]) -> None:
+    def _perturb(self, make: Make, sources: list[Tensor]) -> None:
         """Write theta + c z of these tensors."""
         assert self._probe is not None
         n = len(sources)
         make(sources, self._probe, self._coeffs[:, :n], self._uncounted[: 1 + n])
 
     def call(
-        self, func: Callable[..., Any], asks: str, stands: list[StandIn], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        func: Callable[..., Any],
+        asks: str,
+        parameters: Sequence[Tensor],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Tensor | None:
         """Refuse a call that cannot be served; an embedding's rows; None for what copies serve."""
-        names = self.space.names
+        name = self.space.names[self._numbers[id(parameters[0])]]
         if torch.compiler.is_compiling():
             raise RuntimeError(
-                f"{names[stands[0]._number]} is perturbed as it is read, which a compiled function cannot see: compile the "
+                f"{name} is perturbed as it is read, which a compiled function cannot see: compile the "
                 "module before it is given to the optimizer, or use engine='inplace'"
             )
         if torch._C._functorch.peek_interpreter_stack() is not None:
-            raise RuntimeError(
-                f"{names[stands[0]._number]} is read under a transform of torch.func: use engine='inplace'"
-            )
+            raise RuntimeError(f"{name} is read under a transform of torch.func: use engine='inplace'")
         written = args[:1] if asks == "write" else kwargs.get("out")
-        if func is functional.embedding and isinstance(args[1], StandIn):
+        if func is functional.embedding and type(args[1]) is self._class:
+            i = self._numbers[id(args[1])]
             if kwargs.get("max_norm") is not None:
                 written = args[1]
-            elif args[0].numel() < args[1]._parameter.shape[0]:
-                return self.read_rows(args[1], args[0])
-        found: list[StandIn] = []
+            elif args[0].numel() < self._shapes[i][0]:
+                return self.read_rows(i, args[0])
+        found: list[Tensor] = []
         if written is not None:
-            _map(written, lambda s: found.append(s))
+            _map(written, self._class, found.append)
         if found:
-            raise RuntimeError(
-                f"closure: {func.__name__} writes {names[found[0]._number]} during an evaluation; {_OUTSIDE}"
-            )
+            name = self.space.names[self._numbers[id(found[0])]]
+            raise RuntimeError(f"closure: {func.__name__} writes {name} during an evaluation; {_OUTSIDE}")
         return None
 
     def read(
-        self, stands: Sequence[StandIn], dtype: torch.dtype | None = None, keep: bool = False
+        self, parameters: Sequence[Tensor], dtype: torch.dtype | None = None, keep: bool = False
     ) -> dict[int, Tensor]:
-        """Perturbed copies by number, in their own dtype or this one; kept until the evaluation ends, if asked."""
-        keys = tuple([(s._number, dtype) if dtype else s._key for s in stands])
+        """Perturbed copies by identity, in their own dtype or this one; kept until the evaluation ends, if asked."""
+        numbers = [self._numbers[id(p)] for p in parameters]
+        keys = tuple([(i, dtype or self._sources[i].dtype) for i in numbers])
         with self._lock:
             for key in keys:
                 last, self._last = self._last, key
                 if last not in (None, key) and self._next.get(last) != key != self._following(last, placed=False):
                     self._next[last], self._surprised, self._steady, self._plans = key, True, False, {}
             for slot in reversed(self._slots):
-                if not [k for k in keys if k not in slot.content]:
+                if not [k for k in keys if k not in slot.content.copies]:
                     break
             else:
                 slot = self._fill(keys)
@@ -434,38 +380,42 @@ class ShadowEngine:
                 self._slots.append(self._slots.pop(0))
             # Leaves with requires_grad, and no views: matmul then folds a batch into rows, as it does for parameters.
             # Made for each read: that one of them is alive is what keeps the slot from being written again.
-            copies = {k[0]: slot.content[k].detach().requires_grad_() for k in keys}
+            copies = {
+                id(p): slot.content.copies[k].detach().requires_grad_() for p, k in zip(parameters, keys, strict=True)
+            }
             if keep:
                 self._kept += copies.values()
             return copies
 
-    def _fill(self, keys: tuple[_Key, ...]) -> _Slot:
+    def _fill(self, keys: tuple[Key, ...]) -> Slot:
         """Make copies, and those of what was read next the last time while there is room: fewer, longer passes."""
         wanted, nbytes = self._plans.get(keys) or self._plan(keys)
         sources, slot = [self._sources[i] for i, _ in wanted], self._slot(nbytes)
-        slot.content, slot.ahead = {}, None  # first: what it held must not count as the new layout's
+        slot.content, slot.ahead = NOTHING, None  # first: what it held must not count as the new layout's
         layout = slot.layout(wanted, self.space, sources)
         if self._mirrored and self._steady and self._following(wanted[-1]) is None:
             self._perturb_both(slot, layout, sources)
         else:
             self._perturb(layout.make, sources)
-        slot.content, slot.version = layout.copies, slot.bytes._version
+        slot.content, slot.version = layout, slot.bytes._version
         self._place(slot)
         return slot
 
-    def _perturb_both(self, slot: _Slot, layout: _Layout, sources: list[Tensor]) -> None:
+    def _perturb_both(self, slot: Slot, layout: Layout, sources: list[Tensor]) -> None:
         """Copies of theta - c z beside those of theta + c z, where the other buffer has room: one noise makes both."""
         assert self._probe is not None
-        keys, mirrors, make = tuple(layout.copies), dict[_Key, Tensor](), layout.make
+        keys, make, mirror = tuple(layout.copies), layout.make, NOTHING
         other = next((s for s in self._slots if s is not slot and s.bytes.nbytes >= slot.bytes.nbytes), None)
         if other is not None and slot in self._slots and self._freed(other):
-            other.content, other.ahead, mirrors = {}, None, other.layout(keys, self.space, sources).copies
-            make = self.space.perturb([i for i, _ in keys], sources, [*layout.copies.values()], [*mirrors.values()])
+            other.content, other.ahead, mirror = NOTHING, None, other.layout(keys, self.space, sources)
+            make = self.space.perturb(
+                [i for i, _ in keys], sources, [*layout.copies.values()], [*mirror.copies.values()]
+            )
         self._perturb(make, sources)
-        if other is not None and mirrors:
-            other.ahead, other.version = (self._probe, -self._c, mirrors), other.bytes._version
+        if other is not None and mirror is not NOTHING:
+            other.ahead, other.version = (self._probe, -self._c, mirror), other.bytes._version
 
-    def _plan(self, keys: tuple[_Key, ...]) -> _Plan:
+    def _plan(self, keys: tuple[Key, ...]) -> _Plan:
         """These, and what was read after them while there is room; kept until another order is seen."""
         wanted = dict.fromkeys(keys)
         end = sum(map(self._bytes, wanted))
@@ -477,9 +427,9 @@ class ShadowEngine:
             following = self._following(following)
         return self._plans.setdefault(keys, (tuple(wanted), end))
 
-    def _following(self, key: _Key, placed: bool = True) -> _Key | None:
-        """What was read after this, of what this probe does not leave out; ``placed`` or read through a stand-in."""
-        passed = self._left_out if placed else self._left_out.union(*[s.placed for s in self._slots])
+    def _following(self, key: Key, placed: bool = True) -> Key | None:
+        """What was read after this, of what this probe does not leave out; ``placed`` or read through its class."""
+        passed = self._left_out if placed else self._left_out.union(*[s.content.lent for s in self._slots if s.placed])
         following = self._next.get(key)
         for _ in self._sources:
             if following is None or following[0] not in passed:
@@ -487,46 +437,49 @@ class ShadowEngine:
             following = self._next.get(following)
         return following
 
-    def _place(self, slot: _Slot) -> None:
+    def _place(self, slot: Slot) -> None:
         """Give modules the copies themselves: in the parameters' own dtypes, and where torch does the same with them."""
         if not self._steady or slot not in self._slots:
             return
-        for key, copy in slot.content.items():
-            stand = self._stands.get(key[0])
-            if stand is None or key != stand._key or key[0] in self._branching:
-                continue
-            slot.placed[key[0]] = t = copy.detach().requires_grad_()
-            t.__dict__ = stand.__dict__
-            for parameters, name in self._places.get(key[0], ()):
-                if parameters.get(name) is stand:
-                    parameters[name] = t
-
-    def _displace(self, slot: _Slot) -> None:
-        """Put stand-ins back."""
-        for i, t in slot.placed.items():
+        slot.placed = True
+        for i, copy in slot.lend(self.space.tensors).items():
+            p = self.space.tensors[i]
             for parameters, name in self._places.get(i, ()):
-                if parameters.get(name) is t:
-                    parameters[name] = self._stands[i]
-        slot.placed = {}
+                if parameters.get(name) is p:
+                    parameters[name] = copy
+                else:
+                    self._look_in = 0
 
-    def _bytes(self, key: _Key) -> int:
-        return _aligned(self._sources[key[0]].numel() * key[1].itemsize)
+    def _displace(self, slot: Slot) -> None:
+        """Put the parameters themselves back."""
+        if not slot.placed:
+            return
+        lent = slot.content.lent
+        for i in lent:  # no name for a copy, which would be a reference to it
+            for parameters, name in self._places.get(i, ()):
+                if parameters.get(name) is lent[i]:
+                    parameters[name] = self.space.tensors[i]
+        slot.placed = False
+        slot.take_back()
 
-    def read_rows(self, stand: StandIn, index: Tensor) -> Tensor:
+    def _bytes(self, key: Key) -> int:
+        return aligned(self._sources[key[0]].numel() * key[1].itemsize)
+
+    def read_rows(self, i: int, index: Tensor) -> Tensor:
         """Perturbed rows of a matrix, in the shape that an embedding returns."""
         assert self._probe is not None
-        source, rows = self._sources[stand._number], index.reshape(-1).to(torch.int64)
+        source, rows = self._sources[i], index.reshape(-1).to(torch.int64)
         inside = ((rows >= 0) & (rows < source.shape[0])).all()
         if rows.is_cuda:
             torch._assert_async(inside)  # no wait for the device, as torch's own check
         elif not inside:
-            raise IndexError(f"embedding: index out of range in {self.space.names[stand._number]}")
+            raise IndexError(f"embedding: index out of range in {self.space.names[i]}")
         out = torch.empty(rows.numel(), source.shape[1], dtype=source.dtype, device=source.device)
         counters = self._uncounted[:2]
-        self.space.perturb_rows(stand._number, source, rows, out, self._probe, self._coeffs[:, :1], counters)
+        self.space.perturb_rows(i, source, rows, out, self._probe, self._coeffs[:, :1], counters)
         return out.view(*index.shape, -1)
 
-    def _slot(self, nbytes: int) -> _Slot:
+    def _slot(self, nbytes: int) -> Slot:
         """Scratch of this size: the one of the two buffers that was free longest, else memory of its own.
 
         Rather not the one that holds what the next evaluation reads.
@@ -538,13 +491,13 @@ class ShadowEngine:
         if free is not None:
             self._slots.remove(free)
             del slots, free  # before there is a larger one
-        slot = _Slot(nbytes, self.device)
+        slot = Slot(nbytes, self.device)
         self._peak = max(self._peak, sum(s.bytes.nbytes for s in (*self._slots, slot)))
         if len(self._slots) < 2:
             self._slots.insert(0, slot)
         return slot
 
-    def _freed(self, slot: _Slot) -> bool:
+    def _freed(self, slot: Slot) -> bool:
         """Whether nobody has the slot's copies, when the modules have given theirs back."""
         self._check_unwritten(slot)
         self._displace(slot)
@@ -560,13 +513,13 @@ class ShadowEngine:
             names = [self.space.names[i] for i in which]
             size = sum(self._held[i].nbytes for i in which)
             warnings.warn(
-                f"{some(names, 5)}: read elsewhere than as attributes of their modules (compiled or scripted "
-                "code, another object that keeps them). They are perturbed in place and put back from a copy, "
+                f"{some(names, 5)}: read elsewhere than by torch's functions (compiled or scripted code, an extension, "
+                "a tensor that shares their memory). They are perturbed in place and put back from a copy, "
                 f"{size / 2**20:.1f} MiB",
                 stacklevel=2,
             )
 
-    def _others(self, which: Sequence[int]) -> dict[int, Tensor]:
+    def _other_numbers(self, which: Sequence[int]) -> dict[int, Tensor]:
         """Other numbers in the shape of these tensors, for the time of an evaluation."""
         slot = max((s for s in self._slots if s.free()), key=lambda s: s.bytes.nbytes, default=None)
         if slot is not None and which:
@@ -581,7 +534,7 @@ class ShadowEngine:
         return out
 
     def _reads_elsewhere(self, closure: Callable[[], Tensor], c: float, probe: Probe, result: Tensor) -> bool:
-        """Whether tensors were found that the closure reads past the stand-ins; they are held from now on."""
+        """Whether tensors were found that the closure reads past torch's functions; they are held from now on."""
         if self._flat is not None and result != self._flat:  # the closure tells probes apart
             self._checks = min(self._checks, 0 if self._checks == _FLAT - 1 else 1)  # at last: compare once more
         if not self._checks or not result.isfinite():
@@ -621,34 +574,29 @@ class ShadowEngine:
 
 
 def _out_of_reach(module: nn.Module, tensors: Sequence[Tensor]) -> list[int]:
-    """Numbers of the tensors that stand-ins in their modules cannot reach, as far as the structure shows."""
+    """Numbers of the tensors whose values are read past torch's functions, as far as the structure shows."""
     numbers = {id(p): i for i, p in enumerate(tensors)}
     memory: dict[int, list[int]] = {}
     for i, p in enumerate(tensors):
         if p.numel() and not p.is_meta:
             memory.setdefault(p.untyped_storage().data_ptr(), []).append(i)
-    inside: set[int] = set()
     out = {i for i, p in enumerate(tensors) if type(p) not in (nn.Parameter, Tensor)}
     for m in module.modules():
-        inside |= {numbers[id(p)] for p in m._parameters.values() if id(p) in numbers}
-        frozen = [p for p in m._parameters.values() if p is not None and id(p) not in numbers]
-        others = [v for k, v in vars(m).items() if k not in ("_parameters", "_modules", "_buffers")]
-        for t in (*frozen, *m._buffers.values(), *_tensors(others)):
-            if id(t) in numbers:  # lists such as an LSTM's _flat_weights
-                out.add(numbers[id(t)])
-            elif isinstance(t, Tensor) and t.layout is torch.strided and not t.is_meta:
+        for t in _tensors([v for k, v in vars(m).items() if k != "_modules"]):
+            if id(t) not in numbers and t.layout is torch.strided and not t.is_meta:
                 out |= set(memory.get(t.untyped_storage().data_ptr(), ()))  # a view of a weight, say
         if "_orig_mod" in m._modules or m._compiled_call_impl or isinstance(m, torch.jit.ScriptModule):
             out |= {numbers[id(p)] for p in m.parameters() if id(p) in numbers}
-    return sorted(out | (set(numbers.values()) - inside))
+    return sorted(out)
 
 
 def _branching(module: nn.Module, numbers: dict[int, int]) -> set[int]:
-    """Numbers of tensors under modules that do something else where parameters are overridden, as torch's encoder layers."""
+    """Numbers of tensors that are not lent copies of: their modules do something else then, as torch's encoder layers."""
     # static: scripted modules have no forward to get
     forwards = {m: getattr_static(type(m), "forward", None) for m in module.modules()}
     names = {m: getattr(f, "__code__", _branching.__code__).co_names for m, f in forwards.items()}
     found = [m for m in names if "has_torch_function" in names[m]]
+    found += [m for m in names if isinstance(m, nn.RNNBase)]  # which keep lists of what they find in their places
     return {numbers[id(p)] for m in found for p in m.parameters() if id(p) in numbers}
 
 
