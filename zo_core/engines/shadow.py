@@ -46,7 +46,7 @@ _PATTERN = 0x3C  # of bytes: 0.0115 in float32 and bfloat16, 1.06 in float16
 class Perturbed(Tensor):
     """What parameters are during an evaluation: functions of their values get those of theta + c z.
 
-    Each engine has a subclass, whose ``engine`` is set while it evaluates.
+    Each engine has a subclass of its own.
     """
 
     engine: ClassVar["ShadowEngine"]
@@ -146,12 +146,12 @@ class ShadowEngine:
         self._largest = 0  # bytes that one function needed
         self._held: dict[int, Tensor] = {}  # tensors that are perturbed in place, and their values
         self._look_in = 0  # steps until places are looked for again
-        self._inside, self._absent = set[int](), set[int]()  # tensors that the module has had, and no longer has
+        self._inside: set[int] = set()  # tensors that the module has, the last time it was looked at
         self._peak = 0
         self._checks = _FLAT  # comparisons that may still be made
         self._flat: Tensor | None = None  # the result that did not change
         self._class = type("Perturbed", (Perturbed,), {"engine": weakref.proxy(self)})
-        self._changed: list[tuple[Tensor, type]] = []  # tensors of that class, and what they were before
+        self._classes: list[tuple[Tensor, type]] = []  # tensors of that class, and what they were before
         self._sources: list[Tensor] = []  # the weights, also while parameters have other data
         self._shapes: list[torch.Size] = []  # they had the last time
         self._places: dict[int, list[tuple[dict[str, Any], str]]] = {}  # of each tensor, in the modules' parameters
@@ -262,19 +262,19 @@ class ShadowEngine:
         for i, t in self._other_numbers(changed).items():
             tensors[i].data = t
         apart = {*self._held, *self._left_out}
-        self._changed = [(p, type(p)) for i, p in enumerate(tensors) if i not in apart]
-        for p, _ in self._changed:
+        self._classes = [(p, type(p)) for i, p in enumerate(tensors) if i not in apart]
+        for p, _ in self._classes:
             p.__class__ = self._class
 
     def _end(self) -> None:
         """Let parameters answer with theta."""
-        for p, kind in self._changed:
+        for p, kind in self._classes:
             p.__class__ = kind
         for slot in self._slots:
             self._displace(slot)
         for i in self._written:
             self._sources[i].copy_(self._held[i])
-        self._probe, self._kept, self._written, self._changed = None, [], [], []
+        self._probe, self._kept, self._written, self._classes = None, [], [], []
         if not all(slot.free() for slot in self._slots):
             self._reclaim()
 
@@ -297,9 +297,13 @@ class ShadowEngine:
             for name, p in parameters.items():
                 if (i := self._numbers.get(id(p))) is not None:
                     self._places.setdefault(i, []).append((parameters, name))
-        self._inside |= set(self._places)
-        if len(self._places) < len(self._inside):
-            self._say_absent(self._inside - set(self._places))
+        absent, self._inside = self._inside - set(self._places), set(self._places)
+        if absent:
+            warnings.warn(
+                f"{some([self.space.names[i] for i in sorted(absent)], 5)}: no longer a parameter of the module; if it was "
+                "replaced, make a new optimizer",
+                stacklevel=2,
+            )
         for i in self._branching:
             self._places.pop(i, None)
 
@@ -311,14 +315,6 @@ class ShadowEngine:
                 if p is not None and (owner := owners.get(id(p.__dict__))) is not None:
                     parameters[name] = owner
 
-    def _say_absent(self, absent: set[int]) -> None:
-        if absent := absent - self._absent:
-            self._absent |= absent
-            warnings.warn(
-                f"{some([self.space.names[i] for i in sorted(absent)], 5)}: no longer a parameter of the module; if it was replaced, make a new optimizer",
-                stacklevel=2,
-            )
-
     def _perturb(self, make: Make, sources: list[Tensor]) -> None:
         """Write theta + c z of these tensors."""
         assert self._probe is not None
@@ -326,13 +322,8 @@ class ShadowEngine:
         make(sources, self._probe, self._coeffs[:, :n], self._uncounted[: 1 + n])
 
     def call(
-        self,
-        func: Callable[..., Any],
-        asks: str,
-        parameters: Sequence[Tensor],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Tensor | None:
+        self, func: Callable[..., Any], asks: str, parameters: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor | None:  # fmt: skip
         """Refuse a call that cannot be served; an embedding's rows; None for what copies serve."""
         name = self.space.names[self._numbers[id(parameters[0])]]
         if torch.compiler.is_compiling():
@@ -429,7 +420,9 @@ class ShadowEngine:
 
     def _following(self, key: Key, placed: bool = True) -> Key | None:
         """What was read after this, of what this probe does not leave out; ``placed`` or read through its class."""
-        passed = self._left_out if placed else self._left_out.union(*[s.content.lent for s in self._slots if s.placed])
+        passed = set(self._left_out)
+        if not placed:
+            passed.update(*[s.content.lent.keys() & self._places.keys() for s in self._slots if s.placed])
         following = self._next.get(key)
         for _ in self._sources:
             if following is None or following[0] not in passed:
