@@ -19,7 +19,7 @@ namespace {
 // Below this many elements a thread's start costs more than it saves (about 20 us against 1 ns an element).
 constexpr int64_t MIN_PER_THREAD = 1 << 16;
 
-// Copies of more bytes than this are written past the caches, which they would leave before they are read.
+// Copies of more bytes than this are made past the caches, which they would leave before they are read.
 constexpr int64_t PAST_CACHES = 8 << 20;
 
 // The OpenMP runtime that the process has, torch's say: its waiting threads spin, so threads of our own beside them would

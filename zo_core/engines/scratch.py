@@ -33,12 +33,13 @@ class Layout(NamedTuple):
 
     where: list[int]  # their sources are
     copies: dict[Key, Tensor]
+    own: dict[int, Tensor]  # those of the dtypes of their sources
     make: Make  # what writes ``copies``
-    lent: dict[int, Tensor]  # those of their parameters' own dtypes, as parameters
+    lent: dict[int, Tensor]  # ``own`` as parameters, once they were asked for
     traces: list[tuple[Any, ...]]  # of ``lent``, when nobody else has it
 
 
-NOTHING = Layout([], {}, lambda *_: None, {}, [])
+NOTHING = Layout([], {}, {}, lambda *_: None, {}, [])
 
 
 class Slot:
@@ -77,19 +78,19 @@ class Slot:
             for key, source in zip(keys, sources, strict=True):
                 copies[key] = self.view(at, source.shape, key[1])
                 at += aligned(copies[key].nbytes)
+            own = {i: copies[i, t.dtype] for (i, dtype), t in zip(keys, sources, strict=True) if dtype == t.dtype}
             make = space.perturb([i for i, _ in keys], sources, list(copies.values()))
-            found = self._layouts[keys] = Layout(where, copies, make, {}, [])
+            found = self._layouts[keys] = Layout(where, copies, own, make, {}, [])
             self._own = self._users() - others
         return found
 
     def lend(self, owners: Sequence[Tensor]) -> dict[int, Tensor]:
-        """The content that has its owners' dtypes, as parameters with the owners' attributes."""
+        """The content that has its sources' dtypes, as parameters with their owners' attributes."""
         lent = self.content.lent
         if not lent:
-            for (i, dtype), copy in self.content.copies.items():
-                if dtype == owners[i].dtype:
-                    lent[i] = Tensor._make_subclass(nn.Parameter, copy, True)
-                    lent[i].__dict__ = owners[i].__dict__
+            for i, copy in self.content.own.items():
+                lent[i] = Tensor._make_subclass(nn.Parameter, copy, True)
+                lent[i].__dict__ = owners[i].__dict__
             self.content.traces[:] = _traces(lent.values())
             self._own += len(lent)
         return lent

@@ -159,7 +159,7 @@ class ShadowEngine:
         self._left_out: frozenset[int] = frozenset()  # of the probe
         self._probe: Probe | None = None
         self._c, self._coeffs, self._mirrored = 0.0, space.full(0.0), False  # one for each copy; mirrored: at -c next
-        self._hold(_out_of_reach(module, space.tensors))
+        self._hold(_out_of_reach(module, space.tensors, self._numbers))
 
     # ---- the engine --------------------------------------------------------------------------------------------
 
@@ -566,9 +566,8 @@ class ShadowEngine:
         return bool(found)
 
 
-def _out_of_reach(module: nn.Module, tensors: Sequence[Tensor]) -> list[int]:
+def _out_of_reach(module: nn.Module, tensors: Sequence[Tensor], numbers: dict[int, int]) -> list[int]:
     """Numbers of the tensors whose values are read past torch's functions, as far as the structure shows."""
-    numbers = {id(p): i for i, p in enumerate(tensors)}
     memory: dict[int, list[int]] = {}
     for i, p in enumerate(tensors):
         if p.numel() and not p.is_meta:
