@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.reference import HESSIAN_RANGE, ROUNDS
+
 ABI_VERSION = 5
 LIBRARY = Path(__file__).with_name("libzo_core.so")
 ISAS = ("portable", "avx2", "avx512")
@@ -102,7 +104,9 @@ def set_isa(name: str) -> None:
     _require().zo_isa_set(ISAS.index(name))
 
 
-def philox_(words: Tensor, *, domain: int, tensor_id: int, stream: int, block: int, seed: int, rounds: int = 7) -> None:
+def philox_(
+    words: Tensor, *, domain: int, tensor_id: int, stream: int, block: int, seed: int, rounds: int = ROUNDS
+) -> None:
     """Fill int32 ``words`` of shape (n, 4) with the Philox words of blocks ``block`` to ``block + n - 1``."""
     if _require().zo_philox(seed, domain, tensor_id, stream, block, words.shape[0], rounds, words.data_ptr()):
         raise RuntimeError("zo_philox refused its arguments: please report this as a bug")
@@ -216,8 +220,8 @@ def run_rows(
 def _run(
     table: int, n: int, streams: Tensor, coeffs: Tensor, seed: int, distribution: str, counters: Tensor,
     decay: Tensor | None = None, update: Tensor | None = None, restore: Tensor | None = None,
-    curvature: Tensor | None = None, smoothing: Tensor | None = None, hessian_min: float = 0.0,
-    hessian_max: float = float("inf"),
+    curvature: Tensor | None = None, smoothing: Tensor | None = None, hessian_min: float = HESSIAN_RANGE[0],
+    hessian_max: float = HESSIAN_RANGE[1],
 ) -> None:  # fmt: skip
     """``zo_run`` on n ``zo_tensor`` structs at this address."""
     kept: list[Tensor] = []  # alive until the call returns

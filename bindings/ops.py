@@ -57,11 +57,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import increment_version
 
 from ..kernels import reference
+from ..kernels.reference import HESSIAN_RANGE, ROUNDS
 from . import native
 
 DTYPES = tuple(native.DTYPES)
 RESIDUAL_DTYPES = (torch.int8, torch.int16)
-HESSIAN_RANGE = (1e-8, 1e8)
 
 _UINT64 = (1 << 64) - 1
 _COMMON = (
@@ -79,7 +79,7 @@ _SCHEMAS = (
     "Tensor? row_scale=None, Tensor? column_scale=None) -> ()",
     "replay_(Tensor(a!)[] weights, int[] tensor_ids, int[] offsets, Tensor streams, Tensor coeffs, *, int seed, "
     "str distribution, Tensor(z!) counters, Tensor? decay=None, Tensor? updates=None, Tensor(b!)[]? residuals=None) -> ()",
-    "philox_(Tensor(a!) words, *, int seed, int domain, int tensor_id, int stream, int block, int rounds=7) -> ()",
+    f"philox_(Tensor(a!) words, *, int seed, int domain, int tensor_id, int stream, int block, int rounds={ROUNDS}) -> ()",
 )
 
 
@@ -303,7 +303,7 @@ def _check_replay(
     _check_pass(weights, weights, [], tensor_ids, offsets, *one, in_place=True, **options)
 
 
-def _check_philox(words: Tensor, *, rounds: int = 7, **numbers: int) -> None:
+def _check_philox(words: Tensor, *, rounds: int = ROUNDS, **numbers: int) -> None:
     if words.dtype != torch.int32 or words.dim() != 2 or words.shape[1] != 4 or not words.is_contiguous():
         raise ValueError(f"words: expected contiguous int32 of shape (n, 4), got {words.dtype} {tuple(words.shape)}")
     if rounds not in (7, 10):

@@ -1,6 +1,5 @@
 """The Triton backend: ``run_pass``, ``run_rows`` and ``philox_`` on CUDA tensors (or CPU tensors in the interpreter)."""
 
-import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -11,6 +10,7 @@ from torch import Tensor
 
 import triton
 
+from ..reference import HESSIAN_RANGE, ROUNDS
 from . import passes, sums
 
 _CACHED = 1024  # tables kept: a shadow engine needs one a module; one is 96 bytes a tensor and 8 a run of tiles
@@ -109,7 +109,9 @@ def _table(src: list[Tensor], dst: list[Tensor], hessians: list[Tensor], residua
 # ---- launches -----------------------------------------------------------------------------------------------------
 
 
-def philox_(words: Tensor, *, domain: int, tensor_id: int, stream: int, block: int, seed: int, rounds: int = 7) -> None:
+def philox_(
+    words: Tensor, *, domain: int, tensor_id: int, stream: int, block: int, seed: int, rounds: int = ROUNDS
+) -> None:
     """Fill int32 ``words`` of shape (n, 4) with the Philox words of blocks ``block`` to ``block + n - 1``."""
     if n := words.shape[0]:
         key = map(_int32, (tensor_id, stream, seed, seed >> 32))
@@ -152,8 +154,8 @@ def _run_pass(
     restore: Tensor | None = None,
     curvature: Tensor | None = None,
     smoothing: Tensor | None = None,
-    hessian_min: float = 0.0,
-    hessian_max: float = math.inf,
+    hessian_min: float = HESSIAN_RANGE[0],
+    hessian_max: float = HESSIAN_RANGE[1],
     residuals: Sequence[Tensor] = (),
     row_scales: Sequence[Tensor] = (),
     column_scales: Sequence[Tensor] = (),
