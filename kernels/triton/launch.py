@@ -132,8 +132,7 @@ def _digits(coeffs: Tensor, none: Tensor, summed: bool) -> tuple[Tensor, Tensor,
     digits = torch.empty(count * steps * 512, dtype=torch.int8, device=coeffs.device)
     totals = torch.empty(count * 16, dtype=torch.int32, device=coeffs.device)
     scales = torch.empty(count, dtype=torch.float32, device=coeffs.device)
-    block = triton.next_power_of_2(k)
-    sums.digits_kernel[(count,)](coeffs, digits, totals, scales, count, k, steps, block, **options(1))
+    sums.digits_kernel[(count,)](coeffs, digits, totals, scales, count, k, steps, **options(1))
     return digits, totals, scales, steps
 
 

@@ -23,15 +23,19 @@ COLUMNS = tl.constexpr(16)  # n = (digit & 1) + 2 j + 8 (digit >> 1)
 STEP_BYTES = tl.constexpr(512)  # of digits: 16 columns of 32
 
 
-@triton.jit
-def digits_kernel(coeffs, digits, totals, scales, n_tensors, n_streams, n_steps, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["n_tensors", "n_streams", "n_steps"], do_not_specialize_on_alignment=["coeffs"])
+def digits_kernel(coeffs, digits, totals, scales, n_tensors, n_streams, n_steps):
     """The right side for a tensor: int8 digits (steps, 16, 32), their totals int32 (16,) and the scale of its sums."""
     column = tl.program_id(0)
-    k = tl.arange(0, BLOCK)
-    largest = tl.max(tl.abs(tl.load(coeffs + k * n_tensors + column, mask=k < n_streams, other=0.0)))
+    largest = 0.0
+    for first in range(0, n_streams, 32):
+        stream = first + tl.arange(0, 32)
+        some = tl.load(coeffs + stream * n_tensors + column, mask=stream < n_streams, other=0.0)
+        largest = tl.maximum(largest, tl.max(tl.abs(some)))
     # 2^e <= largest < 2^(e+1); below 2^-100 there is nothing that float32 weights could show
     exponent = tl.maximum(largest.to(tl.int32, bitcast=True) >> 23, 27)
     unit = ((exponent - 25) << 23).to(tl.float32, bitcast=True)  # 2^(e - 25)
+    inverse = ((279 - exponent) << 23).to(tl.float32, bitcast=True)  # exact; a float32 division may be off by 2 ulp
     tl.store(scales + column, unit)
     n = tl.arange(0, 16)
     digit, j = (n & 1) + 2 * (n >> 3), (n >> 1) & 3
@@ -39,7 +43,7 @@ def digits_kernel(coeffs, digits, totals, scales, n_tensors, n_streams, n_steps,
     total = tl.zeros((16,), tl.int32)
     for step in range(n_steps):
         k = step * 8 + (inner >> 2)
-        c = tl.load(coeffs + k * n_tensors + column, mask=k < n_streams, other=0.0) / unit
+        c = tl.load(coeffs + k * n_tensors + column, mask=k < n_streams, other=0.0) * inverse
         whole = tl.where(tl.abs(c) < 8388608.0, tl.floor(c + 0.5), c).to(tl.int32)
         value = tl.zeros((16, 32), tl.int32)
         for d in tl.static_range(4):
