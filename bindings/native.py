@@ -14,6 +14,7 @@ from ..kernels.reference import HESSIAN_RANGE, ROUNDS
 
 ABI_VERSION = 5
 LIBRARY = Path(__file__).with_name("libzo_core.so")
+CHOICE = os.environ.get("ZO_CORE_BACKEND", "")  # read once, when the library is imported
 ISAS = ("portable", "avx2", "avx512")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _FIELDS = 12  # int64 of a zo_tensor
@@ -49,9 +50,12 @@ class _PassStruct(ctypes.Structure):
 
 
 def _load() -> tuple[ctypes.CDLL | None, str]:
-    if (wanted := os.environ.get("ZO_CORE_BACKEND", "native")) not in ("native", "triton", "reference"):
-        raise ValueError(f"ZO_CORE_BACKEND: expected native, triton or reference, got {wanted!r}")
-    if wanted == "reference":
+    if CHOICE not in ("", "triton", "reference"):
+        raise ValueError(
+            f"ZO_CORE_BACKEND: expected triton (CUDA tensors take the Triton kernels or raise an error), reference (all tensors "
+            f"take the slow torch reference) or nothing (each device takes the fastest that is there), got {CHOICE!r}"
+        )
+    if CHOICE == "reference":
         return None, "switched off by ZO_CORE_BACKEND=reference"
     if not LIBRARY.exists():
         return None, (

@@ -44,7 +44,6 @@ backend reads and writes each weight once a call. Streams are int64 (S, K), coef
 Errors (TypeError for dtypes, ValueError for all else) come before anything is written.
 """
 
-import os
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -58,7 +57,7 @@ from torch.autograd.graph import increment_version
 
 from ..kernels import reference
 from ..kernels.reference import HESSIAN_RANGE, ROUNDS
-from . import native
+from . import cuda, native
 
 DTYPES = tuple(native.DTYPES)
 RESIDUAL_DTYPES = (torch.int8, torch.int16)
@@ -318,29 +317,28 @@ def _check_philox(words: Tensor, *, rounds: int = ROUNDS, **numbers: int) -> Non
 
 @cache
 def _say_once(text: str) -> None:
-    if os.environ.get("ZO_CORE_BACKEND") != "reference":
-        warnings.warn(text, stacklevel=2)
+    warnings.warn(text, stacklevel=2)
 
 
 def backend_for(device: torch.device) -> ModuleType:
-    """The module whose ``run_pass``, ``run_rows`` and ``philox_`` serve tensors on this device."""
-    backend: ModuleType = reference
-    if device.type == "cpu" and native.available():
-        backend = native
-    elif device.type == "cuda" and os.environ.get("ZO_CORE_BACKEND") == "triton":
-        from ..kernels import triton
+    """The module whose ``run_pass``, ``run_rows`` and ``philox_`` serve tensors on this device.
 
-        backend = triton
-    elif device.type == "cuda":
-        _say_once(
-            "zo_core: CUDA tensors take the slow torch reference; ZO_CORE_BACKEND=triton takes the Triton kernels, which "
-            "have been held against the reference in the interpreter but not yet on a GPU (python -m bench.gpu does that)"
-        )
-    else:
-        _say_once(
-            f"zo_core: {device.type} tensors take the slow torch reference (native library: {native.why_missing})"
-        )
-    return backend
+    The CPU takes the native library and CUDA the Triton kernels, where they are there and right (``bindings.cuda``); all else
+    takes the torch reference, and so does everything where ``ZO_CORE_BACKEND=reference`` says so.
+    """
+    if native.CHOICE == "reference":
+        return reference
+    if device.type == "cuda":
+        return cuda.backend_for(device)
+    if device.type == "cpu" and native.available():
+        return native
+    why = (
+        f" (native library: {native.why_missing})"
+        if device.type == "cpu"
+        else ": no faster one is there for this device"
+    )
+    _say_once(f"zo_core: {device.type} tensors take the slow torch reference{why}")
+    return reference
 
 
 def prepare_perturb(device: torch.device, src: Any, dst: Any, mirrors: Any = (), **beside: Any) -> Callable[..., None]:

@@ -110,9 +110,13 @@ def _as_the_reference(
     backend: ModuleType, device: torch.device, weights: Tensor, *, bound: float = 0.0, **call: Any
 ) -> None:
     """Raise unless a pass makes what it makes of the reference, in all that it writes."""
-    pairs = zip(_pass(backend, device, weights, **call), _pass(reference, torch.device("cpu"), weights, **call), strict=True)
+    pairs = zip(
+        _pass(backend, device, weights, **call), _pass(reference, torch.device("cpu"), weights, **call), strict=True
+    )
     for what, (got, expected) in zip(("results", "counters", "what is kept beside"), pairs, strict=False):
-        _same(f"{str(weights.dtype).removeprefix('torch.')} {what}", got, expected, bound if what != "counters" else 0.0)
+        _same(
+            f"{str(weights.dtype).removeprefix('torch.')} {what}", got, expected, bound if what != "counters" else 0.0
+        )
 
 
 # ---- the answers ----------------------------------------------------------------------------------------------------

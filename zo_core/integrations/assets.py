@@ -12,7 +12,6 @@ import functools
 import hashlib
 import io
 import json
-import os
 import subprocess
 import sys
 import tarfile
@@ -22,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import platformdirs
+from zo_core.bindings.cuda import cache_folder
 
 
 class AssetError(RuntimeError):
@@ -119,11 +118,6 @@ ASSETS = {
 def names(kind: str) -> list[str]:
     """Names of the assets of a kind: "model" or "dataset"."""
     return [name for name, asset in ASSETS.items() if asset.kind == kind]
-
-
-def cache_folder() -> Path:
-    """Where assets are kept: `$ZO_CORE_CACHE`, or the user's cache folder of this system."""
-    return Path(os.environ.get("ZO_CORE_CACHE") or platformdirs.user_cache_path("zo_core"))
 
 
 def asset_folder(name: str) -> Path:
