@@ -34,6 +34,13 @@ class Verdict:
     remembered: bool = False  # found by an earlier process
     seconds: float = 0.0
 
+    def __str__(self) -> str:
+        """What is wrong, in one line, each finding once."""
+        names: dict[str, list[str]] = {}
+        for name, what in self.wrong.items():
+            names.setdefault(what, []).append(name)
+        return "; ".join(f"{', '.join(of)}: {what}" for what, of in names.items())[:1500]
+
 
 _chosen: dict[torch.device, ModuleType] = {}
 _lock = threading.Lock()
@@ -74,21 +81,21 @@ def chosen() -> dict[str, str]:
 
 
 def _choose(device: torch.device) -> ModuleType:
+    backend: ModuleType = reference
     verdict = check(device)
     if not verdict.wrong:
         return _triton()
-    found = "; ".join(f"{name}: {what}" for name, what in verdict.wrong.items())
-    facts = ", ".join(f"{name} {value}" for name, value in verdict.facts.items())
-    text = f"zo_core: the Triton kernels cannot be used on {device} ({found[:1500]})."
+    text = f"zo_core: the Triton kernels cannot be used on {device} ({verdict})."
     if set(verdict.wrong) != {"triton"}:
-        text += f" Please report this text as a bug of zo_core, with: {facts}."
+        facts = ", ".join(f"{name} {value}" for name, value in verdict.facts.items())
+        text += f" If your installation is not the cause, please report this text as a bug of zo_core: {facts}."
     if native.CHOICE == "triton":
         raise RuntimeError(
             f"{text} ZO_CORE_BACKEND=triton insists on them: unset it to take the slow torch reference instead."
         )
     text += " The torch reference is used, which is right but slow; ZO_CORE_BACKEND=reference takes it without this warning."
     warnings.warn(text, stacklevel=2)
-    return reference
+    return backend
 
 
 # ---- the check ------------------------------------------------------------------------------------------------------
@@ -118,12 +125,15 @@ def check(device: torch.device, *, again: bool = False) -> Verdict:
         f"minute (kept in {forms.folder()})\n"
     )
     begin = time.perf_counter()
-    wrong = selfcheck.run(triton, device)
+    try:
+        wrong = selfcheck.run(triton, device)
+    except OSError as error:
+        wrong = {"triton": f"{error}: set TRITON_CACHE_DIR to a folder that can be written, if {forms.folder()} cannot"}
     seconds = time.perf_counter() - begin
     if not wrong:
         _remember(file, facts)
     elif device.type == "cuda":
-        _require_life(device, wrong)
+        _require_life(device, Verdict(wrong, facts))
     return Verdict(wrong, facts, seconds=seconds)
 
 
@@ -131,14 +141,13 @@ def _triton() -> ModuleType:
     return import_module("..kernels.triton", __package__)
 
 
-def _require_life(device: torch.device, wrong: dict[str, str]) -> None:
+def _require_life(device: torch.device, verdict: Verdict) -> None:
     """An illegal access ends a process's use of the GPU: then no other backend can take over."""
     try:
         torch.zeros(1, device=device).add_(1).item()
     except Exception as error:
-        found = "; ".join(f"{name}: {what}" for name, what in wrong.items())
         raise RuntimeError(
-            f"zo_core's Triton kernels failed on {device} and took the CUDA context with them ({found[:1500]}): please report this "
+            f"zo_core's Triton kernels failed on {device} and took the CUDA context with them ({verdict}): please report this "
             "as a bug of zo_core, and start again with ZO_CORE_BACKEND=reference"
         ) from error
 

@@ -326,19 +326,20 @@ def backend_for(device: torch.device) -> ModuleType:
     The CPU takes the native library and CUDA the Triton kernels, where they are there and right (``bindings.cuda``); all else
     takes the torch reference, and so does everything where ``ZO_CORE_BACKEND=reference`` says so.
     """
+    backend: ModuleType = reference
     if native.CHOICE == "reference":
-        return reference
-    if device.type == "cuda":
-        return cuda.backend_for(device)
-    if device.type == "cpu" and native.available():
-        return native
-    why = (
-        f" (native library: {native.why_missing})"
-        if device.type == "cpu"
-        else ": no faster one is there for this device"
-    )
-    _say_once(f"zo_core: {device.type} tensors take the slow torch reference{why}")
-    return reference
+        pass
+    elif device.type == "cuda":
+        backend = cuda.backend_for(device)
+    elif device.type == "cpu" and native.available():
+        backend = native
+    elif device.type == "cpu":
+        _say_once(f"zo_core: cpu tensors take the slow torch reference (native library: {native.why_missing})")
+    else:
+        _say_once(
+            f"zo_core: {device.type} tensors take the slow torch reference, as there is no other backend for them"
+        )
+    return backend
 
 
 def prepare_perturb(device: torch.device, src: Any, dst: Any, mirrors: Any = (), **beside: Any) -> Callable[..., None]:

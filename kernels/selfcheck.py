@@ -32,13 +32,14 @@ def run(backend: ModuleType, device: torch.device) -> dict[str, str]:
 
     Raises:
         torch.OutOfMemoryError: a few megabytes were not free, which says nothing about the backend.
+        OSError: nor does a file that cannot be written.
     """
     wrong: dict[str, str] = {}
     with torch.no_grad(), torch.inference_mode(False):
         for name, answer in ANSWERS.items():
             try:
                 answer(backend, device)
-            except torch.OutOfMemoryError:
+            except (torch.OutOfMemoryError, OSError):
                 raise
             except WrongAnswerError as error:
                 wrong[name] = str(error)
@@ -150,8 +151,8 @@ def _gaussian(backend: ModuleType, device: torch.device) -> None:
 
 def _sixteen_bits(backend: ModuleType, device: torch.device, residual: int = 0, **call: Any) -> None:
     for dtype in (torch.bfloat16, torch.float16):
-        kept = {"residuals": [_residual(residual)]} if residual else {}
-        _as_the_reference(backend, device, _weights(dtype), coeffs=0.01, **kept, **call)
+        kept = [_residual(residual)] if residual else []
+        _as_the_reference(backend, device, _weights(dtype), coeffs=0.01, residuals=kept, **call)
 
 
 def _nearest(backend: ModuleType, device: torch.device) -> None:

@@ -122,7 +122,8 @@ def names(kind: str) -> list[str]:
 
 def asset_folder(name: str) -> Path:
     """Where the asset `name` is, or will be once fetched. Its package's version is part of the path."""
-    return cache_folder() / f"{name}-{PACKAGES[ASSETS[name].package].version}"
+    folder: Path = cache_folder()
+    return folder / f"{name}-{PACKAGES[ASSETS[name].package].version}"
 
 
 def is_cached(name: str) -> bool:

@@ -81,7 +81,7 @@ def diagnose() -> list[dict[str, str]]:
         "ok" if len(cached) == len(assets.ASSETS) else "slow",
         "python -m ensurepip, to fetch assets",
     )
-    folder = assets.cache_folder()
+    folder = cuda.cache_folder()
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     writable = os.access(nearest, os.W_OK)
     add("cache folder", writable and str(folder), "missing", f"{folder} is read-only: set ZO_CORE_CACHE")
@@ -95,12 +95,11 @@ def _kernels(device: torch.device) -> tuple[str, str, str, str]:
         return "slow", f"kernels on {device}", "none", "ZO_CORE_BACKEND=reference switches them off: unset it"
     verdict = cuda.check(device)
     if verdict.wrong:
-        wrong = "; ".join(f"{name}: {what}" for name, what in verdict.wrong.items())
         return (
             "slow",
             f"kernels on {device}",
             "wrong: the torch reference is used",
-            f"report this as a bug of zo_core: {wrong}",
+            f"report this as a bug of zo_core: {verdict}",
         )
     from zo_core.kernels.triton import forms
 
