@@ -110,25 +110,25 @@ def check(device: torch.device, *, again: bool = False) -> Verdict:
     """
     facts = _facts(device)
     try:
-        triton, forms = _triton(), import_module("..kernels.triton.forms", __package__)
+        triton, cache = _triton(), import_module("..kernels.triton.cache", __package__)
     except ImportError as error:
         missing = isinstance(error, ModuleNotFoundError) and error.name == "triton"
         return Verdict(
             {"triton": "triton is not installed: pip install 'triton>=3.6'" if missing else str(error)}, facts
         )
-    facts |= {"triton": triton.VERSION, "kernels": _sources(), "compiled forms in": str(forms.folder())}
+    facts |= {"triton": triton.VERSION, "kernels": _sources(), "compiled forms in": str(cache.folder())}
     file = _file(facts)
-    if not again and _is_remembered(file, facts, forms.folder()):
+    if not again and _is_remembered(file, facts, cache.folder()):
         return Verdict({}, facts, remembered=True)
     sys.stderr.write(
         f"zo_core: checking its kernels on {facts['GPU']}, and compiling them the first time on this machine, which may take a "
-        f"minute (kept in {forms.folder()})\n"
+        f"minute (kept in {cache.folder()})\n"
     )
     begin = time.perf_counter()
     try:
         wrong = selfcheck.run(triton, device)
     except OSError as error:
-        wrong = {"triton": f"{error}: set TRITON_CACHE_DIR to a folder that can be written, if {forms.folder()} cannot"}
+        wrong = {"triton": f"{error}: set TRITON_CACHE_DIR to a folder that can be written, if {cache.folder()} cannot"}
     seconds = time.perf_counter() - begin
     if not wrong:
         _remember(file, facts)

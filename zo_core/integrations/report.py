@@ -101,10 +101,10 @@ def _kernels(device: torch.device) -> tuple[str, str, str, str]:
             "wrong: the torch reference is used",
             f"report this as a bug of zo_core: {verdict}",
         )
-    from zo_core.kernels.triton import forms
+    from zo_core.kernels.triton import cache
 
     when = "found right by an earlier process" if verdict.remembered else f"found right in {verdict.seconds:.1f} s"
-    return "ok", f"kernels on {device}", f"{when}; {forms.kept()} compiled forms in {forms.folder()}", ""
+    return "ok", f"kernels on {device}", f"{when}; {cache.kept()} compiled forms in {cache.folder()}", ""
 
 
 def peak_rss() -> int | None:
