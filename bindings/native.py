@@ -10,8 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.reference import HESSIAN_RANGE, ROUNDS
+
 ABI_VERSION = 5
 LIBRARY = Path(__file__).with_name("libzo_core.so")
+CHOICE = os.environ.get("ZO_CORE_BACKEND", "")  # read once, when the library is imported
 ISAS = ("portable", "avx2", "avx512")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _FIELDS = 12  # int64 of a zo_tensor
@@ -47,9 +50,12 @@ class _PassStruct(ctypes.Structure):
 
 
 def _load() -> tuple[ctypes.CDLL | None, str]:
-    if (wanted := os.environ.get("ZO_CORE_BACKEND", "native")) not in ("native", "triton", "reference"):
-        raise ValueError(f"ZO_CORE_BACKEND: expected native, triton or reference, got {wanted!r}")
-    if wanted == "reference":
+    if CHOICE not in ("", "triton", "reference"):
+        raise ValueError(
+            f"ZO_CORE_BACKEND: expected triton (CUDA tensors take the Triton kernels or raise an error), reference (all tensors "
+            f"take the slow torch reference) or nothing (each device takes the fastest that is there), got {CHOICE!r}"
+        )
+    if CHOICE == "reference":
         return None, "switched off by ZO_CORE_BACKEND=reference"
     if not LIBRARY.exists():
         return None, (
@@ -102,7 +108,9 @@ def set_isa(name: str) -> None:
     _require().zo_isa_set(ISAS.index(name))
 
 
-def philox_(words: Tensor, *, domain: int, tensor_id: int, stream: int, block: int, seed: int, rounds: int = 7) -> None:
+def philox_(
+    words: Tensor, *, domain: int, tensor_id: int, stream: int, block: int, seed: int, rounds: int = ROUNDS
+) -> None:
     """Fill int32 ``words`` of shape (n, 4) with the Philox words of blocks ``block`` to ``block + n - 1``."""
     if _require().zo_philox(seed, domain, tensor_id, stream, block, words.shape[0], rounds, words.data_ptr()):
         raise RuntimeError("zo_philox refused its arguments: please report this as a bug")
@@ -216,8 +224,8 @@ def run_rows(
 def _run(
     table: int, n: int, streams: Tensor, coeffs: Tensor, seed: int, distribution: str, counters: Tensor,
     decay: Tensor | None = None, update: Tensor | None = None, restore: Tensor | None = None,
-    curvature: Tensor | None = None, smoothing: Tensor | None = None, hessian_min: float = 0.0,
-    hessian_max: float = float("inf"),
+    curvature: Tensor | None = None, smoothing: Tensor | None = None, hessian_min: float = HESSIAN_RANGE[0],
+    hessian_max: float = HESSIAN_RANGE[1],
 ) -> None:  # fmt: skip
     """``zo_run`` on n ``zo_tensor`` structs at this address."""
     kept: list[Tensor] = []  # alive until the call returns

@@ -44,7 +44,6 @@ backend reads and writes each weight once a call. Streams are int64 (S, K), coef
 Errors (TypeError for dtypes, ValueError for all else) come before anything is written.
 """
 
-import os
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -57,11 +56,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import increment_version
 
 from ..kernels import reference
-from . import native
+from ..kernels.reference import HESSIAN_RANGE, ROUNDS
+from . import cuda, native
 
 DTYPES = tuple(native.DTYPES)
 RESIDUAL_DTYPES = (torch.int8, torch.int16)
-HESSIAN_RANGE = (1e-8, 1e8)
 
 _UINT64 = (1 << 64) - 1
 _COMMON = (
@@ -79,7 +78,7 @@ _SCHEMAS = (
     "Tensor? row_scale=None, Tensor? column_scale=None) -> ()",
     "replay_(Tensor(a!)[] weights, int[] tensor_ids, int[] offsets, Tensor streams, Tensor coeffs, *, int seed, "
     "str distribution, Tensor(z!) counters, Tensor? decay=None, Tensor? updates=None, Tensor(b!)[]? residuals=None) -> ()",
-    "philox_(Tensor(a!) words, *, int seed, int domain, int tensor_id, int stream, int block, int rounds=7) -> ()",
+    f"philox_(Tensor(a!) words, *, int seed, int domain, int tensor_id, int stream, int block, int rounds={ROUNDS}) -> ()",
 )
 
 
@@ -303,7 +302,7 @@ def _check_replay(
     _check_pass(weights, weights, [], tensor_ids, offsets, *one, in_place=True, **options)
 
 
-def _check_philox(words: Tensor, *, rounds: int = 7, **numbers: int) -> None:
+def _check_philox(words: Tensor, *, rounds: int = ROUNDS, **numbers: int) -> None:
     if words.dtype != torch.int32 or words.dim() != 2 or words.shape[1] != 4 or not words.is_contiguous():
         raise ValueError(f"words: expected contiguous int32 of shape (n, 4), got {words.dtype} {tuple(words.shape)}")
     if rounds not in (7, 10):
@@ -318,27 +317,27 @@ def _check_philox(words: Tensor, *, rounds: int = 7, **numbers: int) -> None:
 
 @cache
 def _say_once(text: str) -> None:
-    if os.environ.get("ZO_CORE_BACKEND") != "reference":
-        warnings.warn(text, stacklevel=2)
+    warnings.warn(text, stacklevel=2)
 
 
 def backend_for(device: torch.device) -> ModuleType:
-    """The module whose ``run_pass``, ``run_rows`` and ``philox_`` serve tensors on this device."""
-    backend: ModuleType = reference
-    if device.type == "cpu" and native.available():
-        backend = native
-    elif device.type == "cuda" and os.environ.get("ZO_CORE_BACKEND") == "triton":
-        from ..kernels import triton
+    """The module whose ``run_pass``, ``run_rows`` and ``philox_`` serve tensors on this device.
 
-        backend = triton
+    The CPU takes the native library and CUDA the Triton kernels, where they are there and right (``bindings.cuda``); all else
+    takes the torch reference, and so does everything where ``ZO_CORE_BACKEND=reference`` says so.
+    """
+    backend: ModuleType = reference
+    if native.CHOICE == "reference":
+        pass
     elif device.type == "cuda":
-        _say_once(
-            "zo_core: CUDA tensors take the slow torch reference; ZO_CORE_BACKEND=triton takes the Triton kernels, which "
-            "have been held against the reference in the interpreter but not yet on a GPU (python -m bench.gpu does that)"
-        )
+        backend = cuda.backend_for(device)
+    elif device.type == "cpu" and native.available():
+        backend = native
+    elif device.type == "cpu":
+        _say_once(f"zo_core: cpu tensors take the slow torch reference (native library: {native.why_missing})")
     else:
         _say_once(
-            f"zo_core: {device.type} tensors take the slow torch reference (native library: {native.why_missing})"
+            f"zo_core: {device.type} tensors take the slow torch reference, as there is no other backend for them"
         )
     return backend
 

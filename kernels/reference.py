@@ -11,6 +11,10 @@ import torch
 from torch import Tensor
 
 GAUSSIAN, RADEMACHER, ROUNDING, HOST = range(4)  # domains
+# H of a pass that is not told other limits, in every backend: torch leaves out an argument that equals its schema's
+# default when it calls a kernel, so that kernels and schemas must have the same one.
+HESSIAN_RANGE = (1e-8, 1e8)
+ROUNDS = 7  # of Philox in noise version 1, likewise
 CHUNK = 1 << 20  # elements worked on at once: bounds the temporaries, a multiple of every block
 
 _MASK = 0xFFFFFFFF
@@ -18,7 +22,9 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 
-def philox(block: Tensor, *, domain: int, tensor_id: int, stream: int | Tensor, seed: int, rounds: int = 7) -> Tensor:
+def philox(
+    block: Tensor, *, domain: int, tensor_id: int, stream: int | Tensor, seed: int, rounds: int = ROUNDS
+) -> Tensor:
     """Philox4x32 words (Salmon et al., SC'11) of the given blocks.
 
     Args:
@@ -42,7 +48,9 @@ def philox(block: Tensor, *, domain: int, tensor_id: int, stream: int | Tensor, 
     return torch.stack((c0, c1, c2, c3), -1)
 
 
-def philox_(words: Tensor, *, domain: int, tensor_id: int, stream: int, block: int, seed: int, rounds: int = 7) -> None:
+def philox_(
+    words: Tensor, *, domain: int, tensor_id: int, stream: int, block: int, seed: int, rounds: int = ROUNDS
+) -> None:
     """Fill int32 ``words`` of shape (n, 4) with the Philox words of blocks ``block`` to ``block + n - 1``."""
     blocks = torch.arange(words.shape[0], device=words.device) + block
     x = philox(blocks, domain=domain, tensor_id=tensor_id, stream=stream, seed=seed, rounds=rounds)
@@ -167,8 +175,8 @@ def run_pass(
     restore: Tensor | None = None,
     curvature: Tensor | None = None,
     smoothing: Tensor | None = None,
-    hessian_min: float = 0.0,
-    hessian_max: float = math.inf,
+    hessian_min: float = HESSIAN_RANGE[0],
+    hessian_max: float = HESSIAN_RANGE[1],
     residuals: Sequence[Tensor] = (),
     row_scales: Sequence[Tensor] = (),
     column_scales: Sequence[Tensor] = (),

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .bindings import native, ops
+from .bindings import cuda, native, ops
 
 VERSION = 1
 HOST_DOMAIN, DATA_ORDER, LAYER_ORDER = 3, 1, 2  # domain of host-side selection, and tensor ids in it
@@ -67,11 +67,16 @@ def permutation(n: int, *, seed: int, stream: int, purpose: int = DATA_ORDER) ->
 
 
 def backend_info() -> dict[str, object]:
-    """What serves CPU tensors: ``native`` (bool), ``isa`` in use, ``isas`` available, ``threads``, ``why_missing``."""
+    """What serves tensors.
+
+    Of the CPU: ``native`` (bool), ``isa`` in use, ``isas`` available, ``threads``, ``why_missing``. Of GPUs: ``cuda``, which backend
+    serves each device that a pass has run on.
+    """
     return {
         "native": native.available(),
         "isa": native.get_isa() if native.available() else None,
         "isas": list(native.isas()),
         "threads": torch.get_num_threads(),
         "why_missing": native.why_missing,
+        "cuda": cuda.chosen(),
     }

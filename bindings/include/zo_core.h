@@ -64,7 +64,7 @@ typedef struct zo_pass {
   const float *decay;      /* n_tensors, or NULL for 0 */
   const float *smoothing;  /* n_tensors; used with curvature */
   int64_t n_streams;
-  float hessian_min, hessian_max;
+  float hessian_min, hessian_max; /* limits of H', used with curvature: 0 < min <= max; the Python side has 1e-8 and 1e8 */
   int32_t distribution, rounding;
   uint32_t update; /* stream of the stochastic rounding */
   int32_t threads; /* at least 1 */

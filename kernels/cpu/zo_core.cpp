@@ -123,7 +123,7 @@ int check(const zo_pass &p, const zo_tensor *tensors, int64_t n_tensors) {
   if (p.n_streams < 0 || (p.n_streams && n_tensors && (!p.streams || !p.coeffs)) || p.threads < 1 ||
       (p.distribution != ZO_GAUSSIAN && p.distribution != ZO_RADEMACHER) ||
       (p.rounding != ZO_NEAREST && p.rounding != ZO_STOCHASTIC) || (p.curvature && (!p.restore || !p.smoothing)) ||
-      (p.restore && !p.curvature))
+      (p.restore && !p.curvature) || (p.curvature && !(0 < p.hessian_min && p.hessian_min <= p.hessian_max)))
     return ZO_BAD_ARGUMENT;
   for (int64_t i = 0; i < n_tensors; i++) {
     const zo_tensor &t = tensors[i];

@@ -12,6 +12,7 @@ from torch import Tensor
 import triton
 import triton.language as tl
 
+from ..reference import ROUNDS
 from .launch import assembly, kernel, launch, on
 
 GAUSSIAN = tl.constexpr(0)  # domains
@@ -198,7 +199,7 @@ def halves(seed: int) -> dict[str, int]:
     return {"k0": seed & 0xFFFFFFFF, "k1": seed >> 32 & 0xFFFFFFFF}
 
 
-def philox_(words: Tensor, *, domain: int, tensor_id: int, stream: int, block: int, seed: int, rounds: int = 7) -> None:
+def philox_(words: Tensor, *, domain: int, tensor_id: int, stream: int, block: int, seed: int, rounds: int = ROUNDS) -> None:
     """Fill int32 ``words`` of shape (n, 4) with the Philox words of blocks ``block`` to ``block + n - 1``."""
     if n := words.shape[0]:
         skip = block % _BLOCKS.value  # programs start where block numbers do not carry inside one

@@ -11,7 +11,6 @@ numbers never carry into the upper word. Options: weights with residuals (residu
 two factors (scales.py), results into another tensor, stochastic rounding (rounding.py).
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -20,6 +19,7 @@ from torch import Tensor
 import triton
 import triton.language as tl
 
+from ..reference import HESSIAN_RANGE
 from . import table
 from .forms import form_of, pass_forms
 from .gate import gate
@@ -232,8 +232,8 @@ def run_pass(
     src: Sequence[Tensor], dst: Sequence[Tensor], hessians: Sequence[Tensor], tensor_ids: Sequence[int],
     offsets: Sequence[int], streams: Tensor, coeffs: Tensor, *, seed: int, distribution: str, counters: Tensor,
     decay: Tensor | None = None, update: Tensor | None = None, restore: Tensor | None = None,
-    curvature: Tensor | None = None, smoothing: Tensor | None = None, hessian_min: float = 0.0,
-    hessian_max: float = math.inf, residuals: Sequence[Tensor] = (), row_scales: Sequence[Tensor] = (),
+    curvature: Tensor | None = None, smoothing: Tensor | None = None, hessian_min: float = HESSIAN_RANGE[0],
+    hessian_max: float = HESSIAN_RANGE[1], residuals: Sequence[Tensor] = (), row_scales: Sequence[Tensor] = (),
     column_scales: Sequence[Tensor] = (),
 ) -> None:  # fmt: skip
     """The pass of ``bindings.ops``, arguments already checked: one launch for each kind of tensor, after two small ones."""

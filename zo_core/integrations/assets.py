@@ -12,7 +12,6 @@ import functools
 import hashlib
 import io
 import json
-import os
 import subprocess
 import sys
 import tarfile
@@ -22,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import platformdirs
+from zo_core.bindings.cuda import cache_folder
 
 
 class AssetError(RuntimeError):
@@ -121,14 +120,10 @@ def names(kind: str) -> list[str]:
     return [name for name, asset in ASSETS.items() if asset.kind == kind]
 
 
-def cache_folder() -> Path:
-    """Where assets are kept: `$ZO_CORE_CACHE`, or the user's cache folder of this system."""
-    return Path(os.environ.get("ZO_CORE_CACHE") or platformdirs.user_cache_path("zo_core"))
-
-
 def asset_folder(name: str) -> Path:
     """Where the asset `name` is, or will be once fetched. Its package's version is part of the path."""
-    return cache_folder() / f"{name}-{PACKAGES[ASSETS[name].package].version}"
+    folder: Path = cache_folder()
+    return folder / f"{name}-{PACKAGES[ASSETS[name].package].version}"
 
 
 def is_cached(name: str) -> bool:

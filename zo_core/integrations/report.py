@@ -15,6 +15,7 @@ import torch
 from rich.table import Table
 
 import zo_core
+from zo_core.bindings import cuda, native
 from zo_core.integrations import assets
 
 
@@ -69,12 +70,9 @@ def diagnose() -> list[dict[str, str]]:
     add("threads", f"{torch.get_num_threads()} of {os.cpu_count()} cores")
     gpus = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
     add("GPU", gpus, advice="the CPU is used; for a GPU install a torch built for it")
-    add(
-        "triton",
-        found["triton"],
-        "slow" if gpus else "ok",
-        "pip install triton" if gpus else "only for a GPU",
-    )
+    add("triton", found["triton"], "slow" if gpus else "ok", "pip install 'triton>=3.6'" if gpus else "only for a GPU")
+    for i in range(torch.cuda.device_count()):
+        rows.append(_kernels(torch.device("cuda", i)))
     pip = importlib.util.find_spec("pip") and importlib.metadata.version("pip")
     cached = [name for name in assets.ASSETS if assets.is_cached(name)]
     add(
@@ -83,12 +81,30 @@ def diagnose() -> list[dict[str, str]]:
         "ok" if len(cached) == len(assets.ASSETS) else "slow",
         "python -m ensurepip, to fetch assets",
     )
-    folder = assets.cache_folder()
+    folder = cuda.cache_folder()
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     writable = os.access(nearest, os.W_OK)
     add("cache folder", writable and str(folder), "missing", f"{folder} is read-only: set ZO_CORE_CACHE")
     add("cached assets", ", ".join(cached), advice=f"{', '.join(assets.ASSETS)} are fetched when first used")
     return [dict(zip(("state", "what", "found", "advice"), row, strict=True)) for row in rows]
+
+
+def _kernels(device: torch.device) -> tuple[str, str, str, str]:
+    """State, what, found and advice of the kernels on a GPU: the check's result and the compiled forms."""
+    if native.CHOICE == "reference":
+        return "slow", f"kernels on {device}", "none", "ZO_CORE_BACKEND=reference switches them off: unset it"
+    verdict = cuda.check(device)
+    if verdict.wrong:
+        return (
+            "slow",
+            f"kernels on {device}",
+            "wrong: the torch reference is used",
+            f"report this as a bug of zo_core: {verdict}",
+        )
+    from zo_core.kernels.triton import cache
+
+    when = "found right by an earlier process" if verdict.remembered else f"found right in {verdict.seconds:.1f} s"
+    return "ok", f"kernels on {device}", f"{when}; {cache.kept()} compiled forms in {cache.folder()}", ""
 
 
 def peak_rss() -> int | None:
