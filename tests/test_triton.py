@@ -1,17 +1,16 @@
 """The Triton backend held against the reference.
 
-Without a GPU it runs in Triton's interpreter, which must be chosen before triton is imported: a process of its own,
-``TRITON_INTERPRET=1 pytest tests/test_triton.py``.
+Without a GPU it runs in a process of its own, in Triton's interpreter (``TRITON_INTERPRET=1 pytest tests/test_triton.py``) or
+as compiled for a GPU, in the emulator (``ZO_CORE_PTX=90 pytest tests/test_triton.py``).
 """
-
-import os
 
 import pytest
 import torch
+from conftest import TRITON_ON_CPU
 
 pytest.importorskip("triton", reason="triton is not installed")
-if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
-    pytest.skip("needs a GPU, or TRITON_INTERPRET=1 in a process of its own", allow_module_level=True)
+if not TRITON_ON_CPU and not torch.cuda.is_available():
+    pytest.skip("needs a GPU, or TRITON_INTERPRET=1 or ZO_CORE_PTX=90 in a process of its own", allow_module_level=True)
 
 import triton
 import triton.language as tl
@@ -21,8 +20,7 @@ from zo_core.kernels import reference
 from zo_core.kernels import triton as backend
 from zo_core.kernels.triton import launch, passes
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
+DEVICE = "cpu" if TRITON_ON_CPU else "cuda"
 
 
 def sample(distribution: str, n: int, *, offset: int = 0, stream: int = 5, k: int = 1, slot: int = 0) -> torch.Tensor:
