@@ -29,7 +29,6 @@ class Mutant:
     old: str
     new: str
     check: object  # a Case, or a function of the backend
-    long: bool = False  # only with ZO_CORE_PTX_ALL=1
 
     def found_by(self, backend):
         """Raise where the backend is wrong."""
@@ -79,7 +78,7 @@ SIGNS, NORMALS = "rademacher", "gaussian"
 PLAIN, NORMAL = Case(SIGNS, F32), Case(NORMALS, F32)
 WHOLE = (2100,)  # two whole tiles, and a part
 JOIN_16, JOIN_8 = (Case(SIGNS, BF16, F32, residual=r, sizes=WHOLE) for r in (16, 8))
-INFINITE_16, INFINITE_8 = (Case(SIGNS, BF16, F32, residual=r, bad="infinity") for r in (16, 8))
+INFINITE_16, INFINITE_8 = (Case(SIGNS, BF16, F32, residual=r, bad="infinity", sizes=WHOLE) for r in (16, 8))
 KEEP_16, KEEP_8, KEEP_8_RANDOM = (
     Case(SIGNS, BF16, residual=r, stochastic=s) for r, s in ((16, False), (8, False), (8, True))
 )
@@ -90,46 +89,46 @@ FACTORS = Case(SIGNS, BF16, columns=(64, 100))
 
 MUTANTS = (
     Mutant("join 16 swaps halves", "residuals.py", "$0, $3, 0x001, a;", "$0, $3, 0x100, a;", JOIN_16),
-    Mutant("join 16 keeps the place of the upper half", "residuals.py", "$1, $3, 0x100, b;", "$1, $3, 0x001, b;", JOIN_16, long=True),
+    Mutant("join 16 keeps the place of the upper half", "residuals.py", "$1, $3, 0x100, b;", "$1, $3, 0x001, b;", JOIN_16),
     Mutant("join 16 takes infinity as a number", "residuals.py", "fma.rn.bf16x2 w, $2, z, $2;", "mov.b32 w, $2;", INFINITE_16),
     Mutant("join 8 takes infinity as a number", "residuals.py", "fma.rn.bf16x2 v, $4, z, $4;", "mov.b32 v, $4;", INFINITE_8),
-    Mutant("join 8 takes infinity as a number in the second word", "residuals.py", "fma.rn.bf16x2 w, $5, z, $5;", "mov.b32 w, $5;", INFINITE_8, long=True),
+    Mutant("join 8 takes infinity as a number in the second word", "residuals.py", "fma.rn.bf16x2 w, $5, z, $5;", "mov.b32 w, $5;", INFINITE_8),
     Mutant("join 8 takes a byte of the lower pair", "residuals.py", "dp2a.hi.s32.s32 $2, low, $6, c;", "dp2a.lo.s32.s32 $2, low, $6, c;", JOIN_8),
     Mutant("join 8 takes a byte as unsigned", "residuals.py", "dp2a.lo.s32.s32 $1, high, $6, b;", "dp2a.lo.s32.u32 $1, high, $6, b;", JOIN_8),
-    Mutant("join 8 weighs a byte with a sixteenth", "residuals.py", "mov.b32 high, 0x1000000;", "mov.b32 high, 0x100000;", JOIN_8, long=True),
+    Mutant("join 8 weighs a byte with a sixteenth", "residuals.py", "mov.b32 high, 0x1000000;", "mov.b32 high, 0x100000;", JOIN_8),
     Mutant("split 16 packs the upper halves as residuals", "residuals.py", "prmt.b32 $1, $2, $3, 0x5410;", "prmt.b32 $1, $2, $3, 0x7632;", KEEP_16),
-    Mutant("split 16 rounds at a quarter", "residuals.py", "add.u32 a, $2, 0x8000;", "add.u32 a, $2, 0x4000;", KEEP_16, long=True),
+    Mutant("split 16 rounds at a quarter", "residuals.py", "add.u32 a, $2, 0x8000;", "add.u32 a, $2, 0x4000;", KEEP_16),
     Mutant("split 8 carries into the wrong bit", "residuals.py", "shr.u32 low, low, 15;", "shr.u32 low, low, 14;", KEEP_8),
-    Mutant("split 8 packs a wrong byte", "residuals.py", "low, high, 0x7531;", "low, high, 0x7521;", KEEP_8, long=True),
-    Mutant("split 8 rounds with a wrong constant", "residuals.py", "add.u32 b, $4, 0x80;", "add.u32 b, $4, 0x40;", KEEP_8, long=True),
+    Mutant("split 8 packs a wrong byte", "residuals.py", "low, high, 0x7531;", "low, high, 0x7521;", KEEP_8),
+    Mutant("split 8 rounds with a wrong constant", "residuals.py", "add.u32 b, $4, 0x80;", "add.u32 b, $4, 0x40;", KEEP_8),
     Mutant("split 8 stochastic takes the lower byte", "residuals.py", "c, $8, 0x100, $5;", "c, $8, 0x1, $5;", KEEP_8_RANDOM),
     Mutant("the definition loses the sign", "residuals.py", "((bits >> 15) << 31)", "((bits >> 14) << 31)", JOIN_HALF),
-    Mutant("subnormals of float16 end too early", "residuals.py", "u >= 1 << 26, normal", "u >= 1 << 25, normal", JOIN_HALF, long=True),
+    Mutant("subnormals of float16 end too early", "residuals.py", "u >= 1 << 26, normal", "u >= 1 << 25, normal", JOIN_HALF),
     Mutant("philox adds a wrong constant to its key", "noise.py", "k1.to(tl.uint64) + _W1", "k1.to(tl.uint64) + _W0", words),
-    Mutant("philox rotates a word", "noise.py", "c1 = (p1 & 0xFFFFFFFF)", "c1 = (p0 & 0xFFFFFFFF)", words, long=True),
+    Mutant("philox rotates a word", "noise.py", "c1 = (p1 & 0xFFFFFFFF)", "c1 = (p0 & 0xFFFFFFFF)", words),
     Mutant("a wrong radius", "noise.py", "1.1774100225154747", "1.1773", NORMAL),
-    Mutant("sine and cosine change places", "noise.py", "return r * _cos(phi), r * _sin(phi)", "return r * _sin(phi), r * _cos(phi)", NORMAL, long=True),
-    Mutant("a wrong angle", "noise.py", "1.4629180792671596e-09", "1.4629e-09", NORMAL, long=True),
-    Mutant("signs are shifted by one", "noise.py", "(31 - tl.arange(0, 32))", "(30 - tl.arange(0, 32))", PLAIN, long=True),
+    Mutant("sine and cosine change places", "noise.py", "return r * _cos(phi), r * _sin(phi)", "return r * _sin(phi), r * _cos(phi)", NORMAL),
+    Mutant("a wrong angle", "noise.py", "1.4629180792671596e-09", "1.4629e-09", NORMAL),
+    Mutant("signs are shifted by one", "noise.py", "(31 - tl.arange(0, 32))", "(30 - tl.arange(0, 32))", PLAIN),
     Mutant("signs are inverted", "noise.py", "tl.broadcast_to(~words, SHAPE)", "tl.broadcast_to(words, SHAPE)", PLAIN),
     Mutant("random halves change places", "noise.py", "tl.join(words & 0xFFFF, words >> 16)", "tl.join(words >> 16, words & 0xFFFF)", Case(SIGNS, BF16, stochastic=True)),
-    Mutant("stochastic rounding has half the range", "noise.py", "b = (b + random) >> 16", "b = (b + (random >> 1)) >> 16", Case(SIGNS, BF16, stochastic=True), long=True),
+    Mutant("stochastic rounding has half the range", "noise.py", "b = (b + random) >> 16", "b = (b + (random >> 1)) >> 16", Case(SIGNS, BF16, stochastic=True)),
     Mutant("float16 takes a bit too many at random", "noise.py", "(magnitude + (random >> 3))", "(magnitude + (random >> 2))", Case(SIGNS, F16, stochastic=True)),
     Mutant("a digit has a wrong weight", "sums.py", "(d3 * 128 + d2)", "(d3 * 64 + d2)", SUMS),
-    Mutant("bit 7 has a positive weight", "sums.py", "128 * total  #", "-128 * total  #", SUMS, long=True),
-    Mutant("a bit is taken twice", "sums.py", "_bits(words, 5, ROWS)", "_bits(words, 4, ROWS)", SUMS, long=True),
+    Mutant("bit 7 has a positive weight", "sums.py", "128 * total  #", "-128 * total  #", SUMS),
+    Mutant("a bit is taken twice", "sums.py", "_bits(words, 5, ROWS)", "_bits(words, 4, ROWS)", SUMS),
     Mutant("a digit's range is off by one", "sums.py", "low = ((whole + 64) & 127) - 64", "low = ((whole + 63) & 127) - 64", SUMS),
-    Mutant("totals are subtracted", "sums.py", "total += tl.sum(value, axis=1)", "total -= tl.sum(value, axis=1)", SUMS, long=True),
+    Mutant("totals are subtracted", "sums.py", "total += tl.sum(value, axis=1)", "total -= tl.sum(value, axis=1)", SUMS),
     Mutant("the gate is open to what is not finite", "passes.py", "tl.store(go, all_finite)", "tl.store(go, 1)", Case(SIGNS, F32, bad="coeffs")),
     Mutant("a void pass counts twice", "passes.py", "tl.atomic_add(counters, tl.full((), 1, tl.int64))", "tl.atomic_add(counters, tl.full((), 2, tl.int64))", Case(SIGNS, F32, bad="coeffs")),
-    Mutant("the range of a tile is that of its positive numbers", "passes.py", "tl.reshape(tl.abs(x), (ROWS, 8, 4))", "tl.reshape(x, (ROWS, 8, 4))", Case(SIGNS, F16, F16, bad="range")),
+    Mutant("the range of a tile is that of its positive numbers", "passes.py", "tl.reshape(tl.abs(x), (ROWS, 8, 4))", "tl.reshape(x, (ROWS, 8, 4))", Case(SIGNS, F16, bad="low")),
     Mutant("a mask is off by one", "passes.py", "(at < end - start)", "(at <= end - start)", PLAIN),
     Mutant("a tile that is not whole is taken for one", "passes.py", "tl.minimum(stop, end // TILE)", "tl.minimum(stop, (end + 1) // TILE)", Case(SIGNS, F32, sizes=(2047,))),
     Mutant("the Hessian has no floor", "passes.py", "hessian_min), ", "0.0), ", UPDATE),
-    Mutant("curvature is not squared", "passes.py", "tl.fma(z * z, q, squares)", "tl.fma(z, q, squares)", UPDATE, long=True),
-    Mutant("decay grows", "passes.py", "keep = 1 - tl.load(", "keep = 1 + tl.load(", UPDATE, long=True),
+    Mutant("curvature is not squared", "passes.py", "tl.fma(z * z, q, squares)", "tl.fma(z, q, squares)", UPDATE),
+    Mutant("decay grows", "passes.py", "keep = 1 - tl.load(", "keep = 1 + tl.load(", UPDATE),
     Mutant("rows of factors are too long", "passes.py", "(1 << 21) // short + 1", "(1 << 20) // short + 1", FACTORS),
-    Mutant("saturated elements count once", "passes.py", "tl.sum(beyond.to(tl.int32))", "tl.max(beyond.to(tl.int32))", Case(SIGNS, F16, F16, bad="range"), long=True),
+    Mutant("saturated elements count once", "passes.py", "tl.sum(beyond.to(tl.int32))", "tl.max(beyond.to(tl.int32))", Case(SIGNS, F16, F16, bad="range")),
     Mutant("words are written past the end", "passes.py", "mask = (row >= 0) & (row < n)", "mask = (row >= 0) & (row <= n)", words),
     Mutant("gathered rows are read one too far", "passes.py", "row = tl.load(rows + j).to(tl.int64)", "row = tl.load(rows + j).to(tl.int64) + 1", rows),
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The lane is green on the kernels as they are and red on each fault of ``mutants.py``; ZO_CORE_PTX_ALL=1 tries all of them."""
+"""The lane is green on the kernels as they are and red on each fault of ``mutants.py``."""
 
 import os
 
@@ -14,7 +14,6 @@ import ptx
 from ptx import mutants
 
 CAPABILITY = int(os.environ.get("ZO_CORE_PTX", "80"))
-CHOSEN = [m for m in mutants.MUTANTS if not m.long or os.environ.get("ZO_CORE_PTX_ALL") == "1"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -24,7 +23,7 @@ def gpu():
 
 
 @pytest.mark.parametrize(
-    "mutant", {m.check: m for m in CHOSEN}.values(), ids=lambda m: str(getattr(m.check, "__name__", m.check))
+    "mutant", {m.check: m for m in mutants.MUTANTS}.values(), ids=lambda m: str(getattr(m.check, "__name__", m.check))
 )
 def test_the_kernels_pass(mutant):
     mutant.found_by(backend)
@@ -35,7 +34,7 @@ def test_no_addition_is_left_for_ptxas_to_fuse(gpu):
     assert gpu.forms and not [text for kernel in gpu.forms.values() for text in kernel.fusible]
 
 
-@pytest.mark.parametrize("mutant", CHOSEN, ids=lambda m: m.name)
+@pytest.mark.parametrize("mutant", mutants.MUTANTS, ids=lambda m: m.name)
 def test_a_mutant_is_found(mutant, tmp_path):
     broken = mutants.load(mutant, tmp_path)
     with pytest.raises((AssertionError, ptx.PTXError)):
