@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 RUN = runs/demo
 NATIVE = $(wildcard kernels/cpu/* bindings/include/*)
 
-.PHONY: help setup demo test test-triton test-oldest test-hosts lint format bench clean
+.PHONY: help setup demo test test-triton test-ptx test-oldest test-hosts lint format bench clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -22,12 +22,21 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(NATIVE)
 demo: setup  ## fine-tune SmolLM2-135M on movie reviews into runs/demo (about 12 minutes on 2 cores)
 	$(BIN)/zo-core finetune --output $(RUN) --overwrite
 
-test: setup test-triton  ## all tests, also those on the default model and data (downloaded once)
+test: setup test-triton test-ptx  ## all tests, also those on the default model and data (downloaded once)
 	ZO_CORE_TEST_ASSETS=1 $(BIN)/python -m pytest -q --durations=10
 
 test-triton: setup  ## the Triton kernels in the interpreter, in a process of their own, and the instruction budgets
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/test_cases.py tests/test_triton.py
 	$(BIN)/python -m bench.sass
+
+# Half of the cases: what compiles in a few minutes. ZO_CORE_PTX_ALL=1 runs all of them.
+PTX = TRITON_CACHE_DIR=$(abspath $(VENV))/.triton OMP_NUM_THREADS=1
+PTX_TESTS = tests/test_cases.py tests/test_triton.py
+
+test-ptx: setup  ## the Triton kernels as compiled for sm_80 and sm_90, in an emulator of PTX, at once; and mutants of them
+	$(PTX) ZO_CORE_PTX=90 $(BIN)/python -m pytest -q -p no:cacheprovider $(PTX_TESTS) > $(VENV)/ptx-90.log 2>&1 & \
+	$(PTX) ZO_CORE_PTX=80 $(BIN)/python -m pytest -q -p no:cacheprovider $(PTX_TESTS) tests/ptx; ours=$$?; \
+	wait $$!; theirs=$$?; cat $(VENV)/ptx-90.log; exit $$((ours + theirs))
 
 test-oldest: setup  ## Trainer and PEFT on the oldest transformers that is supported, in an environment over the usual one
 	$(call over,oldest,transformers==5.0.0)

@@ -127,7 +127,7 @@ def gate(bench: Bench) -> bool:
     import torch
     from zo_core.kernels import reference
     from zo_core.kernels import triton as backend
-    from zo_core.kernels.triton import launch, passes
+    from zo_core.kernels.triton import table
 
     d = bench.device
     noise = 1e-5 if bench.smoke else 1e-3
@@ -177,15 +177,15 @@ def gate(bench: Bench) -> bool:
 
     def launch_shapes(distribution: str, k: int) -> None:
         outs = []
-        tiles = passes.TILES
+        tiles = table.TILES
         try:
-            for passes.TILES in (tiles, 1, 7):
-                launch._tables.clear()
+            for table.TILES in (tiles, 1, 7):
+                table._tables.clear()
                 outs.append(torch.zeros(n, device=d))
                 call([outs[-1]], distribution, k)
         finally:
-            passes.TILES = tiles
-            launch._tables.clear()
+            table.TILES = tiles
+            table._tables.clear()
         assert all(torch.equal(outs[0], o) for o in outs[1:]), "not the same whatever the launch"
         if k == 1:
             part = torch.zeros(n - 1001, device=d)

@@ -16,10 +16,13 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.table import Table
-from zo_core.kernels.triton.compiled import Compiled, Form, architectures, compile_pass
-from zo_core.kernels.triton.passes import TILE, WARPS, use_sums
+from zo_core.kernels.triton import forms
+from zo_core.kernels.triton.compiled import Compiled, architectures, compile_form, disassemble
+from zo_core.kernels.triton.forms import TILE
+from zo_core.kernels.triton.passes import WARPS
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 PIPES = ("fma", "imad", "alu", "xu", "lsu", "tensor", "uniform", "control")
@@ -49,6 +52,27 @@ BUSY = 0.9  # of a pipe's slots, what straight-line code with 16 or more warps i
 
 
 @dataclass(frozen=True)
+class Form:
+    """Arguments of a call, dtypes by their torch names, as ``forms.form_of`` takes them: K streams, in place without ``dst``."""
+
+    distribution: str = "gaussian"
+    src: str = "bfloat16"
+    dst: str = ""  # src
+    k: int = 1
+    scale: str = ""
+    stochastic: bool = False
+    decay: bool = False
+    residual: int = 0  # bits; written where the pass is in place
+
+    def compiled(self) -> forms.Form:
+        """The form that such a call has."""
+        src, dst = (getattr(torch, name) for name in (self.src, self.dst or self.src))
+        return forms.form_of(
+            self.distribution, src, dst, self.scale, self.residual, not self.dst, self.stochastic, self.decay, self.k
+        )
+
+
+@dataclass(frozen=True)
 class Variant:
     """A form with its budget: instructions a weight on sm_80 and sm_90 (0: reported, not judged)."""
 
@@ -73,12 +97,12 @@ VARIANTS = (
     Variant("rademacher bf16 stochastic", Form("rademacher", stochastic=True), 14),
     Variant("gaussian bf16 -> fp32", Form(dst="float32")),
     Variant("gaussian bf16 K=2 stochastic decay", Form(k=2, stochastic=True, decay=True)),
-    Variant("gaussian bf16 scaled by H", Form(hessian=1)),
-    Variant("gaussian bf16 scaled in factors", Form(hessian=3), 23),
-    Variant("gaussian fp32 scaled in factors", Form(src="float32", hessian=3), 22.5),
-    Variant("rademacher bf16 scaled in factors", Form("rademacher", hessian=3), 12.5),
-    Variant("gaussian bf16 + 8 stochastic, in factors", Form(residual=8, stochastic=True, hessian=3), 31.5),
-    Variant("gaussian bf16 H update", Form(hessian=2, stochastic=True)),
+    Variant("gaussian bf16 scaled by H", Form(scale="hessian")),
+    Variant("gaussian bf16 scaled in factors", Form(scale="factors"), 23),
+    Variant("gaussian fp32 scaled in factors", Form(src="float32", scale="factors"), 22.5),
+    Variant("rademacher bf16 scaled in factors", Form("rademacher", scale="factors"), 12.5),
+    Variant("gaussian bf16 + 8 stochastic, in factors", Form(residual=8, stochastic=True, scale="factors"), 31.5),
+    Variant("gaussian bf16 H update", Form(scale="update", stochastic=True)),
     Variant("rademacher bf16 K=8", Form("rademacher", k=8), 19),
     Variant("rademacher bf16 K=40", Form("rademacher", k=40), 40),
     Variant("rademacher bf16 K=160", Form("rademacher", k=160), 118),
@@ -215,8 +239,8 @@ def tile_path(compiled: Compiled, form: Form) -> Counter[str]:
     if not with_store:
         raise ValueError("no loop with 128-bit stores")
     # a loop inside takes a stream, or eight (sums.py)
-    trips = -(-form.k // 8) if use_sums(form.distribution == "rademacher", form.hessian, form.k) else form.k
-    trips -= trips != form.k  # of which the first is apart
+    sums = form.compiled().streams == "sums"
+    trips = -(-form.k // 8) - 1 if sums else form.k  # the first step of eight is apart
     header = min(with_store, key=lambda h: len(loops[h]))
     return path_of(blocks, loops, header, trips, trips > 0 and form.k > 1, False)
 
@@ -298,7 +322,7 @@ def predict(pipes: dict[str, float], wide: float, total: float, bytes_moved: flo
 def judge(variant: Variant, capability: int) -> Result:
     """Compile, count and compare with the budget."""
     form = variant.form
-    compiled = compile_pass(form, capability)
+    compiled = disassemble(compile_form("pass_kernel", {"FORM": form.compiled()}, capability))
     problems = []
     weights = TILE / (32 * WARPS)
     try:
@@ -318,8 +342,8 @@ def judge(variant: Variant, capability: int) -> Result:
         for w in (64, 128)
     }
     residual = form.residual // 8 * (1 if form.dst else 2)
-    expected = BYTES[form.src] + BYTES[form.dst or form.src] + (0, 4, 8, 0)[form.hessian] + residual
-    cached = (0, 0, 0, 4)[form.hessian]  # the columns' factors, the same for each row
+    expected = BYTES[form.src] + BYTES[form.dst or form.src] + {"hessian": 4, "update": 8}.get(form.scale, 0) + residual
+    cached = 4 if form.scale == "factors" else 0  # the columns' factors, the same for each row
     short = moved[128] + (moved[64] if form.residual == 8 else 0) < expected + cached
     narrow = [op for op in widths if ".128" not in op and (".U16" in op or ".U8" in op)]
     if short or narrow:

@@ -86,12 +86,20 @@ def make(case: Case, device: str = "cpu") -> dict[str, Any]:
     kinds = case.kinds()
     values = [(torch.randn(n, generator=g) * 0.3).to(device, t) for n, (t, _) in zip(case.sizes, kinds, strict=True)]
     if case.residual or case.mixed:
-        for v in values:  # subnormal in float16, zero, of which a residual may not change the sign
-            v[3::13] *= 1e-5
-            v[6::26] *= 0
+        # Subnormal in float16; zero, of which a residual may not change the sign. The first tile has no zero: with one that
+        # has a residual below 0 a tile goes element by element, and assembly for whole tiles would decide no result.
+        for v in values:
+            v[3::13] *= 1e-4
+            v[1030::26] *= case.bad == "infinity"
     if case.bad == "weights":
         for v in values:
             v[::5], v[1::7], v[2::11] = float("nan"), float("inf"), float("-inf")
+    if case.bad == "infinity":  # in one word of a residual's four in the first tile, in the other one in the second
+        for v in values:
+            v[:1024:8], v[1:1024:8], v[1026::8], v[1027::8] = (float("inf"), float("-inf")) * 2
+    if case.bad == "low":
+        for v in values:
+            v[::3] = torch.finfo(v.dtype).min
     if case.bad == "range":
         for v in values:
             v[::3], v[1::3] = torch.finfo(v.dtype).max, torch.finfo(v.dtype).min
@@ -115,6 +123,8 @@ def make(case: Case, device: str = "cpu") -> dict[str, Any]:
     if case.residual or case.mixed:
         for v, (_, bits) in zip(values, kinds, strict=True):
             r = torch.randint(-(1 << 15), 1 << 15, v.shape if bits else (0,), generator=g).to(torch.int16)
+            if bits and case.bad == "infinity":
+                r[v.isinf().cpu()] |= -(1 << 15)  # below zero: taken as numbers, infinities would come to be finite
             view, buffer = _guarded((r if bits == 16 else (r >> 8).to(torch.int8)).to(device), case.skewed)
             residuals, buffers = [*residuals, view], [*buffers, buffer]
     coeffs = uniform(case.k, count, low=-1e-2, high=1e-2)
@@ -231,6 +241,10 @@ def _cases() -> list[Case]:
     cases += [Case(d, t, bad=b, residual=r, stochastic=r == 8)
               for d, b in (("gaussian", "weights"), ("rademacher", "range")) for t in (BF16, F16) for r in (8, 16)]  # fmt: skip
     cases += [Case("gaussian", BF16, bad="coeffs", residual=8), Case("rademacher", BF16, F32, bad="range", residual=16)]
+    cases += [
+        Case("rademacher", BF16, t, sizes=(2100,), bad="infinity", residual=r) for t in (None, F32) for r in (8, 16)
+    ]
+    cases += [Case("rademacher", F16, bad="low"), Case("gaussian", F16, F16, bad="low")]
     # decay would bring an infinity with a residual below 0 back into the range, were it read as a number
     cases += [Case("gaussian", BF16, t, bad="weights", residual=r, decay=True) for t in (None, BF16) for r in (8, 16)]
     cases += [Case(d, sizes=(2100, 129, 40, 5, 2200, 300, 77), offsets=(2**34 + 1003, 1, 127, 64, 0, 2047, 5), k=k,

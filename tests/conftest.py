@@ -36,12 +36,21 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # in a process of its own: triton reads it when imported
+EMULATED = os.environ.get("ZO_CORE_PTX")  # a compute capability: the Triton kernels as compiled for it (tests/ptx)
+TRITON_ON_CPU = INTERPRETED or bool(EMULATED)
 
 
-@pytest.fixture(params=["triton"] if INTERPRETED else ["reference", *NATIVE])
+def pytest_configure(config: pytest.Config) -> None:
+    if EMULATED:
+        import ptx
+
+        ptx.install(int(EMULATED))
+
+
+@pytest.fixture(params=["triton"] if TRITON_ON_CPU else ["reference", *NATIVE])
 def backend(request: pytest.FixtureRequest) -> Iterator[object]:
     """Every backend that serves CPU tensors in this process: the module with ``run_pass`` and ``philox_``."""
-    if INTERPRETED:
+    if TRITON_ON_CPU:
         from zo_core.kernels import triton
 
         yield triton

@@ -1,17 +1,16 @@
 """The Triton backend held against the reference.
 
-Without a GPU it runs in Triton's interpreter, which must be chosen before triton is imported: a process of its own,
-``TRITON_INTERPRET=1 pytest tests/test_triton.py``.
+Without a GPU it runs in a process of its own, in Triton's interpreter (``TRITON_INTERPRET=1 pytest tests/test_triton.py``) or
+as compiled for a GPU, in the emulator (``ZO_CORE_PTX=90 pytest tests/test_triton.py``).
 """
-
-import os
 
 import pytest
 import torch
+from conftest import TRITON_ON_CPU
 
 pytest.importorskip("triton", reason="triton is not installed")
-if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
-    pytest.skip("needs a GPU, or TRITON_INTERPRET=1 in a process of its own", allow_module_level=True)
+if not TRITON_ON_CPU and not torch.cuda.is_available():
+    pytest.skip("needs a GPU, or TRITON_INTERPRET=1 or ZO_CORE_PTX=90 in a process of its own", allow_module_level=True)
 
 import triton
 import triton.language as tl
@@ -19,10 +18,9 @@ from cases import SEED, Case, run
 from zo_core.bindings import ops
 from zo_core.kernels import reference
 from zo_core.kernels import triton as backend
-from zo_core.kernels.triton import launch, passes
+from zo_core.kernels.triton import forms, passes, scales, table
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
+DEVICE = "cpu" if TRITON_ON_CPU else "cuda"
 
 
 def sample(distribution: str, n: int, *, offset: int = 0, stream: int = 5, k: int = 1, slot: int = 0) -> torch.Tensor:
@@ -56,6 +54,19 @@ def test_words_are_those_of_the_reference(key, rounds):
 
 
 @pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
+def test_a_pass_is_its_equation(distribution):
+    weights = torch.linspace(-1, 1, 2000, device=DEVICE)
+    z = torch.stack([sample(distribution, 2000, stream=s) for s in (4, 9)])
+    coeffs, decay = torch.tensor([[0.01], [-0.02]], device=DEVICE), torch.tensor([0.1], device=DEVICE)
+    expected = passes.reference(weights, z, coeffs[:, 0], 0.1)
+    backend.run_pass(
+        [weights], [weights], [], [3], [], torch.tensor([4, 9], device=DEVICE), coeffs, seed=SEED, distribution=distribution,
+        decay=decay, counters=torch.zeros(2, dtype=torch.int64, device=DEVICE),
+    )  # fmt: skip
+    assert torch.allclose(weights, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
 def test_noise_is_within_its_bound_and_bit_identical_whatever_slice_streams_and_tile(distribution, monkeypatch):
     n = 3000
     whole = sample(distribution, n)
@@ -67,8 +78,8 @@ def test_noise_is_within_its_bound_and_bit_identical_whatever_slice_streams_and_
         assert torch.equal(sample(distribution, end - begin, offset=begin), whole[begin:end])
     for k, slot in [(2, 1), (9, 4)]:
         assert torch.equal(sample(distribution, n, k=k, slot=slot), whole)
-    monkeypatch.setattr(passes, "TILES", 1)
-    monkeypatch.setattr(launch, "_tables", type(launch._tables)())
+    monkeypatch.setattr(table, "TILES", 1)
+    monkeypatch.setattr(table, "_tables", type(table._tables)())
     assert torch.equal(sample(distribution, n), whole)
 
 
@@ -82,23 +93,23 @@ def test_offsets_across_a_block_number_of_32_bits():
 
 
 def test_the_table_is_made_once_and_again_when_a_tensor_moves():
-    launch._tables.clear()
+    table._tables.clear()
     case = Case(sizes=(5, 2000), k=2)
     job = run(case, backend, DEVICE)
-    made = [id(t[0]) for t in launch._tables.values()]
+    made = [id(t[0]) for t in table._tables.values()]
     backend.run_pass(*job["args"], seed=SEED, distribution="gaussian", **job["options"])
-    assert [id(t[0]) for t in launch._tables.values()] == made
+    assert [id(t[0]) for t in table._tables.values()] == made
     weights = job["args"][0]
     weights[0] = weights[0].clone()
     backend.run_pass(weights, weights, *job["args"][2:], seed=SEED, distribution="gaussian", **job["options"])
-    assert len(launch._tables) == len(made) + 1
+    assert len(table._tables) == len(made) + 1
 
 
 @pytest.mark.parametrize(
     "part", ["src", "dst", "hessians", "residual", "offset", "id", "factors", "row", "column", "width"]
 )
 def test_whatever_the_table_holds_makes_a_new_one(part):
-    launch._tables.clear()
+    table._tables.clear()
     t = [torch.zeros(4, device=DEVICE) for _ in range(6)]
     t += [torch.zeros(4, device=DEVICE, dtype=torch.int8) for _ in range(2)]
     first = {
@@ -114,22 +125,22 @@ def test_whatever_the_table_holds_makes_a_new_one(part):
     other = {"src": {"src": [t[3]]}, "dst": {"dst": [t[4]]}, "hessians": {"hessians": [t[5]]}, "residual": {"residuals": [t[7]]},
              "offset": {"offsets": [4]}, "id": {"ids": [1]}, "factors": {"factors": ()}, "row": {"factors": [(0, 64, 2)]},
              "column": {"factors": [(64, 80, 2)]}, "width": {"factors": [(64, 64, 4)]}}[part]  # fmt: skip
-    tables = [launch._table(**arguments, device=t[0].device)[0] for arguments in (first, first | other, first)]
+    tables = [table.table_of(**arguments, device=t[0].device)[0] for arguments in (first, first | other, first)]
     assert not torch.equal(tables[0], tables[1]) and tables[0] is tables[2]
 
 
 def test_the_cache_of_tables_is_bounded(monkeypatch):
-    monkeypatch.setattr(launch, "_CACHED", 3)
-    launch._tables.clear()
+    monkeypatch.setattr(table, "_CACHED", 3)
+    table._tables.clear()
     kept = [torch.zeros(1, device=DEVICE) for _ in range(6)]
     for t in kept:
-        launch._table([t], [t], [], [], [0], [0], [0], t.device)
-    assert len(launch._tables) == 3
+        table.table_of([t], [t], [], [], [0], [0], [0], t.device)
+    assert len(table._tables) == 3
 
 
 def test_rows_and_runs_of_the_table():
-    tile, tiles = passes.TILE, passes.TILES
-    rows, runs = launch.tile_rows(
+    tile, tiles = forms.TILE, table.TILES
+    rows, runs = table.tile_rows(
         [64, 128, 192],
         [64, 130, 192],
         [0, 0, 0],
@@ -163,7 +174,7 @@ def test_rows_and_runs_of_the_table():
 @pytest.mark.parametrize(("bits", "alignment"), [(0, 1), (8, 8), (16, 16)])
 def test_eight_residuals_are_aligned_to_their_size(bits, alignment):
     for at in range(2 * alignment):
-        rows, _ = launch.tile_rows([64], [64], [0], [at], [9], [0], [0], [3], 2, 2, bits)
+        rows, _ = table.tile_rows([64], [64], [0], [at], [9], [0], [0], [3], 2, 2, bits)
         assert rows[0][7] == 6 + (at % alignment == 0)
 
 
@@ -178,16 +189,16 @@ def test_eight_residuals_are_aligned_to_their_size(bits, alignment):
     ],
 )
 def test_factors_of_columns_are_read_at_once_where_whole_groups_of_them_are_in_a_row(factors, aligned):
-    rows, _ = launch.tile_rows([64], [64], [0], [0], [9], [3], [0], [3], 2, 2, 0, [factors])
-    rows += launch.tile_rows([74], [74], [0], [0], [9], [5], [0], [3], 2, 2, 0, [factors])[0]
+    rows, _ = table.tile_rows([64], [64], [0], [0], [9], [3], [0], [3], 2, 2, 0, [factors])
+    rows += table.tile_rows([74], [74], [0], [0], [9], [5], [0], [3], 2, 2, 0, [factors])[0]
     assert [r[7] for r in rows] == [6, 6 + aligned] and all(tuple(r[9:]) == factors for r in rows)
 
 
 @triton.jit
 def places_kernel(numbers, out, n: tl.constexpr):
     e, columns, at = tl.load(numbers), tl.load(numbers + 1), tl.arange(0, n)
-    line, place = passes._place(e, columns)
-    row, column = passes._places(line, place, columns, at)
+    line, place = scales.place_of(e, columns)
+    row, column = scales.places_of(line, place, columns, at)
     tl.store(out + at, row)
     tl.store(out + n + at, column)
 
@@ -198,17 +209,17 @@ def places_kernel(numbers, out, n: tl.constexpr):
 def test_rows_and_columns_are_those_of_a_division(columns):
     ends = range(0, 2 * columns, max(columns // 7, 1)) if columns < 2**40 else (0,)
     for e in {max(x + d, 0) for x in (*ends, 2**56 // columns * columns) for d in (0, -1, -700, -1023)}:
-        out = torch.empty(2, passes.TILE, dtype=torch.int64, device=DEVICE)
-        places_kernel[(1,)](torch.tensor([e, columns], device=DEVICE), out, passes.TILE)
-        at = torch.arange(passes.TILE, device=DEVICE) + e
+        out = torch.empty(2, forms.TILE, dtype=torch.int64, device=DEVICE)
+        places_kernel[(1,)](torch.tensor([e, columns], device=DEVICE), out, forms.TILE)
+        at = torch.arange(forms.TILE, device=DEVICE) + e
         assert torch.equal(out, torch.stack((at // columns, at % columns))), e
 
 
 def test_a_tensor_of_more_than_2_31_elements_has_int64_rows_and_runs():
     n = 2**33 + 3
-    rows, runs = launch.tile_rows([2**40], [2**40], [0], [0], [n], [2**35 + 1], [0], [0], 2, 2, 0)
-    assert rows[0][4] == n + 1 and runs[-1][1] * passes.TILE < n + 1 <= (runs[-1][1] + passes.TILES) * passes.TILE
-    assert len(runs) == -(-(n + 1) // (passes.TILE * passes.TILES))
+    rows, runs = table.tile_rows([2**40], [2**40], [0], [0], [n], [2**35 + 1], [0], [0], 2, 2, 0)
+    assert rows[0][4] == n + 1 and runs[-1][1] * forms.TILE < n + 1 <= (runs[-1][1] + table.TILES) * forms.TILE
+    assert len(runs) == -(-(n + 1) // (forms.TILE * table.TILES))
 
 
 @pytest.mark.parametrize("bits", [0, 8, 16])
@@ -294,7 +305,8 @@ def test_every_weight_with_residuals_that_no_pass_makes_too(dtype, bits, update)
     rests = torch.zeros(0, dtype=torch.int8, device=DEVICE)
     if bits:
         ends = torch.tensor([-(1 << (bits - 1)), -1, (1 << (bits - 1)) - 1], device=DEVICE)
-        rests = ends.to(torch.int8 if bits == 8 else torch.int16).repeat_interleave(1 << 16)
+        # neighbours differ, and each weight meets each residual: 2^16 is no multiple of 3
+        rests = ends.to(torch.int8 if bits == 8 else torch.int16).repeat(1 << 16)
         weights = weights.repeat(len(ends))
     for into, decay in ((torch.float32, 0.0), (None, 0.3)):
         assert all(torch.equal(x, y) for x, y in both(weights, rests, decay, into, update)), (into, decay)

@@ -13,6 +13,8 @@ if tuple(map(int, re.findall(r"\d+", VERSION)[:2])) < OLDEST:
         "the triton that belongs to it"
     )
 
-from .launch import philox_, run_pass, run_rows
+from .noise import philox_
+from .passes import run_pass
+from .rows import run_rows
 
 __all__ = ["philox_", "run_pass", "run_rows"]

@@ -1,25 +1,19 @@
 """Compiled forms of the kernels: how many this process has used, how many are kept for later ones, and where.
 
-Triton compiles a kernel anew for each set of compile-time arguments, dtypes and alignments; such a form is kept in memory
-and in Triton's cache folder.
+Triton compiles a kernel anew for each set of compile-time arguments (forms.py); such a form is kept in memory and in
+Triton's cache folder.
 """
 
 from pathlib import Path
-from typing import Any
 
 import triton
 
-from . import passes, sums
-
-
-def kernels() -> dict[str, Any]:
-    """The kernels that the launcher starts, by name."""
-    return {name: x for module in (passes, sums) for name, x in vars(module).items() if name.endswith("_kernel")}
+from .launch import KERNELS
 
 
 def used() -> dict[str, int]:
     """Of each kernel, the forms that this process has loaded or compiled; none in the interpreter, which compiles nothing."""
-    caches = {name: getattr(kernel, "device_caches", {}) for name, kernel in kernels().items()}
+    caches = {name: getattr(kernel.function, "device_caches", {}) for name, kernel in KERNELS.items()}
     return {name: sum(len(cache[0]) for cache in of.values()) for name, of in caches.items()}
 
 
@@ -30,4 +24,4 @@ def folder() -> Path:
 
 def kept() -> int:
     """Forms in that folder, of all GPUs and versions."""
-    return sum(1 for name in kernels() for _ in folder().glob(f"*/{name}.json"))
+    return sum(1 for name in KERNELS for _ in folder().glob(f"*/{name}.json"))

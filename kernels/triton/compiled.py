@@ -1,4 +1,4 @@
-"""Compiles forms of the pass for a named architecture, with no GPU, and disassembles them (used by bench/sass.py)."""
+"""Compiles a kernel of this folder for a named architecture, with no GPU, and disassembles it (bench/sass.py, tests)."""
 
 import os
 import re
@@ -13,23 +13,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import launch, passes
+from .launch import KERNELS, options
 
 _BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-
-
-@dataclass(frozen=True)
-class Form:
-    """The compile-time arguments of ``pass_kernel``, dtypes by their torch names; K streams as the launcher treats them."""
-
-    distribution: str = "gaussian"
-    src: str = "bfloat16"
-    dst: str = ""  # src
-    k: int = 1
-    hessian: int = 0
-    stochastic: bool = False
-    decay: bool = False
-    residual: int = 0  # bits; written where the pass is in place, without dst
+AMD = ("gfx90a", "gfx942")
 
 
 @dataclass(frozen=True)
@@ -50,30 +37,33 @@ def architectures() -> list[int]:
     return [a for a in (80, 86, 89, 90, 100, 103, 120) if a in known]
 
 
-def compile_pass(form: Form, capability: int) -> Compiled:
-    """Compile one form as the launcher would and disassemble it."""
-    dtype = {str(t).removeprefix("torch."): d for t, d in launch._DTYPES.items()}
-    constants: dict[str, Any] = passes.constants(
-        dtype[form.src], dtype[form.dst or form.src], launch._DISTRIBUTIONS[form.distribution], form.hessian,
-        form.stochastic, form.decay, form.k, form.residual, not form.dst,
-    )  # fmt: skip
-    pointers = {"table": "*i64", "runs": "*i32", "go": "*i32", "streams": "*i64", "update": "*i64", "counters": "*i64"}
-    pointers |= {"digits": "*i8", "totals": "*i32"}
-    pointers |= dict.fromkeys(("coeffs", "restore", "curvature", "decay", "smoothing", "scales"), "*fp32")
-    scalars = dict.fromkeys(("k0", "k1", "n_tensors", "n_streams", "n_steps"), "i32") | dict.fromkeys(
-        ("hessian_min", "hessian_max"), "fp32"
-    )
-    signature = {n: (pointers | scalars).get(n, "constexpr") for n in passes.pass_kernel.arg_names}
-    aligned = [("tt.divisibility", 16)]  # what the launcher allocates itself, and what a launch finds of it
-    own = ("table", "runs", "go", "digits", "totals", "scales")
-    attributes = {(passes.pass_kernel.arg_names.index(n),): [list(a) for a in aligned] for n in own}
+def few_forms(name: str) -> list[dict[str, Any]]:
+    """Few forms of a kernel in which any two values that two fields of a form can have together occur together."""
+    forms = list(KERNELS[name].forms())
+    fields = [vars(f["FORM"]) if "FORM" in f else f for f in forms]
+    pairs = [{(a, x, b, y) for a, x in v.items() for b, y in v.items() if a <= b} for v in fields]
+    chosen, missing = [0], {pair for of_form in pairs for pair in of_form} - pairs[0]
+    while missing:
+        chosen.append(max(range(len(forms)), key=lambda i: len(pairs[i] & missing)))
+        missing -= pairs[chosen[-1]]
+    return [forms[i] for i in chosen]
+
+
+def compile_form(name: str, form: dict[str, Any], architecture: int | str) -> Any:
+    """Compile one form of a kernel as a launch would, for a compute capability or an AMD architecture."""
+    kernel = KERNELS[name]
+    signature = {p.name: "constexpr" if p.is_constexpr else p.annotation_type for p in kernel.function.params}
+    nvidia = isinstance(architecture, int)
+    target = GPUTarget("cuda", architecture, 32) if nvidia else GPUTarget("hip", architecture, 64)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        compiled = triton.compile(
-            ASTSource(passes.pass_kernel, signature, constants, attributes),
-            target=GPUTarget("cuda", capability, 32),
-            options=launch.options(),
+        return triton.compile(
+            ASTSource(kernel.function, signature, form, {}), target=target, options=options(kernel.warps)
         )
+
+
+def disassemble(compiled: Any) -> Compiled:
+    """The instructions and resources of a kernel that was compiled for an NVIDIA GPU."""
     with tempfile.NamedTemporaryFile(suffix=".cubin", delete=False) as f:
         f.write(compiled.asm["cubin"])
     try:

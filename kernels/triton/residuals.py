@@ -8,7 +8,7 @@ works on elements by their place in a register alone, so any layout of a tile is
 import triton
 import triton.language as tl
 
-from .noise import INTERPRET
+from .launch import INTERPRET, assembly
 
 # x * 0 + x makes NaN of an infinity: no residual then makes it finite. A residual below zero of a weight of zero makes
 # NaN as well; whoever finds one in a tile goes by the definition. dp2a takes a residual from its place and adds it.
@@ -94,7 +94,7 @@ def join_residual(weight, residual, EXACT: tl.constexpr):
     Not EXACT: NaN for such a weight, and for a zero with a residual below zero.
     """
     BITS: tl.constexpr = residual.dtype.primitive_bitwidth
-    if tl.bfloat16 == weight.dtype and not EXACT and not INTERPRET:
+    if tl.bfloat16 == weight.dtype and not EXACT and assembly():
         bits = weight.to(tl.int16, bitcast=True)
         if BITS == 16:
             return tl.inline_asm_elementwise(_JOIN_16, "=&r,=&r,r,r", [bits, residual], tl.float32, True, 2)
@@ -114,7 +114,7 @@ def join_residual(weight, residual, EXACT: tl.constexpr):
 @triton.jit
 def split_residual(x, random, DTYPE: tl.constexpr, BITS: tl.constexpr, STOCHASTIC: tl.constexpr):
     """Weights, as int16 bits of DTYPE, and residuals of BITS of finite float32 ``x``; ``random`` as in ``round_to``."""
-    if tl.bfloat16 != DTYPE or INTERPRET:
+    if tl.bfloat16 != DTYPE or not assembly():
         pattern = x.to(tl.int32, bitcast=True)
         u = pattern & 0x7FFFFFFF
         if tl.float16 == DTYPE:

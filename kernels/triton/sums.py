@@ -13,19 +13,33 @@ columns (d, q) of the same rows: all digits of elements 32w + 8q + 0..7 of its w
 Per 8 streams and weight: 1.4 instructions of Philox, 2 ANDs, 1 IMMA; element by element it is 34 (docs/triton.md).
 """
 
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
 import triton
 import triton.language as tl
 
-from .noise import INTERPRET, RADEMACHER, words_of
-
-STEP = tl.constexpr(8)  # streams a step
-COLUMNS = tl.constexpr(16)  # n = (digit & 1) + 2 j + 8 (digit >> 1)
-STEP_BYTES = tl.constexpr(512)  # of digits: 16 columns of 32
+from .launch import assembly, kernel, launch
+from .noise import RADEMACHER, in_order, words_of
 
 
-@triton.jit(do_not_specialize=["n_tensors", "n_streams", "n_steps"], do_not_specialize_on_alignment=["coeffs"])
-def digits_kernel(coeffs, digits, totals, scales, n_tensors, n_streams, n_steps):
-    """The right side for a tensor: int8 digits (steps, 16, 32), their totals int32 (16,) and the scale of its sums."""
+class Digits(NamedTuple):
+    """Coefficients as ``weighted_signs`` reads them: pointers to what ``digits_kernel`` writes, and the number of steps of eight streams."""
+
+    matrix: Any  # int8
+    totals: Any
+    units: Any
+    n_steps: Any
+
+
+@kernel(warps=1)
+def digits_kernel(coeffs, digits, totals, units, n_tensors, n_streams, n_steps):
+    """The right side for a tensor: int8 digits (steps, 16, 32), their totals int32 (16,) and the unit of its sums.
+
+    Column n of the 16 has digit (n & 1) + 2 (n >> 3) of the elements 8j + i with j = (n >> 1) & 3.
+    """
     column = tl.program_id(0)
     largest = 0.0
     for first in range(0, n_streams, 32):
@@ -36,7 +50,7 @@ def digits_kernel(coeffs, digits, totals, scales, n_tensors, n_streams, n_steps)
     exponent = tl.maximum(largest.to(tl.int32, bitcast=True) >> 23, 27)
     unit = ((exponent - 25) << 23).to(tl.float32, bitcast=True)  # 2^(e - 25)
     inverse = ((279 - exponent) << 23).to(tl.float32, bitcast=True)  # exact; a float32 division may be off by 2 ulp
-    tl.store(scales + column, unit)
+    tl.store(units + column, unit)
     n = tl.arange(0, 16)
     digit, j = (n & 1) + 2 * (n >> 3), (n >> 1) & 3
     inner = tl.arange(0, 32)
@@ -56,10 +70,24 @@ def digits_kernel(coeffs, digits, totals, scales, n_tensors, n_streams, n_steps)
     tl.store(totals + column * 16 + n, total)
 
 
+def digits_of(coeffs: Tensor) -> dict[str, Any]:
+    """The digits of coefficients (K, T) of at least one stream, as kernels that sum signs take them."""
+    k, count = coeffs.shape
+    steps = -(-k // 8)
+    made = {
+        "digits": torch.empty(count * steps * 512, dtype=torch.int8, device=coeffs.device),
+        "totals": torch.empty(count * 16, dtype=torch.int32, device=coeffs.device),
+        "units": torch.empty(count, dtype=torch.float32, device=coeffs.device),
+        "n_steps": steps,
+    }
+    launch(digits_kernel, count, coeffs=coeffs, **made, n_tensors=count, n_streams=k)
+    return made
+
+
 @triton.jit
-def _bits(words, I: tl.constexpr, ROWS: tl.constexpr):
-    """Bit I of each byte, in its place: int8 (ROWS, 32) from each word four times, (ROWS, 32)."""
-    if INTERPRET:
+def _bits(words, I: tl.constexpr):
+    """Bit I of each byte, in its place: int8 from words that are there four times side by side, once for each byte."""
+    if not assembly():
         byte = (8 * (tl.arange(0, 32) & 3))[None, :].to(tl.uint32)
         return ((words >> byte) & (1 << I)).to(tl.int32).to(tl.int8)
     # One AND makes four bytes. The word is there four times by join: of a broadcast Triton would take the AND out.
@@ -70,72 +98,66 @@ def _bits(words, I: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _value(sums, scale, ROWS: tl.constexpr):
+def _value(sums, unit, ROWS: tl.constexpr):
     """float32 (ROWS, 4) from the digits' sums (ROWS, 16)."""
     low, high = tl.split(tl.permute(tl.reshape(sums, (ROWS, 2, 4, 2)), (0, 2, 3, 1)))  # (ROWS, 4, 2): digits 0, 1; 2, 3
     d0, d1 = tl.split(low)
     d2, d3 = tl.split(high)
-    return tl.fma((d3 * 128 + d2).to(tl.float32), scale * 16384.0, (d1 * 128 + d0).to(tl.float32) * scale)
+    return tl.fma((d3 * 128 + d2).to(tl.float32), unit * 16384.0, (d1 * 128 + d0).to(tl.float32) * unit)
 
 
 @triton.jit
-def _four_streams(first, tensor_id, k, streams, n_streams, lanes, k0, k1):
+def _four_streams(k, key, call, lanes):
     """Words (BLOCKS, 4, 2, 2) of streams k to k + 3: four at a time is what gives each lane the stream it needs."""
     k += tl.arange(0, 4)
-    stream = tl.load(streams + k, mask=k < n_streams, other=0).to(tl.uint32)[None, :]
-    w0, w1, w2, w3 = words_of(first >> 7, RADEMACHER, lanes, tensor_id, stream, k0, k1)
-    return tl.join(tl.join(w0, w2), tl.join(w1, w3))
+    stream = tl.load(call.streams + k, mask=k < call.n_streams, other=0).to(tl.uint32)[None, :]
+    w0, w1, w2, w3 = words_of(key, stream, lanes, RADEMACHER, 7)
+    return in_order(w0, w1, w2, w3)
 
 
 @triton.jit
-def _step(
-    step, first, tensor_id, streams, n_streams, lanes, right, k0, k1, a0, a1, a2, a3, a4, a5, a6, a7, ROWS: tl.constexpr
-):
+def _step(step, sums, key, call, lanes, right, ROWS: tl.constexpr):
     """Adds eight streams to the sums of the eight bit places."""
-    low = _four_streams(first, tensor_id, step * 8, streams, n_streams, lanes, k0, k1)
-    high = _four_streams(first, tensor_id, step * 8 + 4, streams, n_streams, lanes, k0, k1)
+    low = _four_streams(step * 8, key, call, lanes)
+    high = _four_streams(step * 8 + 4, key, call, lanes)
     words = tl.permute(tl.join(low, high), (2, 3, 0, 4, 1))  # (word, word, block, low or high, stream)
     twice = tl.join(tl.reshape(words, (ROWS, 8)), tl.reshape(words, (ROWS, 8)))
     words = tl.reshape(tl.join(twice, twice), (ROWS, 32))
     b = tl.trans(tl.load(right + step * 512))
-    a0 = tl.dot(_bits(words, 0, ROWS), b, a0, out_dtype=tl.int32)
-    a1 = tl.dot(_bits(words, 1, ROWS), b, a1, out_dtype=tl.int32)
-    a2 = tl.dot(_bits(words, 2, ROWS), b, a2, out_dtype=tl.int32)
-    a3 = tl.dot(_bits(words, 3, ROWS), b, a3, out_dtype=tl.int32)
-    a4 = tl.dot(_bits(words, 4, ROWS), b, a4, out_dtype=tl.int32)
-    a5 = tl.dot(_bits(words, 5, ROWS), b, a5, out_dtype=tl.int32)
-    a6 = tl.dot(_bits(words, 6, ROWS), b, a6, out_dtype=tl.int32)
-    a7 = tl.dot(_bits(words, 7, ROWS), b, a7, out_dtype=tl.int32)
+    a0, a1, a2, a3, a4, a5, a6, a7 = sums
+    a0 = tl.dot(_bits(words, 0), b, a0, out_dtype=tl.int32)
+    a1 = tl.dot(_bits(words, 1), b, a1, out_dtype=tl.int32)
+    a2 = tl.dot(_bits(words, 2), b, a2, out_dtype=tl.int32)
+    a3 = tl.dot(_bits(words, 3), b, a3, out_dtype=tl.int32)
+    a4 = tl.dot(_bits(words, 4), b, a4, out_dtype=tl.int32)
+    a5 = tl.dot(_bits(words, 5), b, a5, out_dtype=tl.int32)
+    a6 = tl.dot(_bits(words, 6), b, a6, out_dtype=tl.int32)
+    a7 = tl.dot(_bits(words, 7), b, a7, out_dtype=tl.int32)
     return a0, a1, a2, a3, a4, a5, a6, a7
 
 
 @triton.jit
-def weighted_signs(
-    first, tensor_id, column, streams, digits, totals, scales, n_streams, n_steps, k0, k1, BLOCKS: tl.constexpr
-):
-    """sum_k c[k] s(k, i), float32 (4, BLOCKS, 32), of a Rademacher tile whose first element has index ``first``."""
+def weighted_signs(key, column, call, BLOCKS: tl.constexpr):
+    """sum_k c[k] s(k, i), float32 (4, BLOCKS, 32), of a Rademacher tile."""
     ROWS: tl.constexpr = 4 * BLOCKS
+    digits = call.digits
     n = tl.arange(0, 16)
-    total = tl.broadcast_to(tl.load(totals + column * 16 + n)[None, :], (ROWS, 16))
-    a0, a1, a2, a3 = -total, -2 * total, -4 * total, -8 * total
-    a4, a5, a6, a7 = -16 * total, -32 * total, -64 * total, 128 * total  # a byte with bit 7 is -128
+    total = tl.broadcast_to(tl.load(digits.totals + column * 16 + n)[None, :], (ROWS, 16))
+    # What bits count less twice what signs do: a set bit is 2^i in its byte, and bit 7 of a byte is -128.
+    sums = (-total, -2 * total, -4 * total, -8 * total, -16 * total, -32 * total, -64 * total, 128 * total)
     lanes = tl.arange(0, BLOCKS).to(tl.uint32)[:, None]
-    right = digits + column * n_steps * 512 + tl.arange(0, 16)[:, None] * 32 + tl.arange(0, 32)[None, :]
+    right = tl.multiple_of(digits.matrix + column * digits.n_steps * 512, 16)
+    right = right + tl.arange(0, 16)[:, None] * 32 + tl.arange(0, 32)[None, :]
     # The first step apart: a loop that may run no time costs a copy of all 128 sums.
-    a0, a1, a2, a3, a4, a5, a6, a7 = _step(
-        0, first, tensor_id, streams, n_streams, lanes, right, k0, k1, a0, a1, a2, a3, a4, a5, a6, a7, ROWS
-    )
-    for step in range(1, n_steps):
-        a0, a1, a2, a3, a4, a5, a6, a7 = _step(
-            step, first, tensor_id, streams, n_streams, lanes, right, k0, k1, a0, a1, a2, a3, a4, a5, a6, a7, ROWS
-        )
-    scale = tl.load(scales + column)
-    y0, y1 = _value(a0, scale, ROWS), _value(a1, scale * 0.5, ROWS)
-    y2, y3 = _value(a2, scale * 0.25, ROWS), _value(a3, scale * 0.125, ROWS)
-    y4, y5 = _value(a4, scale * 0.0625, ROWS), _value(a5, scale * 0.03125, ROWS)
-    y6, y7 = _value(a6, scale * 0.015625, ROWS), _value(a7, scale * -0.0078125, ROWS)
-    even = tl.join(
-        tl.join(y0, y4), tl.join(y2, y6)
-    )  # (ROWS, 4, 2, 2): the last axis is bit 1 of i, the one before bit 2
-    odd = tl.join(tl.join(y1, y5), tl.join(y3, y7))
+    sums = _step(0, sums, key, call, lanes, right, ROWS)
+    for step in range(1, digits.n_steps):
+        sums = _step(step, sums, key, call, lanes, right, ROWS)
+    a0, a1, a2, a3, a4, a5, a6, a7 = sums
+    unit = tl.load(digits.units + column)
+    y0, y1 = _value(a0, unit, ROWS), _value(a1, unit * 0.5, ROWS)
+    y2, y3 = _value(a2, unit * 0.25, ROWS), _value(a3, unit * 0.125, ROWS)
+    y4, y5 = _value(a4, unit * 0.0625, ROWS), _value(a5, unit * 0.03125, ROWS)
+    y6, y7 = _value(a6, unit * 0.015625, ROWS), _value(a7, unit * -0.0078125, ROWS)
+    # Elements 8j + i of a row: bit 2 of i is the first of the new axes, bit 1 the second, bit 0 the last.
+    even, odd = in_order(y0, y2, y4, y6), in_order(y1, y3, y5, y7)
     return tl.reshape(tl.join(even, odd), (4, BLOCKS, 32))

@@ -1,0 +1,78 @@
+"""The weighted sum of the noise of a call's streams over a tile, in one of three ways (``Form.streams``)."""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from .launch import assembly
+from .noise import RADIUS, gaussian, signed, signs
+from .sums import weighted_signs
+
+
+class Stream(NamedTuple):
+    """A stream's number, and its coefficients in a tensor: in the noise, in what is taken back before, in the change of H."""
+
+    number: Any
+    c: Any
+    restore: Any
+    curvature: Any
+    works: Any  # whether a coefficient is not zero
+
+
+@triton.jit
+def stream_of(k, column, call, FORM: tl.constexpr):
+    """Stream k of the call in a tensor; of a Gaussian, coefficients for normals as ``gaussian`` makes them, over RADIUS."""
+    at = k * call.n_tensors + column
+    c = tl.load(call.coeffs + at)
+    restore, curvature = c, c
+    works = c != 0
+    if FORM.scale == "update":
+        restore, curvature = tl.load(call.restore + at), tl.load(call.curvature + at)
+        works = works | (restore != 0) | (curvature != 0)
+    if FORM.gaussian:
+        c, restore, curvature = c * RADIUS, restore * RADIUS, curvature * (RADIUS * RADIUS)
+    return Stream(tl.load(call.streams + k).to(tl.uint32), c, restore, curvature, works)
+
+
+@triton.jit
+def _zeros_like(x):
+    """Zeros in the registers of x: what a loop carries keeps the layout it starts with, and one that differs from that of
+    the noise costs a trip through shared memory for each stream (31 instructions a weight where this costs none).
+    """
+    if not assembly():
+        return tl.zeros_like(x)
+    return tl.inline_asm_elementwise("mov.f32 $0, 0f00000000;", "=r,r", [x], tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def sum_of_streams(like, key, column, only, call, B: tl.constexpr, FORM: tl.constexpr, CAREFUL: tl.constexpr):
+    """sum_k c[k] z[k] of a tile of the shape of ``like``, and where H changes also sum_k restore[k] z[k], sum_k curvature[k] z[k]^2.
+
+    ``only``: the stream, where the form has one. A careful tile has no sum on the tensor cores, which is of whole tiles.
+    """
+    noise = _zeros_like(like)
+    back = noise
+    squares = noise
+    if FORM.streams == "sums" and not CAREFUL:
+        noise = weighted_signs(key, column, call, B)
+    else:
+        for k in range(1 if FORM.streams == "one" else call.n_streams):
+            stream = only
+            if FORM.streams != "one":
+                stream = stream_of(k, column, call, FORM)
+            if FORM.streams == "one" or stream.works:
+                if FORM.gaussian:
+                    z = gaussian(key, stream.number, B, FORM.width)
+                    noise = stream.c * z if FORM.streams == "one" else tl.fma(z, stream.c, noise)
+                    if FORM.scale == "update":
+                        back = tl.fma(z, stream.restore, back)
+                        squares = tl.fma(z * z, stream.curvature, squares)
+                else:
+                    words = signs(key, stream.number, B)
+                    cz = signed(words, stream.c, (FORM.shape, B, 32))
+                    noise = cz if FORM.streams == "one" else noise + cz
+                    if FORM.scale == "update":
+                        back += signed(words, stream.restore, (FORM.shape, B, 32))
+                        squares += stream.curvature
+    return noise, back, squares
