@@ -21,11 +21,11 @@ FUNCTIONS = {
     "philox_": [ops._check_philox, ops._philox_, ops._fake_philox_, reference.philox_, reference.philox, native.philox_],
 }  # fmt: skip
 if find_spec("triton"):
-    from zo_core.kernels.triton import launch
+    from zo_core.kernels import triton
 
-    FUNCTIONS["update_"] += [launch.run_pass, launch._run_pass]
-    FUNCTIONS["perturb_rows"] += [launch.run_rows, launch._run_rows]
-    FUNCTIONS["philox_"] += [launch.philox_]
+    FUNCTIONS["update_"] += [triton.run_pass]
+    FUNCTIONS["perturb_rows"] += [triton.run_rows]
+    FUNCTIONS["philox_"] += [triton.philox_]
 
 
 def schema_defaults(name: str) -> dict[str, object]:
