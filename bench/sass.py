@@ -3,6 +3,7 @@
 Compiles each form, disassembles it and follows the path of a whole, aligned tile: the shortest way round the loop that
 has 128-bit stores, with loops inside it taken once a stream (the longest way through, so with every stream active).
 The ten main forms (K=1, in place; "+ 8": with a residual of 8 bits) are also compiled for every newer architecture that ptxas knows.
+AMD's gfx90a and gfx942 follow, instructions of a lane, never judged: what LLVM makes of the same kernels without assembly.
 Counts are exact and the same on every machine, so they are a gate: the exit code is 1 when a form passes its budget
 (docs/triton.md). The predicted fraction of copy bandwidth comes from the model in ``predict``.
 """
@@ -20,7 +21,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from zo_core.kernels.triton import forms
-from zo_core.kernels.triton.compiled import Compiled, architectures, compile_form, disassemble
+from zo_core.kernels.triton.compiled import AMD, architectures, compile_form, disassemble
 from zo_core.kernels.triton.forms import TILE
 from zo_core.kernels.triton.passes import WARPS
 
@@ -121,35 +122,53 @@ class Block:
     next: list[int] = field(default_factory=list)
 
 
-def blocks_of(text: str) -> list[Block]:
-    """The control-flow graph of nvdisasm's listing."""
+@dataclass(frozen=True)
+class Syntax:
+    """How a listing writes a label, and an instruction as predicate, opcode and rest; which opcodes jump, and which of them may not."""
+
+    label: str
+    instruction: str
+    target: str
+    jumps: tuple[str, ...]
+    may_not: str  # of the opcode, where there is no predicate
+
+
+# ptxas writes some far jumps as CALL.REL.NOINC; nothing here is called
+SASS = Syntax(
+    r"\s*(\.L\w+):", r"\s*/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(@!?U?P\w+\s+)?([A-Z][\w.]*)(.*?);", r"`\((\.L\w+)\)",
+    ("BRA", "EXIT", "RET", "BRX", "CALL"), r"$^",
+)  # fmt: skip
+GCN = Syntax(
+    r"(\.LBB\w+):", r"\t()([a-z]+_\w+)(.*)", r"(\.LBB\w+)", ("s_branch", "s_cbranch", "s_endpgm"), r"s_cbranch"
+)
+
+
+def blocks_of(text: str, syntax: Syntax = SASS) -> list[Block]:
+    """The control-flow graph of a listing: nvdisasm's, or LLVM's for AMD."""
     blocks, labels, jumps = [Block()], {}, []
     for line in text.splitlines():
-        if label := re.match(r"\s*(\.L\w+):", line):
+        if label := re.match(syntax.label, line):
             if blocks[-1].opcodes:
                 blocks[-1].next.append(len(blocks))
                 blocks.append(Block())
             labels[label[1]] = len(blocks) - 1
             continue
-        instruction = re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(@!?U?P\w+\s+)?([A-Z][\w.]*)(.*?);", line)
+        instruction = re.match(syntax.instruction, line)
         if not instruction:
             continue
         predicate, opcode, rest = instruction.groups()
         blocks[-1].opcodes.append(opcode)
-        name = opcode.split(".")[0]
-        # ptxas writes some far jumps as CALL.REL.NOINC; nothing here is called
-        if name in ("BRA", "EXIT", "RET", "BRX", "CALL"):
-            if target := re.search(r"`\((\.L\w+)\)", rest):
+        if re.match(rf"({'|'.join(syntax.jumps)})\b|s_cbranch", opcode):
+            if target := re.search(syntax.target, rest):
                 jumps.append((len(blocks) - 1, target[1]))
             # "@P2 BRA P1" and "BRA.U UP0" are conditional as well
-            conditional = predicate or re.match(r"\s*!?U?P\d", rest)
-            if conditional:
+            if predicate or re.match(r"\s*!?U?P\d", rest) or re.match(syntax.may_not, opcode):
                 blocks[-1].next.append(len(blocks))
             blocks.append(Block())
     for at, name in jumps:
         blocks[at].next.append(labels[name])
-    for b in blocks:
-        b.next = [n for n in dict.fromkeys(b.next) if n < len(blocks)]
+    for block in blocks:
+        block.next = [n for n in dict.fromkeys(block.next) if n < len(blocks)]
     return blocks
 
 
@@ -182,7 +201,7 @@ def loops_of(blocks: list[Block]) -> dict[int, set[int]]:
 
 
 def _is_full_store(opcode: str) -> bool:
-    return opcode.startswith("STG") and ".128" in opcode
+    return (opcode.startswith("STG") and ".128" in opcode) or "_store_dwordx4" in opcode
 
 
 def path_of(
@@ -231,9 +250,9 @@ def path_of(
     raise ValueError("no path with 128-bit stores")
 
 
-def tile_path(compiled: Compiled, form: Form) -> Counter[str]:
+def tile_path(text: str, form: Form, syntax: Syntax = SASS) -> Counter[str]:
     """Opcodes of a whole tile, k streams."""
-    blocks = blocks_of(compiled.text)
+    blocks = blocks_of(text, syntax)
     loops = loops_of(blocks)
     with_store = [h for h, body in loops.items() if any(_is_full_store(op) for x in body for op in blocks[x].opcodes)]
     if not with_store:
@@ -288,7 +307,7 @@ class Result:
     """One form on one architecture. Counts are instructions a weight."""
 
     name: str
-    capability: int
+    capability: int | str
     total: float
     pipes: dict[str, float]
     registers: int
@@ -326,7 +345,7 @@ def judge(variant: Variant, capability: int) -> Result:
     problems = []
     weights = TILE / (32 * WARPS)
     try:
-        path = tile_path(compiled, form)
+        path = tile_path(compiled.text, form)
     except ValueError as error:
         path = Counter()
         problems.append(str(error))
@@ -362,6 +381,27 @@ def judge(variant: Variant, capability: int) -> Result:
     )  # fmt: skip
 
 
+def count_for_amd(variant: Variant, architecture: str) -> Result:
+    """Compile for an AMD GPU and count: vector instructions as ALU, scalar ones as uniform, memory as LSU."""
+    text = compile_form("pass_kernel", {"FORM": variant.form.compiled()}, architecture).asm["amdgcn"]
+    path, weights = tile_path(text, variant.form, GCN), TILE / (64 * WARPS)
+    pipes = dict.fromkeys(PIPES, 0.0)
+    for opcode, n in path.items():
+        pipes[{"v_": "alu", "s_": "uniform"}.get(opcode[:2], "lsu")] += n / weights
+    registers, spilled, shared = (
+        int(re.findall(pattern, text)[0])
+        for pattern in (
+            r"\.vgpr_count:\s+(\d+)",
+            r"\.vgpr_spill_count:\s+(\d+)",
+            r"\.group_segment_fixed_size:\s+(\d+)",
+        )
+    )
+    widths = sorted({op for op in path if "load" in op or "store" in op})
+    return Result(
+        variant.name, architecture, path.total() / weights, pipes, registers, shared, spilled, widths, {}, 0, []
+    )
+
+
 def table_of(results: Iterable[Result]) -> Table:
     """The readable table."""
     table = Table(title="Instructions a weight, whole tiles")
@@ -385,6 +425,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     variants = MAIN if args.fast else VARIANTS
     results = [judge(v, a) for v in variants for a in architectures() if a in (80, 90) or (v in MAIN and not args.fast)]
+    results += [count_for_amd(v, a) for v in ([] if args.fast else MAIN) for a in AMD]
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps([asdict(r) for r in results], indent=1) + "\n")

@@ -8,8 +8,6 @@ pytest.importorskip("triton", reason="triton is not installed")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiles, so not in the interpreter", allow_module_level=True)
 
-from zo_core.kernels.triton.compiled import Compiled
-
 from bench import sass
 from bench.sass import Form
 
@@ -41,7 +39,7 @@ LOOPS = listing(
 
 
 def test_the_path_goes_once_round_the_loop_of_whole_tiles_and_once_a_stream_round_the_one_inside():
-    path = sass.tile_path(Compiled(LOOPS, 32, 0, 0, 0), Form(k=3))
+    path = sass.tile_path(LOOPS, Form(k=3))
     assert path == {
         "LDG.E.128": 1, "FFMA": 6, "BRA": 3 * 2 + 2, "STG.E.128": 1, "CALL.REL.NOINC": 1,
     }  # fmt: skip
@@ -49,7 +47,7 @@ def test_the_path_goes_once_round_the_loop_of_whole_tiles_and_once_a_stream_roun
 
 def test_a_kernel_without_128_bit_stores_is_an_error():
     with pytest.raises(ValueError, match="128-bit"):
-        sass.tile_path(Compiled(LOOPS.replace("STG.E.128", "STG.E.64"), 32, 0, 0, 0), Form())
+        sass.tile_path(LOOPS.replace("STG.E.128", "STG.E.64"), Form())
 
 
 def test_the_model_says_memory_bound_until_a_pipe_is_fuller():
@@ -88,3 +86,9 @@ def test_scales_in_factors_cost_at_most_eight_instructions():
     for distribution, src in (("gaussian", "bfloat16"), ("gaussian", "float32"), ("rademacher", "bfloat16")):
         plain, scaled = (sass.judge(sass.Variant("", Form(distribution, src, scale=s)), 90) for s in ("", "factors"))
         assert not scaled.problems and scaled.total <= plain.total + 8
+
+
+@pytest.mark.parametrize("architecture", ["gfx90a", "gfx942"])
+def test_forms_for_amd_are_counted_and_spill_nothing(architecture):
+    result = sass.count_for_amd(sass.VARIANTS[0], architecture)
+    assert 30 < result.total < 70 and not result.local and result.pipes["alu"] > result.pipes["lsu"] > 0

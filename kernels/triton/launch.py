@@ -19,7 +19,7 @@ TYPES = (
     | dict.fromkeys(
         ("n", "n_tensors", "n_streams", "n_steps", "n_tiles", "domain", "moves", "decays", "updates"), "i32"
     )
-    | dict.fromkeys(("k0", "k1", "tensor_id", "stream"), "u32")
+    | dict.fromkeys(("k0", "k1", "tensor_id", "number"), "u32")
     | dict.fromkeys(("first", "skip", "width", "offset", "row_scale", "column_scale", "columns"), "i64")
     | dict.fromkeys(("hessian_min", "hessian_max"), "fp32")
 )

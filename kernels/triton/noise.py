@@ -175,14 +175,14 @@ _BLOCKS = tl.constexpr(256)  # of a program
 
 
 @kernel(warps=4, forms=lambda: [{"ROUNDS": 7}, {"ROUNDS": 10}])
-def philox_kernel(words, n, first, skip, tensor_id, stream, k0, k1, domain, ROUNDS: tl.constexpr):
-    """Raw words of n blocks from ``first + skip``, a row of four each; ``first`` is a multiple of the blocks of a program."""
+def philox_kernel(words, n, first, skip, tensor_id, number, k0, k1, domain, ROUNDS: tl.constexpr):
+    """Raw words of n blocks from ``first + skip``, a row of four each, of stream ``number``; ``first`` is a multiple of the blocks of a program."""
     start = tl.program_id(0).to(tl.int64) * _BLOCKS
     lanes = tl.arange(0, _BLOCKS)
     block = first.to(tl.int64) + start
     high = (block >> 32).to(tl.uint32) & 0xFFFFFF | (domain.to(tl.uint32) << 24)
     w0, w1, w2, w3 = philox(
-        block.to(tl.uint32) + lanes.to(tl.uint32), high, tensor_id.to(tl.uint32), stream.to(tl.uint32), k0.to(tl.uint32),
+        block.to(tl.uint32) + lanes.to(tl.uint32), high, tensor_id.to(tl.uint32), number.to(tl.uint32), k0.to(tl.uint32),
         k1.to(tl.uint32), ROUNDS,
     )  # fmt: skip
     row = start + lanes - skip
@@ -199,12 +199,14 @@ def halves(seed: int) -> dict[str, int]:
     return {"k0": seed & 0xFFFFFFFF, "k1": seed >> 32 & 0xFFFFFFFF}
 
 
-def philox_(words: Tensor, *, domain: int, tensor_id: int, stream: int, block: int, seed: int, rounds: int = ROUNDS) -> None:
+def philox_(
+    words: Tensor, *, domain: int, tensor_id: int, stream: int, block: int, seed: int, rounds: int = ROUNDS
+) -> None:
     """Fill int32 ``words`` of shape (n, 4) with the Philox words of blocks ``block`` to ``block + n - 1``."""
     if n := words.shape[0]:
         skip = block % _BLOCKS.value  # programs start where block numbers do not carry inside one
         with on(words.device):
             launch(
                 philox_kernel, triton.cdiv(skip + n, _BLOCKS.value), words=words, n=n, first=block - skip, skip=skip,
-                tensor_id=tensor_id, stream=stream, **halves(seed), domain=domain, ROUNDS=rounds,
+                tensor_id=tensor_id, number=stream, **halves(seed), domain=domain, ROUNDS=rounds,
             )  # fmt: skip
