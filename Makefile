@@ -26,12 +26,12 @@ test: setup test-triton test-ptx  ## all tests, also those on the default model 
 	ZO_CORE_TEST_ASSETS=1 $(BIN)/python -m pytest -q --durations=10
 
 test-triton: setup  ## the Triton kernels in the interpreter, in a process of their own, and the instruction budgets
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/test_cases.py tests/test_triton.py
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/test_cases.py tests/test_triton.py tests/test_selfcheck.py
 	$(BIN)/python -m bench.sass
 
 # Half of the cases: what compiles in a few minutes. ZO_CORE_PTX_ALL=1 runs all of them.
 PTX = TRITON_CACHE_DIR=$(abspath $(VENV))/.triton OMP_NUM_THREADS=1
-PTX_TESTS = tests/test_cases.py tests/test_triton.py
+PTX_TESTS = tests/test_cases.py tests/test_triton.py tests/test_selfcheck.py
 
 test-ptx: setup  ## the Triton kernels as compiled for sm_80 and sm_90, in an emulator of PTX, at once; and mutants of them
 	$(PTX) ZO_CORE_PTX=90 $(BIN)/python -m pytest -q -p no:cacheprovider $(PTX_TESTS) > $(VENV)/ptx-90.log 2>&1 & \

@@ -89,6 +89,20 @@ def signed64(seed: int) -> int:
     return seed - (seed >> 63 << 64)
 
 
+def require_one_device(names: Sequence[str], tensors: Sequence[Tensor]) -> None:
+    """ValueError, by name, unless the tensors to be trained are on one device: scalars and counters of a pass are on it too."""
+    by_device: dict[torch.device, str] = {}
+    for name, t in zip(names, tensors, strict=True):
+        by_device.setdefault(t.device, name)
+    if len(by_device) > 1:
+        found = ", ".join(f"{name} on {device}" for device, name in by_device.items())
+        raise ValueError(
+            f"params: expected all trained tensors on one device, got {found}: load the model without device_map (or with "
+            "device_map={'': 0}), train only adapters that are on one device, or give each of several processes a GPU and the "
+            "whole model (processes=zo_core.distributed.Parallel())"
+        )
+
+
 # ---- checks ----------------------------------------------------------------------------------------------------
 
 

@@ -258,6 +258,13 @@ def test_doctor_shows_the_check_and_the_compiled_forms(folders, monkeypatch):
     assert "unset it" in report._kernels(GPU)[3]
 
 
+def test_a_model_on_several_devices_is_refused_by_name():
+    first, second = torch.zeros(2), torch.zeros(2, device="meta")
+    ops.require_one_device(["a", "b"], [first, first])
+    with pytest.raises(ValueError, match="a on cpu, c on meta: load the model without device_map"):
+        ops.require_one_device(["a", "b", "c"], [first, first, second])
+
+
 # ---- what starts no GPU ---------------------------------------------------------------------------------------------
 
 

@@ -243,6 +243,8 @@ def run_pass(
     given = {"decay": decay, "restore": restore, "curvature": curvature, "smoothing": smoothing}
     scalars = {name: x.contiguous() for name, x in given.items() if x is not None}
     moves = any(s.data_ptr() != d.data_ptr() for s, d in zip(src, dst, strict=True))
+    if not moves and not k and not scalars:  # nothing to do: an optimizer has its tensors checked so, which needs no form
+        return
     scale = "factors" if row_scales else "update" if curvature is not None else "hessian" if hessians else ""
     kinds: dict[Any, list[int]] = {}
     for i, (s, d) in enumerate(zip(src, dst, strict=True)):
