@@ -457,6 +457,23 @@ def test_a_resumed_run_keeps_its_options(inputs: dict[str, object], tmp_path: Pa
         finetune(resumed_config(tmp_path / "run", {"steps": 3}), resume=True)
 
 
+def test_a_resumed_run_says_what_changed(inputs: dict[str, object], tmp_path: Path) -> None:
+    """Another method by its name, also where it does not take the stored options; the data and a damaged summary."""
+    folder, data = tmp_path / "run", tmp_path / "data.jsonl"
+    data.write_bytes(Path(str(inputs["data"])).read_bytes())
+    finetune(FinetuneConfig(**{**inputs, "data": str(data), "method": "spsa", "steps": 2}, output=folder))
+    with pytest.raises(RunError, match=r"--method was 'spsa' in .*, got 'mezo'; a resumed run keeps it"):
+        resumed_config(folder, {"method": "mezo", "steps": 3})
+    (folder / "summary.json").write_text("[]")  # made again
+    assert finetune(resumed_config(folder, {}), resume=True)["steps"] == 2
+    text = data.read_text()
+    data.write_text(text.replace("good", "fine", 1))
+    with pytest.raises(RunError, match=r"--data '.*data.jsonl' or the tokenizer of --model .* is not as it was in"):
+        finetune(resumed_config(folder, {"steps": 3}), resume=True)
+    data.write_text(text)
+    assert finetune(resumed_config(folder, {"steps": 3}), resume=True)["steps"] == 3
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [

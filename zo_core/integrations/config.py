@@ -280,9 +280,11 @@ def resumed_config(folder: Path, given: Mapping[str, Any]) -> FinetuneConfig:
         RunError: also when a field that defines the weights differs.
 
     """
-    before, now = stored_config(folder), stored_config(folder, given)
-    for name in set(given) - CAN_CHANGE:
-        was, got = (getattr(config, name) for config in (before, now))
+    before = stored_config(folder)
+    same_method = given.get("method", before.method) == before.method  # another may not take the stored options
+    now = stored_config(folder, given if same_method else {"method": given["method"], "smoothing": None, "alpha": None})
+    for name in [name for name in (given if same_method else ["method"]) if name not in CAN_CHANGE]:
+        was, got = getattr(before, name), getattr(now, name)
         if name == "labels":
             name, was, got = "label", _label_options(was), _label_options(got)
         if was != got:

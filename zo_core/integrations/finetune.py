@@ -73,6 +73,7 @@ class State:
     before: dict[str, Any] | None = None  # test part at step 0
     before_correct: list[bool] = field(default_factory=list)
     metrics_bytes: int = 0
+    data: str = ""  # digest of the encoded data; "" in checkpoints that were written without it
 
 
 def _check_free(folder: Path, overwrite: bool) -> None:
@@ -115,7 +116,7 @@ class Run:
         """Build the optimizer; touch nothing on disk."""
         config = session.config
         self.session, self.config, self.console = session, config, console
-        self.state, self.signum = State(), 0
+        self.state, self.signum = State(data=session.facts["sha256"]), 0
         self.folder, self.checkpoint = config.output, config.output / "checkpoint"
         self.optimizer = config.optimizer(session.model)
         if config.dropout:  # dropout is the one user of torch's global generator; a checkpoint keeps its state
@@ -172,6 +173,11 @@ class Run:
                     f"checkpoint in {str(self.checkpoint)!r} cannot be read: {first_line(error)}; "
                     "--overwrite starts the run again"
                 ) from error
+            if self.state.data not in ("", self.session.facts["sha256"]):
+                raise RunError(
+                    f"--data {self.config.data!r} or the tokenizer of --model {self.config.model!r} is not as it was in "
+                    f"{str(self.folder)!r}: put them back, or choose another --output"
+                )
             if self.config.dropout:
                 torch.set_rng_state(kept["rng"])
             read_metrics(self.folder, self.state.metrics_bytes)
@@ -413,10 +419,10 @@ def finished(config: FinetuneConfig) -> dict[str, Any] | None:
     try:
         kept = torch.load(config.output / "checkpoint" / "state.pt", weights_only=True)["state"]
         summary: dict[str, Any] = json.loads((config.output / "summary.json").read_text(encoding="utf-8"))
+        over, same = config.progress(kept["step"], kept["seconds"]) >= 1, summary["steps"] == kept["step"]
     except Exception:  # whatever is wrong with them is said where they are needed
         return None
-    over = config.progress(kept["step"], kept["seconds"]) >= 1
-    return summary if over and summary["steps"] == kept["step"] else None
+    return summary if over and same else None
 
 
 def _progress(console: Console) -> Progress:

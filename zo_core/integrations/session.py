@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -108,6 +110,7 @@ def prepare(
         **{name: len(part) for name, part in parts.items()},
         "repeated": len(examples) - sum(map(len, parts.values())),
         "truncated": prompter.truncated,
+        "sha256": hashlib.sha256(json.dumps([encoded, prompter.label_tokens]).encode()).hexdigest(),
         "majority": {name: _majority(part) for name, part in encoded.items()},
     }
     config = config.model_copy(update={"labels": words, "autocast": scorer.autocast})

@@ -104,7 +104,7 @@ class Sweep:
         config = session.config
         config.optimizer(session.model)  # so that an option it does not take is said before the first trial
         about = config.model_dump(mode="json", exclude={"output"})
-        about["validation_examples"] = len(session.parts["validation"])
+        about["data_sha256"] = session.facts["sha256"]
         self.kept = read_sweep(self.path) or {"config": about, "trials": [], "best": []}
         before = self.kept["config"]
         if differ := [name for name in about | before if about.get(name) != before.get(name)]:
