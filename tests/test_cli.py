@@ -137,10 +137,10 @@ def test_replay_makes_a_run_again_as_a_folder_and_as_a_file(inputs: list[str], t
         (["--method", "fzoo", "--alpha", ".1"], "error alpha is an option of spsa; fzoo has none"),
         (["--data", "nowhere.csv"], "data 'nowhere.csv' cannot be read: No such file"),
         (["--data", "everything"], "expected a name (reviews, products) or a file ending in .csv"),
-        (["--text-column", "txt"], "no column 'txt', found 'body', 'stars'"),
+        (["--text-column", "txt"], "expected one column 'txt', found 'body', 'stars'"),
         (["--label", "4= b"], "--label: '4' never occurs as a label; the data has '5' (100), '1' (100)"),
         (["--template", "Review:"], "--template: expected {text}"),
-        (["--label", "5="], "'' does not start a new token after"),
+        (["--label", "5= bad"], "--label: expected one word for '5', got [' positive', ' bad']"),
         (["--test-size", "500"], "--test-size 500 and --validation-size 20: expected no empty part"),
         (
             ["--model", "./nowhere"],

@@ -15,7 +15,16 @@ import tiny_lm
 import torch
 from pydantic import ValidationError
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors import SafetensorError
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    BertModel,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+)
 
 from zo_core.integrations import finetune as runs
 from zo_core.integrations import tasks
@@ -23,6 +32,7 @@ from zo_core.integrations.config import FinetuneConfig, RunError, resumed_config
 from zo_core.integrations.finetune import RunInterrupted, finetune
 from zo_core.integrations.replay import replay_model
 from zo_core.integrations.session import prepare
+from zo_core.integrations.sweep import sweep
 from zo_core.journal import _lock
 
 
@@ -64,6 +74,38 @@ def losses(folder: Path) -> list[tuple[int, float]]:
     return [(line["step"], line["loss"]) for line in runs.read_metrics(folder) if line["kind"] == "step"]
 
 
+def environment() -> dict[str, str]:
+    """That of a process which imports this checkout."""
+    path = os.pathsep.join([str(Path(runs.__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+
+
+LIMITED = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)
+from zo_core.cli import app
+app(sys.argv[2:])
+"""
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from zo_core.integrations.files import own_folder
+with own_folder(Path(sys.argv[1])):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def start(
+    inputs: dict[str, object], folder: Path, *, resume: bool = False, limit: int = 2**40, **options: object
+) -> "subprocess.Popen[str]":
+    """The command in a process of its own, whose files have at most so many bytes."""
+    command = [sys.executable, "-c", LIMITED, str(limit), "finetune", "--output", str(folder), *["--resume"] * resume]
+    for name, value in (options if resume else {**inputs, **options}).items():
+        flag = name.replace("_", "-")
+        command += [f"--no-{flag}" if value is False else f"--{flag}={value}"]
+    return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
 # ---- a whole run
 
 
@@ -97,7 +139,7 @@ def test_a_run_learns_and_its_model_is_plain(finished: Path, inputs: dict[str, o
 
 
 def test_what_a_run_writes(finished: Path) -> None:
-    assert {path.name for path in finished.iterdir()} == set(runs.OUR_FILES)
+    assert {path.name for path in finished.iterdir()} == {*runs.OUR_FILES, ".lock"}
     assert (finished / "plot.png").read_bytes().startswith(b"\x89PNG")
     summary, lines = json.loads((finished / "summary.json").read_text()), runs.read_metrics(finished)
     steps = [line for line in lines if line["kind"] == "step"]
@@ -166,15 +208,7 @@ def test_a_stopped_process_goes_on_as_if_nothing_had_happened(
 ) -> None:
     """Stopped from outside in the middle of the steps: exit code, message, and in the end the same weights."""
     folder = tmp_path / "a run"
-    config = json.dumps({**inputs, "steps": 400, "save_every": 0.002})
-    command = [sys.executable, "-m", "zo_core.cli", "finetune", "--output", str(folder)]
-    for name, value in json.loads(config).items():
-        flag = name.replace("_", "-")
-        command += [f"--no-{flag}" if value is False else f"--{flag}={value}"]
-    root = str(Path(runs.__file__).parents[2])
-    path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
-    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    child = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    child = start(inputs, folder, steps=400, save_every=0.002)
     metrics = folder / "metrics.jsonl"
     deadline = time.monotonic() + 60
     while not (metrics.exists() and metrics.read_bytes().count(b'"step", "step": ') > 50):
@@ -291,6 +325,88 @@ def test_a_time_budget_counts_over_resumes(inputs: dict[str, object], tmp_path: 
     assert 0.6 <= second["seconds"]["training"] < 1.8
 
 
+# ---- the folder
+
+
+def test_two_runs_do_not_share_a_folder(inputs: dict[str, object], tmp_path: Path) -> None:
+    """The second is refused while the first is at work, whether it would start, replace, resume or sweep."""
+    folder, config = tmp_path / "run", FinetuneConfig(**{**inputs, "steps": 2}, output=tmp_path / "run")
+    again: list[str] = []
+
+    def also(run: runs.Run) -> float:
+        for attempt in (
+            lambda: finetune(config),
+            lambda: finetune(config, overwrite=True),
+            lambda: finetune(config, resume=True),
+            lambda: sweep(config),
+        ):
+            with pytest.raises(RunError) as refused:
+                attempt()
+            again.append(str(refused.value))
+        return step(run)
+
+    step = runs.Run.step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs.Run, "step", also)
+        finetune(config)
+    taken = f"--output {str(folder)!r}: another run is at work there"
+    assert len(again) == 8 and all(taken in text for text in again), again
+    assert len(losses(folder)) == 2 and (folder / "journal.zoj").exists()
+
+
+def test_two_processes_started_at_once_are_one_run(inputs: dict[str, object], tmp_path: Path) -> None:
+    """One is let in, and its journal makes its model; the lock of a killed process holds nobody up."""
+    folder = tmp_path / "run"
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, str(folder)], env=environment(), capture_output=True, text=True, check=False
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    children = [start(inputs, folder, steps=60) for _ in range(2)]
+    said = [child.communicate(timeout=120)[0] for child in children]
+    assert sorted(child.returncode for child in children) == [0, 2], said
+    assert any("another run is at work there" in text or "already holds a run" in text for text in said)
+    summary = json.loads((folder / "summary.json").read_text())
+    replay_model(str(inputs["model"]), folder, tmp_path / "again" / "model", step=summary["selected_step"])
+    assert same(tmp_path / "again", folder)
+
+
+@pytest.mark.parametrize("room", [6, 60, 90])
+def test_a_full_disk_is_one_message_and_loses_nothing(inputs: dict[str, object], tmp_path: Path, room: int) -> None:
+    """Files may have so many kilobytes: too few for the config, for a checkpoint, and for the second half of one."""
+    folder = tmp_path / "run"
+    finetune(FinetuneConfig(**{**inputs, "steps": 2}, output=folder))
+    model, before = weights(folder), {p.name: p.read_bytes() for p in (folder / "checkpoint").iterdir()}
+    child = start(inputs, folder, resume=True, steps=4, limit=room * 1000)
+    said = child.communicate(timeout=120)[0]
+    assert child.returncode == 2, said
+    assert "cannot be written: " in said and "make room there and --resume" in said and "Traceback" not in said
+    assert {p.name: p.read_bytes() for p in (folder / "checkpoint").iterdir()} == before
+    assert not list(folder.rglob("*.part"))
+    kept = weights(folder)
+    assert all(torch.equal(kept[name], model[name]) for name in model)
+    assert finetune(resumed_config(folder, {"steps": 4}), resume=True)["steps"] == 4
+
+
+def test_the_model_stays_until_the_new_one_is_whole(
+    inputs: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    finetune(FinetuneConfig(**{**inputs, "steps": 2}, keep_best=False, output=folder))
+    before = weights(folder)
+
+    def full(model: object, path: Path) -> None:
+        path.mkdir()
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", full)
+    with pytest.raises(RunError, match="cannot be written: No space left on device; make room"):
+        finetune(resumed_config(folder, {"steps": 4}), resume=True)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(folder).items())
+    monkeypatch.undo()
+    finetune(resumed_config(folder, {"steps": 4}), resume=True)
+    assert not all(torch.equal(tensor, before[name]) for name, tensor in weights(folder).items())
+
+
 # ---- runs that cannot be
 
 
@@ -341,6 +457,23 @@ def test_a_resumed_run_keeps_its_options(inputs: dict[str, object], tmp_path: Pa
         finetune(resumed_config(tmp_path / "run", {"steps": 3}), resume=True)
 
 
+def test_a_resumed_run_says_what_changed(inputs: dict[str, object], tmp_path: Path) -> None:
+    """Another method by its name, also where it does not take the stored options; the data and a damaged summary."""
+    folder, data = tmp_path / "run", tmp_path / "data.jsonl"
+    data.write_bytes(Path(str(inputs["data"])).read_bytes())
+    finetune(FinetuneConfig(**{**inputs, "data": str(data), "method": "spsa", "steps": 2}, output=folder))
+    with pytest.raises(RunError, match=r"--method was 'spsa' in .*, got 'mezo'; a resumed run keeps it"):
+        resumed_config(folder, {"method": "mezo", "steps": 3})
+    (folder / "summary.json").write_text("[]")  # made again
+    assert finetune(resumed_config(folder, {}), resume=True)["steps"] == 2
+    text = data.read_text()
+    data.write_text(text.replace("good", "fine", 1))
+    with pytest.raises(RunError, match=r"--data '.*data.jsonl' or the tokenizer of --model .* is not as it was in"):
+        finetune(resumed_config(folder, {"steps": 3}), resume=True)
+    data.write_text(text)
+    assert finetune(resumed_config(folder, {"steps": 3}), resume=True)["steps"] == 3
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
@@ -349,12 +482,67 @@ def test_a_resumed_run_keeps_its_options(inputs: dict[str, object], tmp_path: Pa
         ({"model": str(Path(__file__).parent)}, "does not load"),
         ({"device": "cuda:99"}, "--device 'cuda:99' cannot be used"),
         ({"device": "abacus"}, "--device 'abacus' cannot be used"),
+        ({"device": "meta"}, "--device 'meta' cannot be used"),
     ],
 )
 def test_models_and_devices_that_do_not_work(inputs: dict[str, object], options: dict[str, str], expected: str) -> None:
     with pytest.raises(RunError) as caught:
         prepare(FinetuneConfig(**{**inputs, **options}))
     assert expected in str(caught.value)
+
+
+def of_the_kind(kind: str, tiny: Path, folder: Path) -> None:
+    """A model folder with this fault, from a tiny Llama's."""
+    shutil.copytree(tiny, folder)
+    config, weight_file = folder / "config.json", folder / "model.safetensors"
+    llama = LlamaForCausalLM.from_pretrained(tiny)
+    bert = {"vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    small = BertConfig(**bert, intermediate_size=32)
+    if kind == "cut off":
+        weight_file.write_bytes(weight_file.read_bytes()[:5000])
+    elif kind == "wrong type":
+        config.write_text(config.read_text().replace('"hidden_size": 32', '"hidden_size": "many"'))
+    elif kind == "other shapes":
+        config.write_text(config.read_text().replace('"intermediate_size": 64', '"intermediate_size": 65'))
+    elif kind == "tokenizer":
+        (folder / "tokenizer.json").write_text('{"version": "1.0"}')
+    elif kind == "classifier":
+        llama.config.tie_word_embeddings = False
+        LlamaForSequenceClassification(llama.config).save_pretrained(folder)
+    elif kind == "masked":
+        model = BertForMaskedLM(small)
+        for p in model.parameters():
+            torch.nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(0))
+        model.save_pretrained(folder)
+    elif kind == "body":
+        BertModel(small).save_pretrained(folder)
+    elif kind == "small embedding":
+        llama.resize_token_embeddings(300)
+        llama.save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("cut off", r"does not load: .*not fully covered"),
+        ("wrong type", r"does not load: .*hidden_size"),
+        ("tokenizer", "does not load"),
+        (
+            "other shapes",
+            r"lacks model.layers.0.mlp.down_proj.weight, .* and 3 more in the shape that LlamaForCausalLM has",
+        ),
+        ("classifier", r"lacks lm_head.weight .* got LlamaForSequenceClassification"),
+        ("body", r"lacks cls.predictions.bias, .* that BertLMHeadModel has.* got BertModel"),
+        ("masked", r"expected a causal language model, got BertLMHeadModel whose tokens see those that follow"),
+        ("small embedding", r"its tokenizer has \d+ tokens and gives number \d+ .*, its embedding has 300 rows"),
+    ],
+)
+def test_folders_that_hold_no_whole_causal_model_are_refused(
+    inputs: dict[str, object], tmp_path: Path, kind: str, expected: str
+) -> None:
+    of_the_kind(kind, Path(str(inputs["model"])), tmp_path / "model")
+    with torch.random.fork_rng(), pytest.raises(RunError, match=rf"--model '.*model' ?.*{expected}"):
+        prepare(FinetuneConfig(**{**inputs, "model": str(tmp_path / "model")}))
 
 
 # ---- configuration
@@ -365,7 +553,7 @@ def test_durations_and_defaults() -> None:
     assert {text: FinetuneConfig(time_budget=text).time_budget for text in given} == given
     assert FinetuneConfig().time_budget == 480
     assert FinetuneConfig(steps=5).time_budget is None
-    assert FinetuneConfig(labels=["1= bad", "5== good"]).labels == {"1": " bad", "5": "= good"}
+    assert FinetuneConfig(labels=[]).labels is None
 
 
 @pytest.mark.parametrize(
@@ -383,6 +571,8 @@ def test_durations_and_defaults() -> None:
         {"warmup": 1},
         {"seed": -1},
         {"batch_size": 0},
+        {"validation_size": 1.5},
+        {"test_size": 20.5},
     ],
 )
 def test_wrong_options_are_refused(wrong: dict[str, object]) -> None:

@@ -149,7 +149,7 @@ def test_the_command(inputs: dict[str, object], tmp_path: Path) -> None:
     result = CliRunner().invoke(app, [*shlex.split(suggested)[1:], "-o", str(run)])
     assert result.exit_code == 0, result.output
     expected = {**kept["config"], "lr": kept["lr"], "eps": kept["eps"]}
-    del expected["validation_examples"]
+    del expected["data_sha256"]
     assert stored_config(run).model_dump(mode="json", exclude={"output"}) == expected
     assert "Choose a learning rate" in CliRunner().invoke(app, ["sweep", "--help"]).output
 

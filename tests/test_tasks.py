@@ -1,12 +1,25 @@
 """Reading, splitting, prompting and scoring, each against a plain computation of the same thing."""
 
+import csv
 import math
 from pathlib import Path
 
 import pytest
 import tiny_lm
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BartConfig,
+    BertConfig,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RwkvConfig,
+    XLNetConfig,
+)
 
 from zo_core.integrations import tasks
 from zo_core.integrations.tasks import Example, Prompter, Scorer, TaskError
@@ -40,13 +53,22 @@ def test_tsv_and_jsonl(tmp_path: Path) -> None:
     ("name", "content", "expected"),
     [
         ("a.txt", "text,label\na,b\n", "ending in .csv, .tsv, .jsonl"),
-        ("a.csv", "text,lable\na,b\n", "no column 'label', found 'text', 'lable'; name them with"),
+        ("a.csv", "text,lable\na,b\n", "line 2: expected one column 'label', found 'text', 'lable'; name"),
         ("a.csv", "text,label\na,b\nc\n", "line 3: column 'label' is empty"),
         ("a.csv", "text,label\n  ,b\n", "line 2: column 'text' is empty"),
         ("a.csv", "text,label\n", "no examples"),
         ("a.csv", "", "no examples"),
-        ("a.csv", 'text,label\n"a"b,c\n', "malformed"),
-        ("a.jsonl", '{"text": "a", "label": "b"}\n{"text": ', "malformed after 1 examples"),
+        ("a.csv", 'text,label\na,b\n"a"b,c\n', "line 3: malformed"),
+        ("a.csv", "label,text\na,b\nc,d, e\n", "line 3: 3 cells, the header has 2; put a text that contains"),
+        ("a.tsv", "label\ttext\na\tb\tc\n", "line 2: 3 cells, the header has 2"),
+        ("a.csv", "text,label,text\na,b,c\n", "line 2: expected one column 'text', found 'text', 'label', 'text'"),
+        ("a.jsonl", '{"text": "a", "label": "b", "text": "c"}\n', "line 1: expected one column 'text', found"),
+        ("a.jsonl", '{"text": "a", "label": "b"}\n\n{"text": ', "line 3: malformed JSON, Expecting value (column 10)"),
+        ("a.jsonl", '{"text": "a", "label": ' + "1" * 5000 + "}", "line 1: malformed JSON, Exceeds the limit"),
+        ("a.jsonl", '{"text": "a", "label": ' + "[" * 9**6, "line 1: malformed JSON"),
+        ("a.jsonl", '{"text": "a", "label": ["b"]}', "line 1: column 'label' holds a list or an object"),
+        ("a.jsonl", '{"text": {"a": "b"}, "label": "b"}', "line 1: column 'text' holds a list or an object"),
+        ("a.jsonl", '{"text": "\\ud800", "label": "b"}', "line 1: column 'text' is no text that UTF-8 can write"),
         ("a.jsonl", '["a", "b"]\n', "line 1: expected a JSON object"),
         ("a.jsonl", '{"text": "a", "label": null}\n', "line 1: column 'label' is empty"),
     ],
@@ -55,6 +77,15 @@ def test_unusable_files_say_what_is_wrong(tmp_path: Path, name: str, content: st
     with pytest.raises(TaskError) as caught:
         tasks.read_examples(write(tmp_path / name, content))
     assert expected in str(caught.value)
+
+
+def test_cells_of_any_length_and_empty_ones_beyond_the_header(tmp_path: Path) -> None:
+    limit = csv.field_size_limit()
+    path = write(tmp_path / "a.csv", f"text,label\n{'long ' * 30000},a,,\n\nshort,b\n")
+    assert tasks.read_examples(path) == [Example(("long " * 30000).strip(), "a"), Example("short", "b")]
+    assert csv.field_size_limit() == limit
+    with pytest.raises(TaskError, match="--text-column and --label-column: expected two columns, got 'text' for both"):
+        tasks.read_examples(path, "text", "text")
 
 
 def test_other_encodings_and_missing_files(tmp_path: Path) -> None:
@@ -118,6 +149,15 @@ def test_label_words() -> None:
         tasks.label_words(EXAMPLES[:1])
 
 
+def test_label_values_that_contain_equals_signs() -> None:
+    data = [Example("x", value) for value in ("a", "a=b", "c==")]
+    given = ["a=b= good", "a== bad", "c=== odd"]
+    assert tasks.label_words(data, given) == {"a": "= bad", "a=b": " good", "c==": " odd"}
+    assert tasks.label_words(data[1:2], ["a=b= good", "c= bad"], all_occur=False) == {"a=b": " good", "c": " bad"}
+    with pytest.raises(TaskError, match=r"--label: expected one word for 'a', got \[' x', ' y'\]"):
+        tasks.label_words(data, ["a= x", "a= y", "a=b= z", "c=== w"])
+
+
 def test_label_tokens_are_what_follows_the_prompt() -> None:
     tokenizer = tiny_lm.tokenizer()
     prompter = Prompter(tokenizer, TEMPLATE, LABELS)
@@ -142,14 +182,52 @@ def test_long_prompts_keep_their_end() -> None:
     assert tokenizer.decode(short.tokens) == "Review: good\nSentiment:"
     assert (long.label, short.label) == (0, 1)
 
-    def with_bos(texts: list[str], **options: object) -> object:
-        found = tokenizer(texts, **options)
-        found["input_ids"] = [[tokenizer.bos_token_id, *ids] for ids in found["input_ids"]]
-        return found
 
-    prompter.tokenizer = type("WithBOS", (), {"__call__": staticmethod(with_bos), "bos_token_id": 0})()
-    (kept,) = prompter.encode([Example("awful {text} " * 30, "negative")])
-    assert kept.tokens == [0, *long.tokens[-11:]]
+def with_specials(single: str, **options: object) -> PreTrainedTokenizerFast:
+    """A tokenizer of whole words that puts special tokens around a text."""
+    words = ["<pad>", "<s>", "</s>", "[CLS]", "[SEP]", "<unk>", "Review", ":", "Sentiment", *"a b c d good bad".split()]
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.Punctuation()])
+    core.post_processor = processors.TemplateProcessing(
+        single=single, special_tokens=[(word, i) for i, word in enumerate(words[:5])]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", **options)
+
+
+@pytest.mark.parametrize(
+    ("single", "prefix", "options"),
+    [
+        ("$A", [], {}),
+        ("$A </s>", [], {"eos_token": "</s>", "pad_token": "<pad>"}),
+        ("<s> $A", ["<s>"], {"bos_token": "<s>", "padding_side": "right"}),
+        ("<s> $A </s>", ["<s>"], {"bos_token": "<s>", "eos_token": "</s>", "padding_side": "left"}),
+        ("[CLS] $A [SEP]", ["[CLS]"], {"cls_token": "[CLS]", "sep_token": "[SEP]"}),
+        ("<s> [CLS] $A [SEP] </s>", ["<s>", "[CLS]"], {}),
+    ],
+)
+def test_what_a_tokenizer_puts_around_a_text(single: str, prefix: list[str], options: dict[str, str]) -> None:
+    """What it puts before stays, for long texts too; what it puts after is left off: the label word comes there."""
+    tokenizer = with_specials(single, **options)
+    prompter = Prompter(tokenizer, TEMPLATE, {"0": " bad", "1": " good"}, max_length=8)
+    short, long = prompter.encode([Example("a", "1"), Example("a b c d " * 3, "0")])
+    tail = ["Sentiment", ":"]
+    assert tokenizer.convert_ids_to_tokens(short.tokens) == [*prefix, "Review", ":", "a", *tail]
+    words = [":", *"abcd" * 3][-6 + len(prefix) :]
+    assert tokenizer.convert_ids_to_tokens(long.tokens) == [*prefix, *words, *tail] and len(long.tokens) == 8
+    assert tokenizer.convert_ids_to_tokens(prompter.label_tokens) == ["bad", "good"]
+    assert prompter.truncated == 1
+
+
+def test_tokenizers_that_lose_what_counts_are_refused() -> None:
+    tokenizer = with_specials("$A")
+    with pytest.raises(TaskError, match="does not know the beginning of ' awful'; choose another word"):
+        Prompter(tokenizer, TEMPLATE, {"0": " awful", "1": " good"})
+    lossy = with_specials("$A")
+    lossy.backend_tokenizer.model = models.WordLevel({"good": 0, "bad": 1, "text": 2}, unk_token="good")
+    lossy.backend_tokenizer.normalizer = normalizers.Replace("empty", "")
+    lossy = PreTrainedTokenizerFast(tokenizer_object=lossy.backend_tokenizer)
+    with pytest.raises(TaskError, match="makes no token of the text 'empty'"):
+        Prompter(lossy, "{text}", {"0": " bad", "1": " good"}).encode([Example("empty", "1")])
 
 
 # ---- scoring
@@ -172,6 +250,55 @@ def test_padding_changes_nothing(scorer: Scorer) -> None:
         alone = scorer.model(input_ids=torch.tensor([example.tokens])).logits[0, -1, scorer.label_tokens]
         torch.testing.assert_close(row, alone, rtol=1e-4, atol=1e-5)
     assert together.dtype == torch.float32
+
+
+SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+BART = {
+    "d_model": 32,
+    "decoder_layers": 2,
+    "decoder_attention_heads": 4,
+    "decoder_ffn_dim": 48,
+    "is_encoder_decoder": False,
+}
+PADDED = {  # model: whether it can be padded on the left
+    "llama": (LlamaConfig(**SMALL), True),
+    "gpt2": (GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4), True),
+    "bert": (BertConfig(**SMALL, is_decoder=True), True),
+    "roberta": (RobertaConfig(**SMALL, is_decoder=True), False),  # its first position is pad_token_id + 1
+    "bart": (BartConfig(vocab_size=64, **BART, is_decoder=True, max_position_embeddings=64), False),
+    "rwkv": (RwkvConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2), False),  # has no mask
+}
+
+
+def random_model(config: object, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    with torch.random.fork_rng():
+        torch.random.default_generator.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config).eval()
+        for p in model.parameters():
+            torch.nn.init.normal_(p, std=0.15) if p.ndim > 1 else None
+    return model.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", PADDED)
+@torch.no_grad()
+def test_models_are_padded_where_it_changes_nothing(name: str, dtype: torch.dtype) -> None:
+    """Each row of a padded batch scores as the prompt alone, without mask or positions, in the model's plain forward."""
+    config, left = PADDED[name]
+    scorer = Scorer(random_model(config, dtype), [5, 9, 11])
+    assert scorer.is_causal([7, 8, 9, 10])
+    scorer.left = scorer.pads_left([7, 8, 9, 10])
+    assert scorer.left == left
+    examples = [tasks.Encoded([3 + (7 * i + j * j) % 50 for j in range(4 + 3 * i)], 0) for i in range(5)]
+    alone = [scorer.model(input_ids=torch.tensor([e.tokens])).logits[0, -1, [5, 9, 11]].float() for e in examples]
+    tolerance = (1e-5 if dtype is torch.float32 else 0.03) * float(torch.stack(alone).abs().max())
+    assert (scorer(scorer.batch(examples)) - torch.stack(alone)).abs().max() < tolerance
+
+
+@pytest.mark.parametrize("config", [BertConfig(**SMALL), RobertaConfig(**SMALL), XLNetConfig(vocab_size=64, d_model=32, n_layer=2, n_head=4)])  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_models_that_see_what_follows_are_found(config: object, dtype: torch.dtype) -> None:
+    assert not Scorer(random_model(config, dtype), [5, 9]).is_causal([7, 8, 9])
 
 
 @torch.no_grad()

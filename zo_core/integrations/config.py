@@ -53,6 +53,12 @@ class RunError(RuntimeError):
     """A run that cannot start or go on; the message says what to do."""
 
 
+def first_line(error: BaseException) -> str:
+    """First line of an error's message, without a full stop."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(".:; ")
+
+
 def parse_duration(value: Any) -> Any:
     """Seconds from "90s", "8m", "2h", "1h30m" or a number of seconds; other types pass unchanged.
 
@@ -69,13 +75,18 @@ def parse_duration(value: Any) -> Any:
     return sum(float(part) * unit for part, unit in zip(match.groups(), (3600, 60, 1), strict=True) if part)
 
 
-def _parse_labels(value: Any) -> Any:
-    """A dict from a list of "value=word"."""
+def _check_labels(value: Any) -> Any:
+    """A list of "VALUE=WORD" as it is: the data tells where VALUE ends (`label_words`). None for an empty one."""
     if not isinstance(value, list | tuple):
         return value
     if wrong := [item for item in value if "=" not in item]:
         raise ValueError(f"expected VALUE=WORD, such as 'neg= terrible', got {wrong[0]!r}")
-    return dict(item.split("=", 1) for item in value) or None
+    return list(value) or None
+
+
+def _label_options(labels: Mapping[str, str] | list[str] | None) -> list[str]:
+    """Label words as a command line has them."""
+    return sorted(map("=".join, labels.items()) if isinstance(labels, Mapping) else labels or [])
 
 
 def _option(default: Any, group: str, about: str, **limits: Any) -> Any:
@@ -107,7 +118,7 @@ class FinetuneConfig(BaseModel):
     template: str = _option(
         "Review: {text}\nSentiment:", "Data", "Prompt around the text; ends where the label word begins."
     )
-    labels: Annotated[dict[str, str] | None, BeforeValidator(_parse_labels)] = _option(
+    labels: Annotated[dict[str, str] | list[str] | None, BeforeValidator(_check_labels)] = _option(
         None,
         "Data",
         "Word for a label value, as VALUE=WORD; once for each. Without: the value after a space.",
@@ -158,6 +169,13 @@ class FinetuneConfig(BaseModel):
         path = Path(value).expanduser()
         known = value in names("model") or value in names("dataset")
         return str(path.resolve()) if not known and path.exists() else value
+
+    @field_validator("validation_size", "test_size")
+    @classmethod
+    def _whole(cls, value: float) -> float:
+        if value > 1 and value % 1:
+            raise ValueError("expected a whole number of examples, or a fraction below 1")
+        return value
 
     @model_validator(mode="before")
     @classmethod
@@ -214,7 +232,7 @@ class FinetuneConfig(BaseModel):
             if value is None or value == default[name]:
                 continue
             if name == "labels":
-                words += [word for item in value.items() for word in ("--label", "=".join(item))]
+                words += [word for item in _label_options(value) for word in ("--label", item)]
             elif isinstance(value, bool):
                 words.append(flag if value else f"--no-{flag[2:]}")
             else:
@@ -262,11 +280,16 @@ def resumed_config(folder: Path, given: Mapping[str, Any]) -> FinetuneConfig:
         RunError: also when a field that defines the weights differs.
 
     """
-    before, now = stored_config(folder), stored_config(folder, given)
-    for name in given:
-        if name not in CAN_CHANGE and getattr(before, name) != getattr(now, name):
+    before = stored_config(folder)
+    same_method = given.get("method", before.method) == before.method  # another may not take the stored options
+    now = stored_config(folder, given if same_method else {"method": given["method"], "smoothing": None, "alpha": None})
+    for name in [name for name in (given if same_method else ["method"]) if name not in CAN_CHANGE]:
+        was, got = getattr(before, name), getattr(now, name)
+        if name == "labels":
+            name, was, got = "label", _label_options(was), _label_options(got)
+        if was != got:
             raise RunError(
-                f"--{name.replace('_', '-')} was {getattr(before, name)!r} in {str(folder)!r}, got "
-                f"{getattr(now, name)!r}; a resumed run keeps it: leave it out, or choose another --output"
+                f"--{name.replace('_', '-')} was {was!r} in {str(folder)!r}, got {got!r}; a resumed run keeps it: leave it "
+                "out, or choose another --output"
             )
     return now

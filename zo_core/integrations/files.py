@@ -1,4 +1,4 @@
-"""Files that appear under their names whole and on disk, or not at all."""
+"""What a run writes: files that appear under their names whole and on disk, or not at all, in a folder that is its own."""
 
 from __future__ import annotations
 
@@ -9,19 +9,73 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+import torch
+from safetensors import SafetensorError
+
+from zo_core.integrations.config import RunError, first_line
+from zo_core.journal import JournalError, _lock
+
+LOCK = ".lock"
+
 
 @contextmanager
 def atomic(path: Path) -> Iterator[IO[bytes]]:
     """A file to write, which takes the place of what is at ``path`` when the block ends without an error."""
     part = path.with_name(path.name + ".part")
-    with open(part, "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    try:
+        with open(part, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)  # on a full disk it takes the room that others need
+        raise
+
+
+@contextmanager
+def saving() -> Iterator[None]:
+    """Within, a file that cannot be written is an OSError, also where torch and safetensors raise errors of their own."""
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        raise OSError(str(error)) from error
 
 
 def write_json(path: Path, value: Any) -> None:
     """This value at ``path``, as JSON."""
     with atomic(path) as file:
         file.write((json.dumps(value, indent=2) + "\n").encode())
+
+
+def write_tensors(path: Path, value: Any) -> None:
+    """This value at ``path``, by ``torch.save``."""
+    with saving(), atomic(path) as file:
+        torch.save(value, file)
+
+
+@contextmanager
+def own_folder(folder: Path) -> Iterator[None]:
+    """Make the folder of a run and keep other runs out of it.
+
+    The operating system holds the lock, on the file ``LOCK``, for as long as the block lasts and this process lives: what
+    a killed process leaves behind locks nothing.
+
+    Raises:
+        RunError: another run is at work there, or, within the block too, something cannot be written.
+
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / LOCK, "ab") as file:
+            _lock(file)
+            yield
+    except JournalError as error:
+        raise RunError(
+            f"--output {str(folder)!r}: another run is at work there; let it end, or choose another"
+        ) from error
+    except OSError as error:
+        raise RunError(
+            f"--output {str(folder)!r} cannot be written: {first_line(error)}; make room there and --resume the run if it "
+            "has a checkpoint, or choose another folder"
+        ) from error

@@ -23,7 +23,6 @@ import os
 import shlex
 import shutil
 import signal
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -39,9 +38,9 @@ from rich.progress import BarColumn, Progress, TextColumn
 import zo_core
 from zo_core import Journal, JournalError
 from zo_core.integrations import report, tasks
-from zo_core.integrations.config import FinetuneConfig, RunError, stored_config
-from zo_core.integrations.files import atomic, write_json
-from zo_core.integrations.session import Session, first_line, prepare
+from zo_core.integrations.config import FinetuneConfig, RunError, first_line, stored_config
+from zo_core.integrations.files import LOCK, own_folder, saving, write_json, write_tensors
+from zo_core.integrations.session import Session, prepare
 from zo_core.integrations.tasks import Evaluation
 
 SKIPS_IN_A_ROW = 20  # steps with a non-finite loss after which a run gives up
@@ -74,23 +73,12 @@ class State:
     before: dict[str, Any] | None = None  # test part at step 0
     before_correct: list[bool] = field(default_factory=list)
     metrics_bytes: int = 0
+    data: str = ""  # digest of the encoded data; "" in checkpoints that were written without it
 
 
-def _claim(folder: Path, overwrite: bool) -> None:
-    """Make `folder` ready for a new run: it must be empty, or a run's and `overwrite` set.
-
-    Raises:
-        RunError: the folder is taken or cannot be written.
-
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-        taken = any(folder.iterdir())
-    except OSError as error:
-        raise RunError(f"--output {str(folder)!r} cannot be written: {error.strerror}; choose another") from error
-    if not taken:
+def _check_free(folder: Path, overwrite: bool) -> None:
+    """RunError unless `folder` is empty, or a run's and `overwrite` set."""
+    if not any(path.name != LOCK for path in folder.iterdir()):
         return
     try:
         stored_config(folder)
@@ -128,7 +116,7 @@ class Run:
         """Build the optimizer; touch nothing on disk."""
         config = session.config
         self.session, self.config, self.console = session, config, console
-        self.state, self.signum = State(), 0
+        self.state, self.signum = State(data=session.facts["sha256"]), 0
         self.folder, self.checkpoint = config.output, config.output / "checkpoint"
         self.optimizer = config.optimizer(session.model)
         if config.dropout:  # dropout is the one user of torch's global generator; a checkpoint keeps its state
@@ -146,15 +134,13 @@ class Run:
         self.state.metrics_bytes = self.metrics.tell()
         if best:
             self.state.best_step = self.state.step
-        with atomic(self._weights(self.state.step)) as file:
-            torch.save(self.session.model.state_dict(), file)
+        write_tensors(self._weights(self.state.step), self.session.model.state_dict())
         kept = {
             "state": asdict(self.state),
             "optimizer": self.optimizer.state_dict(),
             "rng": torch.get_rng_state(),
         }
-        with atomic(self.checkpoint / "state.pt") as file:
-            torch.save(kept, file)
+        write_tensors(self.checkpoint / "state.pt", kept)
         named = {self._weights(step) for step in (self.state.step, self.state.best_step) if step is not None}
         for path in self.checkpoint.glob("weights-*"):
             if path not in named:
@@ -187,6 +173,11 @@ class Run:
                     f"checkpoint in {str(self.checkpoint)!r} cannot be read: {first_line(error)}; "
                     "--overwrite starts the run again"
                 ) from error
+            if self.state.data not in ("", self.session.facts["sha256"]):
+                raise RunError(
+                    f"--data {self.config.data!r} or the tokenizer of --model {self.config.model!r} is not as it was in "
+                    f"{str(self.folder)!r}: put them back, or choose another --output"
+                )
             if self.config.dropout:
                 torch.set_rng_state(kept["rng"])
             read_metrics(self.folder, self.state.metrics_bytes)
@@ -360,11 +351,12 @@ class Run:
         if chosen != state.step:
             self.load_weights(chosen)
         after = self.evaluate("test", f"after (weights of step {chosen})")
-        shutil.rmtree(self.folder / "model", ignore_errors=True)
         scratch = self.folder / "model.part"
         shutil.rmtree(scratch, ignore_errors=True)
-        model.save_pretrained(scratch)
-        self.session.tokenizer.save_pretrained(scratch)
+        with saving():
+            model.save_pretrained(scratch)
+            self.session.tokenizer.save_pretrained(scratch)
+        shutil.rmtree(self.folder / "model", ignore_errors=True)  # not before the new one is whole
         scratch.rename(self.folder / "model")
         lines = read_metrics(self.folder)
         steps = [line for line in lines if line["kind"] == "step"]
@@ -427,10 +419,10 @@ def finished(config: FinetuneConfig) -> dict[str, Any] | None:
     try:
         kept = torch.load(config.output / "checkpoint" / "state.pt", weights_only=True)["state"]
         summary: dict[str, Any] = json.loads((config.output / "summary.json").read_text(encoding="utf-8"))
+        over, same = config.progress(kept["step"], kept["seconds"]) >= 1, summary["steps"] == kept["step"]
     except Exception:  # whatever is wrong with them is said where they are needed
         return None
-    over = config.progress(kept["step"], kept["seconds"]) >= 1
-    return summary if over and summary["steps"] == kept["step"] else None
+    return summary if over and same else None
 
 
 def _progress(console: Console) -> Progress:
@@ -468,21 +460,21 @@ def finetune(
 
     """
     console = console or Console(quiet=True)
-    if not resume:
-        _claim(config.output, overwrite)
-    elif (summary := finished(config)) is not None:
-        console.print("this run is finished; give it more --steps or --time-budget to go on", style="yellow")
-        return summary
-    elif not (config.output / "checkpoint" / "state.pt").exists():
+    if resume and not (config.output / "checkpoint" / "state.pt").exists():
         raise RunError(
             f"--output {str(config.output)!r} has no checkpoint to go on from; --overwrite starts the run again"
         )
-    with console.status("starting") as status:
-        session = prepare(config, lambda text: status.update(text))
-    run = Run(session, console)
-    if not resume:
-        _clear(config.output)
-    try:
+    with own_folder(config.output):
+        if not resume:
+            _check_free(config.output, overwrite)
+        elif (summary := finished(config)) is not None:
+            console.print("this run is finished; give it more --steps or --time-budget to go on", style="yellow")
+            return summary
+        with console.status("starting") as status:
+            session = prepare(config, lambda text: status.update(text))
+        run = Run(session, console)
+        if not resume:
+            _clear(config.output)
         run.open(resume)
         with run.metrics, run.stoppable():
             try:
@@ -497,8 +489,6 @@ def finetune(
             if run.optimizer.journal is not None:
                 run.optimizer.journal.close()
             summary = run.finish()
-    except OSError as error:
-        raise RunError(f"--output {str(config.output)!r} cannot be written: {error}") from error
     console.print(report.summary_table(summary))
     console.print(f"written to {config.output}", highlight=False)
     return summary

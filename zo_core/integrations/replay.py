@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from zo_core.integrations.config import RunError
-from zo_core.integrations.session import first_line, loading, model_source
+from zo_core.integrations.config import RunError, first_line
+from zo_core.integrations.files import saving
+from zo_core.integrations.session import loading, model_source
 from zo_core.journal import DTYPES, Journal, JournalError, replay
 
 
@@ -79,8 +80,9 @@ def _replay_folder(
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     status("comparing weights")
     made = replay(model, journal, step, progress=progress)
-    model.save_pretrained(part)
-    tokenizer.save_pretrained(part)
+    with saving():
+        model.save_pretrained(part)
+        tokenizer.save_pretrained(part)
     return made
 
 
@@ -102,5 +104,6 @@ def _replay_file(
         if t.name in tensors:  # trained in another dtype than it is stored in
             tensors[t.name] = tensors[t.name].to(DTYPES[t.dtype])
     made = replay(tensors, journal, step, progress=progress)
-    save_file(tensors, part, about)
+    with saving():
+        save_file(tensors, part, about)
     return made

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -13,8 +15,9 @@ import torch
 
 from zo_core.integrations import tasks
 from zo_core.integrations.assets import fetch, names
-from zo_core.integrations.config import FinetuneConfig, RunError
+from zo_core.integrations.config import FinetuneConfig, RunError, first_line
 from zo_core.integrations.tasks import Encoded, Prompter, Scorer
+from zo_core.space import some
 
 
 class Session(NamedTuple):
@@ -31,7 +34,7 @@ class Session(NamedTuple):
         """A step's training batch, a function of seed and step."""
         train, config = self.parts["train"], self.config
         indices = tasks.batch_indices(len(train), config.batch_size, step=step, seed=config.seed)
-        return tasks.collate([train[i] for i in indices], self.scorer.device)
+        return self.scorer.batch([train[i] for i in indices])
 
     def loss_of(self, step: int) -> Callable[[], torch.Tensor]:
         """The loss of a step's training batch, as a closure without gradients."""
@@ -77,25 +80,53 @@ def prepare(
         tokenizer = AutoTokenizer.from_pretrained(source)
     prompter = Prompter(tokenizer, config.template, words, config.max_length)
     with loading(config.model):
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, config.dtype))
-    model = model.to(device).eval()  # type: ignore[arg-type]
+        options = {"dtype": getattr(torch, config.dtype), "output_loading_info": True, "ignore_mismatched_sizes": True}
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, **options)
+    model, found = loaded
+    if absent := sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])}):
+        raise RunError(
+            f"--model {config.model!r} lacks {some(absent)} in the shape that {type(model).__name__} has, which would be "
+            f"random numbers: expected a causal language model, got {', '.join(model.config.architectures or ['another'])}"
+        )
+    model = model.to(device).eval()
     longest = getattr(model.config, "max_position_embeddings", None)
     prompter.max_length = min(config.max_length, longest or config.max_length)
     encoded = {name: prompter.encode(part) for name, part in parts.items()}
-    scorer = Scorer(model, prompter.label_tokens, bool(config.autocast) and config.dtype == "float32")
+    _check_tokens(config.model, model, tokenizer, prompter, encoded)
+    scorer, some_examples = Scorer(model, prompter.label_tokens), next(part for part in encoded.values() if part)
+    start = some_examples[0].tokens[:4]
+    if not scorer.is_causal(start):
+        raise RunError(
+            f"--model {config.model!r}: expected a causal language model, got {type(model).__name__} whose tokens see those "
+            "that follow, as a masked language model's do: choose a model that was trained to continue a text"
+        )
+    scorer.left = scorer.pads_left(start)
+    scorer.autocast = bool(config.autocast) and config.dtype == "float32"
     if config.autocast is None and config.dtype == "float32":
         status("timing a forward with and without autocast")
-        some = next(part for part in encoded.values() if part)[: config.batch_size]
-        scorer.autocast = _autocast_is_faster(scorer, tasks.collate(some, device))
+        scorer.autocast = _autocast_is_faster(scorer, scorer.batch(some_examples[: config.batch_size]))
     facts = {
         "name": config.data,
         **{name: len(part) for name, part in parts.items()},
         "repeated": len(examples) - sum(map(len, parts.values())),
         "truncated": prompter.truncated,
+        "sha256": hashlib.sha256(json.dumps([encoded, prompter.label_tokens]).encode()).hexdigest(),
         "majority": {name: _majority(part) for name, part in encoded.items()},
     }
     config = config.model_copy(update={"labels": words, "autocast": scorer.autocast})
     return Session(config, model, tokenizer, scorer, encoded, facts)
+
+
+def _check_tokens(name: str, model: Any, tokenizer: Any, prompter: Prompter, parts: dict[str, list[Encoded]]) -> None:
+    """RunError if the tokenizer gives a token that the model's embedding has no row for."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    largest = max(*prompter.label_tokens, *(max(e.tokens) for part in parts.values() for e in part))
+    if largest >= rows:
+        raise RunError(
+            f"--model {name!r}: its tokenizer has {len(tokenizer)} tokens and gives number {largest} "
+            f"({tokenizer.convert_ids_to_tokens(largest)!r}), its embedding has {rows} rows: use the tokenizer that the model "
+            f"was trained with, or save the model after model.resize_token_embeddings({len(tokenizer)})"
+        )
 
 
 def _majority(part: list[Encoded]) -> float:
@@ -105,10 +136,10 @@ def _majority(part: list[Encoded]) -> float:
 
 @contextmanager
 def loading(name: str, what: str = "--model") -> Iterator[None]:
-    """Turn what `from_pretrained` raises for a bad folder, name or network into one readable sentence."""
+    """Turn whatever `from_pretrained` raises for a bad or damaged folder, name or network into one readable sentence."""
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except Exception as error:
         raise RunError(
             f"{what} {name!r} does not load: {first_line(error)}; expected a name "
             f"({', '.join(names('model'))}), a folder with a causal language model and its tokenizer, or a "
@@ -145,16 +176,10 @@ def model_source(name: str, status: Callable[[str], None], what: str = "--model"
 def _device(name: str) -> torch.device:
     try:
         device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()  # also refuses "meta"
     except (RuntimeError, AssertionError) as error:
         raise RunError(f"--device {name!r} cannot be used: {first_line(error)}") from error
     return device
-
-
-def first_line(error: BaseException) -> str:
-    """First line of an error's message, without a full stop."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].rstrip(".:; ")
 
 
 def evaluate(

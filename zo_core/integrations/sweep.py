@@ -19,7 +19,7 @@ from rich.table import Table
 
 from zo_core.integrations import tasks
 from zo_core.integrations.config import FinetuneConfig, RunError
-from zo_core.integrations.files import write_json
+from zo_core.integrations.files import own_folder, write_json
 from zo_core.integrations.session import Session, prepare
 
 QUARTERS = 4  # of a run, at whose ends it is compared with the best one so far
@@ -104,7 +104,7 @@ class Sweep:
         config = session.config
         config.optimizer(session.model)  # so that an option it does not take is said before the first trial
         about = config.model_dump(mode="json", exclude={"output"})
-        about["validation_examples"] = len(session.parts["validation"])
+        about["data_sha256"] = session.facts["sha256"]
         self.kept = read_sweep(self.path) or {"config": about, "trials": [], "best": []}
         before = self.kept["config"]
         if differ := [name for name in about | before if about.get(name) != before.get(name)]:
@@ -185,36 +185,31 @@ def sweep(
     if tries < 3:
         raise RunError(f"--tries: expected at least 3, got {tries}")
     console = console or Console(quiet=True)
-    try:
-        config.output.mkdir(parents=True, exist_ok=True)
+    with own_folder(config.output):
         if overwrite:
             (config.output / "sweep.json").unlink(missing_ok=True)
-    except OSError as error:
-        raise RunError(
-            f"--output {str(config.output)!r} cannot be written: {error.strerror}; choose another"
-        ) from error
-    kept = read_sweep(config.output / "sweep.json")
-    if kept is not None and config.autocast is None:  # as it was decided then: another timing may decide otherwise
-        config = config.model_copy(update={"autocast": kept["config"].get("autocast")})
-    with console.status("starting") as status:
-        session = prepare(config, lambda text: status.update(text))
-    trials = Sweep(session, console)
-    before = tasks.evaluate(session.scorer, session.parts["validation"], batch_size=config.eval_batch_size).loss
-    console.print(f"before: validation loss {before:.4f}, {len(session.parts['validation'])} examples")
-    losses = ladder(lambda lr: trials.trial(lr, config.eps), config.lr, most=tries)
-    lr, eps = min(losses, key=lambda x: losses[x]), config.eps
-    if eps_too:
-        losses = ladder(lambda eps: trials.trial(lr, eps), config.eps, most=tries)
-        eps = min(losses, key=lambda x: losses[x])
-    best = min(losses.values())
-    if not math.isfinite(best):
-        raise RunError(f"no learning rate around --lr {config.lr:g} ended well; try another --lr or more --steps")
-    result = {**trials.kept, "before": before, "lr": lr, "eps": eps, "loss": best}
-    write_json(trials.path, result)
-    _plot(config.output / "sweep.png", result, config.method)
-    found = config.model_copy(update={"lr": lr, "eps": eps, "autocast": session.config.autocast})
-    _show(console, result, found)
-    return result
+        kept = read_sweep(config.output / "sweep.json")
+        if kept is not None and config.autocast is None:  # as it was decided then: another timing may decide otherwise
+            config = config.model_copy(update={"autocast": kept["config"].get("autocast")})
+        with console.status("starting") as status:
+            session = prepare(config, lambda text: status.update(text))
+        trials = Sweep(session, console)
+        before = tasks.evaluate(session.scorer, session.parts["validation"], batch_size=config.eval_batch_size).loss
+        console.print(f"before: validation loss {before:.4f}, {len(session.parts['validation'])} examples")
+        losses = ladder(lambda lr: trials.trial(lr, config.eps), config.lr, most=tries)
+        lr, eps = min(losses, key=lambda x: losses[x]), config.eps
+        if eps_too:
+            losses = ladder(lambda eps: trials.trial(lr, eps), config.eps, most=tries)
+            eps = min(losses, key=lambda x: losses[x])
+        best = min(losses.values())
+        if not math.isfinite(best):
+            raise RunError(f"no learning rate around --lr {config.lr:g} ended well; try another --lr or more --steps")
+        result = {**trials.kept, "before": before, "lr": lr, "eps": eps, "loss": best}
+        write_json(trials.path, result)
+        _plot(config.output / "sweep.png", result, config.method)
+        found = config.model_copy(update={"lr": lr, "eps": eps, "autocast": session.config.autocast})
+        _show(console, result, found)
+        return result
 
 
 def _show(console: Console, result: dict[str, Any], config: FinetuneConfig) -> None:
