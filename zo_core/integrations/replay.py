@@ -12,7 +12,8 @@ import torch
 
 from zo_core.integrations.config import RunError
 from zo_core.integrations.session import first_line, loading, model_source
-from zo_core.journal import DTYPES, Journal, JournalError, replay
+from zo_core.journal import Journal, JournalError, replay
+from zo_core.record import DTYPES
 
 
 def replay_model(
