@@ -1,10 +1,12 @@
-"""Shared fixtures: the CPU backends, one a parameter, and hypothesis without deadlines (machines differ)."""
+"""Shared fixtures: the CPU backends, one a parameter, poisoned memory, and hypothesis without deadlines (machines differ)."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 
 import pytest
+import torch
 from hypothesis import settings
 from zo_core.bindings import native
 from zo_core.kernels import reference
@@ -26,6 +28,34 @@ def on(isa: str) -> Iterator[None]:
         yield
     finally:
         native.set_isa(before)
+
+
+def poisoned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """The function, whose tensors hold NaN, or bytes of 0x7F in integers, where they would hold whatever was in memory."""
+
+    @wraps(make)
+    def made(*args: object, **kwargs: object) -> torch.Tensor:
+        out = make(*args, **kwargs)
+        if type(out) is torch.Tensor and out.layout is torch.strided and not out.is_meta and not out.is_quantized:
+            values = out.data  # which counts its writes by itself: a new tensor is of version 0
+            if out.is_floating_point() or out.is_complex():
+                values.fill_(torch.nan)
+            else:
+                values.fill_(int.from_bytes(b"\x7f" * out.itemsize, "little") if out.dtype != torch.bool else True)
+        return out
+
+    return made
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _poisoned_memory() -> Iterator[None]:
+    """Let every use of memory that nobody has written show: it is NaN, and not the zero that it mostly is by luck."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("empty", "empty_like", "empty_strided"):
+            patch.setattr(torch, name, poisoned(getattr(torch, name)))
+        for name in ("new_empty", "new_empty_strided"):
+            patch.setattr(torch.Tensor, name, poisoned(getattr(torch.Tensor, name)))
+        yield
 
 
 @pytest.fixture

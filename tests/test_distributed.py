@@ -20,7 +20,8 @@ from torch import nn
 from toys import loss_of
 
 import zo_core
-from zo_core.distributed import Exchange, Parallel, RankError, checksum, sums
+from zo_core.distributed import Exchange, Parallel, RankError
+from zo_core.weights import checksum, sums
 
 ROOT = Path(__file__).parent.parent
 
@@ -358,7 +359,7 @@ def fail_to_compare():
 
     with pytest.MonkeyPatch.context() as patch:
         if rank == 1:
-            patch.setattr("zo_core.distributed._checksums", fail)
+            patch.setattr("zo_core.weights.checksum", fail)
         with pytest.raises((MemoryError, RankError), match="no room"):
             opt.compare()
     opt.step(loss_of(model))

@@ -481,7 +481,7 @@ def whole(tmp_path_factory) -> bytes:
 
 
 def encoded(journal: Journal) -> list[bytes]:
-    return [r.encode(journal.header, 0) for r in journal]
+    return [format_of._encode(r, journal.header, 0) for r in journal]
 
 
 def header_end(data: bytes) -> int:

@@ -1,4 +1,4 @@
-"""The methods against their twins, what they share in any combination, and what their estimates tend to."""
+"""What all methods share in any combination, and what their estimates tend to; test_twins.py has their steps."""
 
 import copy
 import math
@@ -7,9 +7,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from test_twins import METHODS, network
 from torch import nn
 from toys import X, Y, loss_of
-from twins import TwinFZOO, TwinHiZOO, TwinMeZO, TwinSPSA
 
 import zo_core
 from zo_core import layers
@@ -18,43 +18,9 @@ ENGINES = pytest.mark.parametrize("engine", ["shadow", "inplace"])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 
 
-class Blocks(nn.Module):
-    """Four residual blocks between two layers that always train."""
-
-    def __init__(self):
-        super().__init__()
-        self.first = nn.Linear(6, 17)
-        self.blocks = nn.ModuleList(nn.Sequential(nn.LayerNorm(17), nn.Linear(17, 17), nn.Tanh()) for _ in range(4))
-        self.last = nn.Linear(17, 1)
-
-    def forward(self, x):
-        x = self.first(x)
-        for block in self.blocks:
-            x = x + block(x)
-        return self.last(x)
-
-
-def network(dtype=torch.float32) -> Blocks:
-    with torch.random.fork_rng():
-        torch.random.default_generator.manual_seed(0)
-        return Blocks().to(dtype)
-
-
-METHODS = {  # name: optimizer, twin, the options of both, those of the twin alone
-    "mezo": (zo_core.MeZO, TwinMeZO, {"lr": 2e-2, "probes": 2}, {}),
-    "hizoo": (zo_core.HiZOO, TwinHiZOO, {"lr": 2e-2, "smoothing": 1e-2}, {}),
-    "hizoo, 3 probes": (zo_core.HiZOO, TwinHiZOO, {"lr": 2e-2, "smoothing": 3e-3, "probes": 3}, {}),
-    "hizoo-l": (zo_core.HiZOO, TwinHiZOO, {"lr": 2e-2, "smoothing": 1e-2, "probes": 2}, {"factored": True}),
-    "fzoo": (zo_core.FZOO, TwinFZOO, {"lr": 2e-2, "probes": 5}, {}),
-    "fzoo-r": (zo_core.FZOO, TwinFZOO, {"lr": 2e-2, "probes": 3, "reuse": True}, {}),
-    "spsa": (zo_core.SPSA, TwinSPSA, {"lr": 3e-2, "probes": 4, "alpha": 0.3, "floor": 0.5}, {}),
-}
-
-
 def pair(name, model, other, seed=5, **more):
     """An optimizer, and its twin with the options that both take."""
-    method, twin, options, extra = METHODS[name]
-    own = {"hessian": "factored"} if name == "hizoo-l" else {}
+    method, twin, options, own, extra = METHODS[name]
     opt = method(model, seed=seed, **options, **own, **more)
     twin = twin(other.parameters(), seed, opt._own["distribution"])
     return opt, twin, {**options, **extra}
@@ -65,66 +31,6 @@ def close(model, other, tolerance):
         torch.allclose(p.double(), v, atol=tolerance, rtol=1e-2 if p.dtype != torch.float32 else 1e-5)
         for p, v in zip(model.parameters(), other, strict=True)
     )
-
-
-@pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
-@ENGINES
-@DTYPES
-def test_agrees_with_its_twin_step_by_step(name, weight_decay, engine, dtype):
-    model, other = network(dtype), network(dtype)
-    eps = 1e-2 if dtype == torch.float32 else 0.125
-    opt, twin, options = pair(
-        name, model, other, eps=eps, weight_decay=weight_decay, engine=engine, residual=16, stochastic_rounding=False
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda step: 1 / (1 + step))
-    for step in range(8 if dtype == torch.float32 else 4):
-        at = {**options, "lr": options["lr"] / (1 + step), "eps": eps, "weight_decay": weight_decay}
-        loss, expected = opt.step(loss_of(model)), twin.step(loss_of(other), **at)
-        schedule.step()
-        if dtype == torch.float32:
-            assert float(loss.detach()) == pytest.approx(expected, rel=1e-4)
-            assert close(model, twin.values, 5e-5 * (step + 1))
-        else:
-            assert float(loss) == pytest.approx(expected, rel=2e-2)
-            assert close(model, twin.values, 2e-2)
-    start = network(dtype)
-    moved = max(float((p - q).abs().max()) for p, q in zip(model.parameters(), start.parameters(), strict=True))
-    assert moved > 1e-2
-
-
-def test_hessians_agree_with_the_twins():
-    for name in ("hizoo", "hizoo-l"):
-        model, other = network(), network()
-        opt, twin, options = pair(name, model, other, eps=1e-2)
-        for _ in range(6):
-            opt.step(loss_of(model))
-            twin.step(loss_of(other), eps=1e-2, **options)
-        for h, expected in zip(opt._own["hessians"], twin.hessians, strict=True):
-            full = h[0].unsqueeze(1) * h[1] / h[0].mean() if len(h) > 1 else h[0]
-            assert torch.allclose(full.double(), expected, rtol=2e-3)
-        assert max(float((h - 1).abs().max()) for h in twin.hessians) > 0.1
-
-
-@pytest.mark.parametrize("name", METHODS)
-@ENGINES
-def test_any_method_leaves_blocks_out(name, engine):
-    model, other = network(), network()
-    opt, twin, options = pair(name, model, other, rho=0.5, eps=1e-2, engine=engine, weight_decay=0.1)
-    sets = layers.tensors_of(list(model.blocks), list(model.parameters()), model)
-    seen = set()
-    for step in range(6):
-        twin.left_out = layers.left_out(sets, 0.5, seed=5, step=step)
-        assert len(twin.left_out) == 2 * 4
-        seen |= twin.left_out
-        before = [p.clone() for p in model.parameters()]
-        opt.step(loss_of(model))
-        twin.step(loss_of(other), eps=1e-2, weight_decay=0.1, **options)
-        for i, (p, q) in enumerate(zip(model.parameters(), before, strict=True)):
-            if engine == "shadow" or i in twin.left_out:
-                assert torch.equal(p, q) == (i in twin.left_out)
-    assert close(model, twin.values, 3e-4)
-    assert len(seen) == 16
 
 
 def test_hessian_scaling_with_curvature_weights_and_many_probes():

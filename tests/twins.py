@@ -12,6 +12,7 @@ class Twin:
         self.params, self.seed, self.distribution, self.stream = [], seed, distribution, 0
         self.values, self.hessians = [], []
         self.left_out = set()  # numbers of tensors that this step does not touch
+        self.decay_vectors = False  # whether biases and norms decay too
         self.add(params)
 
     def add(self, params):
@@ -45,13 +46,13 @@ class Twin:
         self.stream += n
         return range(self.stream - n, self.stream)
 
-    def move(self, directions, lr, weight_decay=0.0, decay_vectors=False):
+    def move(self, directions, lr, weight_decay=0.0):
         """theta <- theta - lr (direction + wd theta) of each tensor; lr and wd may be lists, one number a tensor."""
         for i, (v, p, direction) in enumerate(zip(self.values, self.params, directions, strict=True)):
             rate = lr[i] if isinstance(lr, list) else lr
             wd = weight_decay[i] if isinstance(weight_decay, list) else weight_decay
             if i not in self.left_out:
-                self.values[i] = v - rate * (direction + (wd * v if p.ndim > 1 or decay_vectors else 0.0))
+                self.values[i] = v - rate * (direction + (wd * v if p.ndim > 1 or self.decay_vectors else 0.0))
         self.put(self.values)
 
     def along(self, coeffs, streams):
@@ -65,12 +66,10 @@ class Twin:
 class TwinMeZO(Twin):
     """g = (l+ - l-) / (2 eps), averaged over n directions. LeZO is the same with tensors left out."""
 
-    def step(self, loss, lr, eps, weight_decay=0.0, probes=1, decay_vectors=False):
+    def step(self, loss, lr, eps, weight_decay=0.0, probes=1):
         streams = self.draw(probes)
         pairs = [(self.at(loss, eps, s), self.at(loss, -eps, s)) for s in streams]
-        self.move(
-            self.along([(a - b) / (2 * eps) / probes for a, b in pairs], streams), lr, weight_decay, decay_vectors
-        )
+        self.move(self.along([(a - b) / (2 * eps) / probes for a, b in pairs], streams), lr, weight_decay)
         return sum(a + b for a, b in pairs) / (2 * probes)
 
 

@@ -10,22 +10,19 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import reduce
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.functional import pad
 
-from .journal import backend_of
-from .space import Probe, some
-
-if TYPE_CHECKING:
-    from .optim.base import ZOOptimizer
+from . import sharding
+from .record import Snapshot
+from .weights import Probe, some
 
 _FAILED, _FLOAT32, _FLOAT64, _COMPARES = range(4)  # what a message is
 _FRAME = 8  # numbers in the first part of a message: step, kind, points, checksum of the options, and values
-_CHUNK = 1 << 20  # weights that are summed at a time for a checksum
 
 
 class RankError(RuntimeError):
@@ -153,21 +150,27 @@ class Exchange:
 
     # ---- checks ------------------------------------------------------------------------------------------------
 
-    def start(self, optimizer: ZOOptimizer) -> None:
-        """Begin a step: ``compare``, if this is a step that does."""
-        self.step, self.options = 0, json.dumps(_options(optimizer), default=str)
-        if not self.compared or optimizer._own["steps"] % self.parallel.check_every == 0:
-            self.compare(optimizer)
+    def start(self, number: int, options: Mapping[str, Any], snapshot: Callable[[], Snapshot]) -> None:
+        """Begin a step: ``compare``, if this is a step that does.
 
-    def compare(self, optimizer: ZOOptimizer) -> None:
+        Args:
+            number: of the step.
+            options: those that may be set anew between steps, by name.
+            snapshot: makes what ``compare`` compares.
+        """
+        self.step, self.options = 0, json.dumps(options, default=str)
+        if not self.compared or number % self.parallel.check_every == 0:
+            self.compare(number, snapshot)
+
+    def compare(self, number: int, snapshot: Callable[[], Snapshot]) -> None:
         """Compare options, numbers and weights of all processes.
 
         Raises:
             RankError: they differ, or a process is gone.
         """
-        number = optimizer._own["steps"]
         try:  # all of it before the first message: a rank that fails here tells the others
-            mine = json.dumps({"facts": _facts(optimizer), "weights": _checksums(optimizer)}, default=str)
+            facts, names, weights = snapshot()
+            mine = json.dumps({"facts": facts, "weights": weights}, default=str)
         except BaseException as error:
             self._fail(number, error)
             raise
@@ -177,7 +180,7 @@ class Exchange:
             if (crcs != crcs[0]).any():
                 everyone = [json.loads(text) for text in self._texts(mine)]
                 _same([x["facts"] for x in everyone])
-                for name, *pairs in zip(optimizer._names(), *[x["weights"] for x in everyone], strict=True):
+                for name, *pairs in zip(names, *[x["weights"] for x in everyone], strict=True):
                     for where in {at for at, _ in pairs}:  # those that have the same elements of a tensor
                         values = {r: crc for r, (at, crc) in enumerate(pairs) if at == where}
                         if len(set(values.values())) > 1:
@@ -285,51 +288,37 @@ def _leave(group: Any) -> None:
         dist.destroy_process_group(group)
 
 
-def _options(optimizer: ZOOptimizer) -> dict[str, Any]:
-    """Options of each group, which may be set anew between steps."""
-    return {
-        f"{name} of group {i}": value.tolist() if isinstance(value, Tensor) else value
-        for i, group in enumerate(optimizer.param_groups)
-        for name, value in group.items()
-        if name not in ("params", "param_names")
-    }
+def check(
+    processes: Parallel | None, names: Sequence[str], parameters: Sequence[Tensor], module: nn.Module | None, engine: str,
+    hessian: str | None,
+) -> None:  # fmt: skip
+    """Raise TypeError, ValueError or RuntimeError unless these options can serve these parameters in several processes."""
+    if not isinstance(processes, Parallel | None):
+        raise TypeError(f"processes: expected zo_core.distributed.Parallel(), got {processes!r}")
+    if sharded := is_sharded(parameters, module):
+        if processes is None or module is None:
+            raise ValueError(
+                "params: they are sharded (DTensors): pass processes=zo_core.distributed.Parallel(), so that all shards take "
+                "one step, and the module (module=), so that its forwards gather them anew"
+            )
+        inside = set(module.parameters())
+        if gone := [n for n, p in zip(names, parameters, strict=True) if p not in inside]:
+            raise ValueError(
+                f"params: {some(gone)}: no parameter of the module as it is when its weights are not gathered; give the "
+                "module, or its parameters after reshard()"
+            )
+        if engine == "shadow":
+            raise ValueError("engine: 'shadow' cannot serve sharded weights (DTensors): leave it out, or 'inplace'")
+    probes = processes.grid()[1] if processes is not None else 1
+    if probes > 1 and engine == "inplace":
+        raise ValueError(
+            f"processes: expected probes=1 with engine='inplace', got {probes}: the way to a probe and back rounds, so "
+            "that weights would differ between processes that go to different ones"
+        )
+    if sharded and hessian == "factored":
+        raise ValueError("hessian: 'factored' needs whole rows and columns, these weights are sharded: use 'diagonal'")
 
 
-def _facts(optimizer: ZOOptimizer) -> dict[str, Any]:
-    """What must be the same in all processes, beside the weights."""
-    own = optimizer._own
-    facts: dict[str, Any] = {"method": type(optimizer).__name__, "stochastic_rounding": optimizer.stochastic_rounding}
-    facts |= {"engine": optimizer.engine, "processes": str(optimizer.processes)}
-    facts |= {k: own[k] for k in ("seed", "distribution", "residual", "hessian")}
-    facts |= {k: own[k].tolist() for k in ("stream", "updates", "skipped", "carry")}
-    facts |= {**_options(optimizer), "blocks": [sorted(block) for block in optimizer._blocks]}
-    facts["backend"] = backend_of(own["stream"].device)
-    tensors = enumerate(zip(optimizer._names(), optimizer._parameters(), strict=True))
-    return facts | {
-        f"tensor {i}": f"{n}, {str(p.dtype).removeprefix('torch.')} {tuple(p.shape)}" for i, (n, p) in tensors
-    }
-
-
-def _checksums(optimizer: ZOOptimizer) -> list[tuple[int, int]]:
-    """Of each tensor: which of its elements are here, and a checksum of them, of their residuals and Hessians."""
-    own = optimizer._own
-    pieces = optimizer._prepare().space.pieces
-    out = []
-    for i, p in enumerate(optimizer._tensors()):
-        where = zlib.crc32(str(pieces.runs[i]).encode()) if pieces else 0
-        beside = [own["residuals"][i]] if own["residuals"] else []
-        out.append((where, reduce(checksum, (p, *beside, *(own["hessians"][i] if own["hessians"] else ())), 0)))
-    return out
-
-
-def checksum(before: int, t: Tensor) -> int:
-    """CRC-32 of a contiguous tensor's bytes; of its ``sums`` if it is not on the CPU, so that no weight has to go there."""
-    data = t.detach().reshape(-1).view(torch.uint8) if t.device.type == "cpu" else sums(t).cpu()
-    return zlib.crc32(data.numpy(), before)  # type: ignore[arg-type]
-
-
-def sums(t: Tensor) -> Tensor:
-    """The sum of every million bit patterns, int64, on the tensor's device."""
-    ints = {1: torch.int8, 2: torch.int16, 4: torch.int32}[t.itemsize]
-    parts = torch.split(t.detach().reshape(-1).view(ints), _CHUNK)
-    return torch.stack([x.sum(dtype=torch.int64) for x in parts])
+def is_sharded(parameters: Sequence[Tensor], module: nn.Module | None) -> bool:
+    """Whether a weight is, trained or frozen: then forwards exchange weights, and all processes must make the same ones."""
+    return any(map(sharding.is_sharded, (*parameters, *(module.parameters() if module is not None else ()))))

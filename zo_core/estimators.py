@@ -1,13 +1,12 @@
 """What methods make of losses: where a step evaluates, and the numbers that come of it."""
 
-import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .space import Probe
+from .weights import Probe
 
 Losses = Callable[[Sequence[tuple[float, Probe | None]]], Tensor]
 """losses([(c, probe), ...]) is the loss at theta + c z(probe) for each point, (n,); (0.0, None) is theta itself."""
@@ -23,11 +22,32 @@ class Estimate(NamedTuple):
     carry: Tensor | None = None  # (n,), what the next step is to find in ``self.carry``
 
 
-def carried(before: Tensor, now: Tensor | None, moved: Tensor | bool) -> Tensor:
-    """What the step after one finds in ``self.carry``: of a step that did not move the weights, what there was before."""
-    if now is None:
-        return before
-    return torch.where(torch.as_tensor(moved), now, before if len(before) == len(now) else now * math.nan)
+class Update(NamedTuple):
+    """An estimate as one pass over T tensors, with K probes; all zero where the step must not move the weights."""
+
+    usable: Tensor  # bool, (): whether every number of the step is finite
+    coeffs: Tensor  # (K, T)
+    decay: Tensor  # (T,)
+    curvature: Tensor | None = None  # (K, T)
+    smoothing: Tensor | None = None  # (T,)
+
+
+def update_of(found: Estimate, lr: Tensor, decay: Tensor, trains: Tensor, smoothing: float | None) -> Update:
+    """Theta <- (1 - decay) theta - lr sum_k coeffs[k] z_k; a loss or a number that is not finite makes it nothing.
+
+    Args:
+        found: where the step goes.
+        lr: float32 (T,), learning rate of each tensor.
+        decay: float32 (T,), learning rate times weight decay.
+        trains: bool (1, T), whether the step moves each tensor.
+        smoothing: of the Hessian, or None for no Hessian.
+    """
+    scalars = [found.coeffs.float().unsqueeze(1) * -lr, decay.unsqueeze(0)]
+    if smoothing is not None and found.curvature is not None:
+        scalars += [found.curvature.float().unsqueeze(1), torch.full_like(scalars[1], smoothing)]
+    usable = torch.stack([found.loss.isfinite(), *(x.isfinite().all() for x in scalars)]).all()
+    coeffs, decay, *metric = (torch.where(usable & trains, x, 0.0) for x in scalars)
+    return Update(usable, coeffs, decay[0], *([metric[0], metric[1][0]] if metric else []))
 
 
 def both_sides(losses: Losses, probes: Sequence[Probe], eps: float, clean: bool = False) -> tuple[Tensor, ...]:

@@ -15,37 +15,30 @@ import warnings
 import zlib
 from array import array
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import IO, Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from . import scaling
-from .bindings import native, ops
-from .engines.base import uninterrupted
-from .estimators import Estimate, carried
 from .kernels.reference import DISTRIBUTIONS
 from .noise import VERSION as NOISE_VERSION
-from .space import ParamSpace, some
+from .noise import backend_of
+from .record import DTYPES, Identity, Progress, Record, TensorInfo, carried
+from .weights import RESIDUALS, ParamSpace, empty_residuals, some
 
 try:
     import fcntl
 except ImportError:  # a system without such locks: two writers are not found there
     fcntl = None  # type: ignore[assignment]
 
-if TYPE_CHECKING:
-    from .optim.base import ZOOptimizer
-
 FORMAT_VERSION = 1
 MAGIC = b"\x89ZOJ\r\n\x1a\n"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-RESIDUALS = {8: torch.int8, 16: torch.int16}
 
 _START = struct.Struct("<8sII")  # magic, format version, bytes of the JSON text that follows
 _FIXED = struct.Struct("<IIQQd")  # flags, K, step, first stream, loss
@@ -61,16 +54,30 @@ class JournalError(ValueError):
     """A file that is no journal, or one that does not belong to the weights or the optimizer it is used with."""
 
 
+class Recorded(Protocol):
+    """What a journal asks of the optimizer whose steps it has; ``ZOOptimizer`` is one."""
+
+    @property
+    def _steps(self) -> int:
+        """How many steps it has taken, skipped ones too."""
+        ...
+
+    def _identity(self) -> Identity: ...
+
+    def _settings(self) -> dict[str, Any]:
+        """Its options as they are now."""
+        ...
+
+    def _space(self) -> ParamSpace:
+        """Its tensors as they are now."""
+        ...
+
+    def _catch_up(self, play: Callable[[ParamSpace], Progress], steps: int) -> None:
+        """Take steps that ``play`` makes again."""
+        ...
+
+
 # ---- what is in it -----------------------------------------------------------------------------------------------
-
-
-class TensorInfo(NamedTuple):
-    """A trained tensor; ``rates`` says which of a record's pairs of learning rate and decay are its own."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    rates: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,19 +98,16 @@ class Header:
     tensors: tuple[TensorInfo, ...]
 
     @classmethod
-    def of(cls, optimizer: ZOOptimizer) -> Header:
+    def of(cls, optimizer: Recorded) -> Header:
         """The header of a journal that starts with this optimizer's weights as they are."""
         from . import __version__
 
-        _refuse_shards(optimizer)
-        names = optimizer._names()
-        if twice := [name for name, count in Counter(names).items() if count > 1]:
+        tensors, identity = _whole(optimizer).tensors, optimizer._identity()
+        if twice := [name for name, count in Counter(t.name for t in identity.tensors).items() if count > 1]:
             raise JournalError(f"tensors: {some(twice)} are names of several tensors: give each one of its own")
-        first, tensors = optimizer.param_groups[0], optimizer._tensors()
-        options = {k: v for k, v in first.items() if isinstance(v, str | int | float)}
         return cls(
             library=__version__, noise=NOISE_VERSION, backend=backend_of(tensors[0].device), base=hash_of(tensors),
-            options=options | {"stochastic_rounding": optimizer.stochastic_rounding}, **_lasting(optimizer),
+            options=optimizer._settings(), **identity._asdict(),
         )  # fmt: skip
 
     @classmethod
@@ -156,25 +160,12 @@ class Header:
                 raise JournalError(f"{name}: expected {mine!r} as in the journal, got {theirs!r}")
 
 
-def _refuse_shards(optimizer: ZOOptimizer) -> None:
-    if optimizer._prepare().space.pieces:
+def _whole(optimizer: Recorded) -> ParamSpace:
+    """The space of an optimizer's weights. JournalError if they are shards."""
+    space = optimizer._space()
+    if space.pieces:
         raise JournalError("optimizer: expected whole weights, its are sharded (DTensors): save its state_dict instead")
-
-
-def _lasting(optimizer: ZOOptimizer) -> dict[str, Any]:
-    """The fields of a header that are an optimizer's at every step."""
-    own, names = optimizer._own, iter(optimizer._names())
-    kinds: dict[tuple[int, bool], int] = {}
-    tensors = []
-    for number, group in enumerate(optimizer.param_groups):
-        for p in group["params"]:
-            rates = kinds.setdefault((number, bool(group["decay_vectors"] or p.ndim > 1)), len(kinds))
-            tensors.append(TensorInfo(next(names), tuple(p.shape), _NAMES[p.dtype], rates))
-    return {
-        "tensors": tuple(tensors), "method": type(optimizer).__name__, "seed": own["seed"],
-        "distribution": own["distribution"], "residual": own["residual"] or 0, "hessian": own["hessian"] or "",
-        "engine": optimizer.engine,
-    }  # fmt: skip
+    return space
 
 
 def _sound(t: TensorInfo) -> bool:
@@ -193,14 +184,6 @@ def _compare_tensors(mine: Sequence[TensorInfo], theirs: Sequence[TensorInfo]) -
             raise JournalError(f"tensors: expected {a} at this place as in the journal, got {b}")
 
 
-def backend_of(device: torch.device) -> str:
-    """Which arithmetic serves tensors on this device: backends with one name make the same bits."""
-    backend = ops.backend_for(device)
-    if backend is native:  # AVX2 and AVX-512 are one; the portable variant has no fused multiply-add
-        return "native portable" if native.get_isa() == "portable" else "native"
-    return f"{backend.__name__.rpartition('.')[2]} {device.type}"
-
-
 def hash_of(tensors: Sequence[Tensor]) -> str:
     """SHA-256, in hexadecimal, of the bytes of the tensors in order, as if they were one."""
     digest = hashlib.sha256()
@@ -211,44 +194,24 @@ def hash_of(tensors: Sequence[Tensor]) -> str:
     return digest.hexdigest()
 
 
-class Record(NamedTuple):
-    """One step: theta <- (1 - decay) theta - lr sum_k coeffs[k] z(stream + k), with lr and decay of each tensor's group.
-
-    ``step`` counts from 0, skipped steps too, and is the stream of the stochastic rounding. A step that did not move the
-    weights (a loss was not finite) is a record like any other, with whatever numbers there were.
-    """
-
-    step: int
-    stream: int
-    coeffs: np.ndarray  # float32 (K,)
-    lr: np.ndarray  # float32, one a kind of rates
-    decay: np.ndarray  # float32, lr times weight decay
-    moved: bool
-    stochastic: bool
-    loss: float
-    left_out: frozenset[int] = frozenset()  # numbers of tensors that the step left out
-    curvature: np.ndarray | None = None  # float32 (K,), of methods that scale by a Hessian
-    smoothing: float = 0.0  # float32, with curvature
-    carry: np.ndarray | None = None  # float32 or float64 (n,), what the method keeps for its next step
-
-    def encode(self, header: Header, chain: int) -> bytes:
-        """The record's bytes. ``chain`` is the checksum before it."""
-        flags = _MOVED * self.moved | _STOCHASTIC * self.stochastic
-        flags |= _LEFT_OUT * bool(self.left_out) | _CURVATURE * (self.curvature is not None)
-        flags |= _CARRY * (self.carry is not None)
-        parts = [_FIXED.pack(flags, len(self.coeffs), self.step, self.stream, self.loss)]
-        parts += [x.astype(_FLOATS).tobytes() for x in (self.lr, self.decay, self.coeffs)]
-        if self.curvature is not None:
-            parts.append(np.append(self.curvature, self.smoothing).astype(_FLOATS).tobytes())
-        if self.left_out:
-            mask = np.zeros(len(header.tensors), dtype=bool)
-            mask[list(self.left_out)] = True
-            parts.append(np.packbits(mask, bitorder="little").tobytes())
-        if self.carry is not None:
-            numbers = self.carry.astype(self.carry.dtype.newbyteorder("<"))
-            parts += [_CARRY_START.pack(len(numbers), numbers.itemsize), numbers.tobytes()]
-        body = b"".join(parts)
-        return body + _CRC.pack(zlib.crc32(body, chain))
+def _encode(record: Record, header: Header, chain: int) -> bytes:
+    """The record's bytes. ``chain`` is the checksum before it."""
+    flags = _MOVED * record.moved | _STOCHASTIC * record.stochastic
+    flags |= _LEFT_OUT * bool(record.left_out) | _CURVATURE * (record.curvature is not None)
+    flags |= _CARRY * (record.carry is not None)
+    parts = [_FIXED.pack(flags, len(record.coeffs), record.step, record.stream, record.loss)]
+    parts += [x.astype(_FLOATS).tobytes() for x in (record.lr, record.decay, record.coeffs)]
+    if record.curvature is not None:
+        parts.append(np.append(record.curvature, record.smoothing).astype(_FLOATS).tobytes())
+    if record.left_out:
+        mask = np.zeros(len(header.tensors), dtype=bool)
+        mask[list(record.left_out)] = True
+        parts.append(np.packbits(mask, bitorder="little").tobytes())
+    if record.carry is not None:
+        numbers = record.carry.astype(record.carry.dtype.newbyteorder("<"))
+        parts += [_CARRY_START.pack(len(numbers), numbers.itemsize), numbers.tobytes()]
+    body = b"".join(parts)
+    return body + _CRC.pack(zlib.crc32(body, chain))
 
 
 def _decode(data: memoryview, at: int, header: Header, chain: int) -> tuple[Record, int] | None:
@@ -320,7 +283,7 @@ class Journal:
         return cls(path)
 
     @classmethod
-    def create(cls, path: str | os.PathLike[str], optimizer: ZOOptimizer) -> Journal:
+    def create(cls, path: str | os.PathLike[str], optimizer: Recorded) -> Journal:
         """A new journal of an optimizer that has not stepped yet.
 
         Raises:
@@ -328,7 +291,7 @@ class Journal:
             FileExistsError: the file is there.
         """
         path = Path(path)
-        if steps := int(optimizer._own["steps"]):
+        if steps := optimizer._steps:
             raise JournalError(f"optimizer: expected one that has not stepped, got {steps} steps; resume goes on")
         if path.exists():
             raise FileExistsError(f"{path} exists: Journal.resume goes on with it, or remove it")
@@ -347,7 +310,7 @@ class Journal:
         return cls(path, writable=True)
 
     @classmethod
-    def resume(cls, path: str | os.PathLike[str], optimizer: ZOOptimizer) -> Journal:
+    def resume(cls, path: str | os.PathLike[str], optimizer: Recorded) -> Journal:
         """Go on with a journal where this optimizer, with its state loaded, stands; records beyond that are cut off.
 
         Raises:
@@ -355,7 +318,7 @@ class Journal:
                 for writing already; at step 0 also if the weights are not those it starts from.
         """
         with cls._for(path, optimizer) as journal:
-            if (steps := int(optimizer._own["steps"])) > len(journal):
+            if (steps := optimizer._steps) > len(journal):
                 raise JournalError(
                     f"{path}: expected the records of all {steps} steps that the optimizer has taken, got {len(journal)}"
                     f" (and {journal.dropped} bytes of none): go on without it, or from an older checkpoint"
@@ -364,7 +327,7 @@ class Journal:
             return journal
 
     @classmethod
-    def recover(cls, path: str | os.PathLike[str], optimizer: ZOOptimizer, writable: bool = True) -> Journal:
+    def recover(cls, path: str | os.PathLike[str], optimizer: Recorded, writable: bool = True) -> Journal:
         """Go on after the last record without a checkpoint: an optimizer that has not stepped makes all steps at once.
 
         It and its weights are then as they were after that step, bit for bit where ``replay`` is. What is neither's, the
@@ -375,41 +338,25 @@ class Journal:
             JournalError: the optimizer has stepped, or as ``resume``.
         """
         with cls._for(path, optimizer, writable) as journal:
-            if optimizer._own["steps"]:
+            if optimizer._steps:
                 raise JournalError(
                     "optimizer: expected one that has not stepped; Journal.resume goes on with its own steps"
                 )
-            _warn_of_rounding(journal.header, optimizer._tensors()[0].device, 3)
-            player, state = _Player(journal.header, optimizer._prepare().space), optimizer._own
-            with uninterrupted(), torch.no_grad():
-                moved, last = 0, None
-                for last in journal:
-                    player.add(last)
-                    moved += last.moved
-                    now = None if last.carry is None else torch.from_numpy(last.carry.copy())
-                    state["carry"] = carried(
-                        state["carry"], None if now is None else now.to(state["carry"].device), last.moved
-                    )
-                player.play()
-                if last is not None:
-                    state["stream"].fill_(last.stream + len(last.coeffs))
-                state["updates"].fill_(moved)
-                state["skipped"].fill_(len(journal) - moved)
-                state["steps"] = len(journal)
-                optimizer._versions = optimizer._tensor_versions()
+            _warn_of_rounding(journal.header, optimizer._space().tensors[0].device, 3)
+            optimizer._catch_up(journal._play, len(journal))
             journal._cut(len(journal))
             return journal
 
     @classmethod
     @contextmanager
-    def _for(cls, path: str | os.PathLike[str], optimizer: ZOOptimizer, writable: bool = True) -> Iterator[Journal]:
+    def _for(cls, path: str | os.PathLike[str], optimizer: Recorded, writable: bool = True) -> Iterator[Journal]:
         """The journal, open for writing if it is this optimizer's; closed again after an error."""
-        _refuse_shards(optimizer)
+        tensors = _whole(optimizer).tensors
         journal = cls(path, writable)
         try:
-            journal.header.compare(_lasting(optimizer))
-            if not optimizer._own["steps"]:
-                journal.header.compare({"base": hash_of(optimizer._tensors())})
+            journal.header.compare(optimizer._identity()._asdict())
+            if not optimizer._steps:
+                journal.header.compare({"base": hash_of(tensors)})
             yield journal
         except BaseException:
             journal.close()
@@ -446,7 +393,7 @@ class Journal:
         os.lseek(self._file.fileno(), end - _CRC.size, os.SEEK_SET)
         if len(before := self._file.read(_CRC.size)) < _CRC.size:
             raise JournalError(f"{self.path}: was cut by someone else since it was opened")
-        data = record.encode(self.header, _crc_before(memoryview(before), _CRC.size))
+        data = _encode(record, self.header, _crc_before(memoryview(before), _CRC.size))
         try:
             written = self._file.write(data)
             if written != len(data):
@@ -458,41 +405,10 @@ class Journal:
             raise
         self._ends.append(end + len(data))
 
-    def write_step(
-        self, optimizer: ZOOptimizer, step: Tensor, found: Estimate, lr: Tensor, decay: Tensor, *, moved: Tensor, stochastic: bool,
-        left_out: Collection[int] = (), smoothing: float | None = None,
-    ) -> None:  # fmt: skip
-        """``write`` of what an optimizer has at hand; waits for its device.
-
-        Args:
-            optimizer: whose step it is.
-            step: int64, one element.
-            found: where the step goes, along K probes.
-            lr: float32 (T,), learning rate of each tensor.
-            decay: float32 (T,), learning rate times weight decay of each tensor.
-            moved: bool, whether the step moves the weights.
-            stochastic: whether it rounds stochastically.
-            left_out: numbers of the tensors that the step leaves out.
-            smoothing: of a Hessian that learns from the step's curvature.
-
-        Raises:
-            JournalError: the optimizer is no longer, or never was, as the header says, or draws probes in another way.
-        """
-        self.header.compare(_lasting(optimizer))
-        streams = torch.cat(found.probes).tolist() if found.probes else [0]
-        if streams != list(range(streams[0], streams[0] + len(streams))):
-            raise JournalError(f"probes: expected streams one after the other, got {streams[:4]}")
-        rates = [t.rates for t in self.header.tensors]
-        kinds = torch.stack((lr, decay)).cpu().numpy()[:, [rates.index(kind) for kind in range(self.header.kinds)]]
-        curvature = found.curvature if smoothing is not None else None
-        self.write(
-            Record(
-                int(step), streams[0], found.coeffs.float().cpu().numpy(), kinds[0], kinds[1], bool(moved), stochastic,
-                float(found.loss), frozenset(left_out),
-                None if curvature is None else curvature.float().cpu().numpy(), smoothing or 0.0,
-                None if found.carry is None else found.carry.cpu().numpy(),
-            )
-        )  # fmt: skip
+    def write_step(self, identity: Identity, record: Record) -> None:
+        """``write``, if the optimizer is what the header says. JournalError if it no longer is, or never was."""
+        self.header.compare(identity._asdict())
+        self.write(record)
 
     def sync(self) -> None:
         """Return when all records are on the disk, whatever happens to the machine."""
@@ -506,6 +422,18 @@ class Journal:
             _lock(self._file, free=True)  # closing is not enough where a child was forked, which has the file too
             self._file.close()
             self._file = None
+
+    def _play(self, space: ParamSpace) -> Progress:
+        """Make all steps again in these weights, from those before the first one."""
+        player, device = _Player(self.header, space), space.counters.device
+        stream, moved, carry = 0, 0, torch.zeros(0, device=device)
+        for record in self:
+            player.add(record)
+            stream, moved = record.stream + len(record.coeffs), moved + record.moved
+            now = None if record.carry is None else torch.from_numpy(record.carry.copy()).to(device)
+            carry = carried(carry, now, record.moved)
+        player.play()
+        return Progress(stream, moved, len(self) - moved, carry)
 
     def _cut(self, steps: int) -> None:
         """Leave the first so many records."""
@@ -590,10 +518,7 @@ def replay(
     space = ParamSpace(
         [t.name for t in header.tensors], tensors, header.seed, header.distribution,
         torch.zeros(1 + len(tensors), dtype=torch.int64, device=device),
-        [
-            torch.zeros(t.shape if t.dtype.itemsize == 2 else 0, dtype=RESIDUALS[bits], device=device)
-            for t in tensors if bits
-        ],
+        empty_residuals(tensors, bits) if bits else [],
         header.hessian or None, [scaling.identity(t, header.hessian) for t in tensors if header.hessian],
     )  # fmt: skip
     player = _Player(header, space)

@@ -66,6 +66,14 @@ def permutation(n: int, *, seed: int, stream: int, purpose: int = DATA_ORDER) ->
     return (first - (1 << 31) << 32 | second).argsort(stable=True)  # in the order of the unsigned 64-bit numbers
 
 
+def backend_of(device: torch.device) -> str:
+    """Which arithmetic serves tensors on this device: backends with one name make the same bits."""
+    backend = ops.backend_for(device)
+    if backend is native:  # AVX2 and AVX-512 are one; the portable variant has no fused multiply-add
+        return "native portable" if native.get_isa() == "portable" else "native"
+    return f"{backend.__name__.rpartition('.')[2]} {device.type}"
+
+
 def backend_info() -> dict[str, object]:
     """What serves tensors.
 

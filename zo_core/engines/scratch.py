@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..space import ParamSpace, Probe
+from ..weights import ParamSpace, Probe
 
 Key = tuple[int, torch.dtype]  # a tensor's number, and the dtype its copy has
 Make = Callable[[Sequence[Tensor], Probe, Tensor, Tensor], None]  # see ``ParamSpace.perturb``

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..space import ParamSpace, Probe, some
+from ..weights import ParamSpace, Probe, some
 from .base import uninterrupted
-from .scratch import NOTHING, Key, Layout, Make, Slot, aligned
+from .scratch import NOTHING, Key, Make, Slot, aligned
 
 _PROPERTIES = set(
     "shape dtype device layout ndim requires_grad is_leaf grad grad_fn names nbytes itemsize retains_grad output_nr "
@@ -158,19 +158,15 @@ class ShadowEngine:
         self._written: list[int] = []  # held tensors that are perturbed
         self._left_out: frozenset[int] = frozenset()  # of the probe
         self._probe: Probe | None = None
-        self._c, self._coeffs, self._mirrored = 0.0, space.full(0.0), False  # one for each copy; mirrored: at -c next
+        self._c, self._coeffs = 0.0, space.full(0.0)  # one for each copy
         self._hold(_out_of_reach(module, space.tensors, self._numbers))
 
     # ---- the engine --------------------------------------------------------------------------------------------
 
     def evaluate(
-        self, closure: Callable[[], Tensor], c: float, probe: Probe | None, leave_out: Collection[int] = (),
-        mirrored: bool = False,
-    ) -> Tensor:  # fmt: skip
-        """The closure's result at theta + c z(probe), z = 0 in tensors left out; at theta without a probe.
-
-        ``mirrored``: theta - c z comes next. Copies that are read last are then made of both at once.
-        """
+        self, closure: Callable[[], Tensor], c: float, probe: Probe | None, leave_out: Collection[int] = ()
+    ) -> Tensor:
+        """The closure's result at theta + c z(probe), z = 0 in tensors left out; at theta without a probe."""
         if probe is None or c == 0:
             self.restore()
             return closure()
@@ -180,7 +176,7 @@ class ShadowEngine:
             if not self._reads_elsewhere(closure, c, probe, result) and not leave_out:
                 return result
         self._leave_out(leave_out)
-        return self._run(closure, c, probe, mirrored=mirrored)
+        return self._run(closure, c, probe)
 
     def update(
         self, probes: Sequence[Probe], coeffs: Tensor, decay: Tensor, update: Tensor | None,
@@ -207,14 +203,11 @@ class ShadowEngine:
 
     # ---- one evaluation ----------------------------------------------------------------------------------------
 
-    def _run(
-        self, closure: Callable[[], Tensor], c: float, probe: Probe, changed: Sequence[int] = (), mirrored: bool = False
-    ) -> Tensor:
+    def _run(self, closure: Callable[[], Tensor], c: float, probe: Probe, changed: Sequence[int] = ()) -> Tensor:
         try:
             with uninterrupted():
                 if changed:
                     self.restore()
-                self._mirrored = mirrored
                 self._begin(c, probe, changed)
             result = closure()
             for slot in self._slots:
@@ -384,27 +377,10 @@ class ShadowEngine:
         sources, slot = [self._sources[i] for i, _ in wanted], self._slot(nbytes)
         slot.content, slot.ahead = NOTHING, None  # first: what it held must not count as the new layout's
         layout = slot.layout(wanted, self.space, sources)
-        if self._mirrored and self._steady and self._following(wanted[-1]) is None:
-            self._perturb_both(slot, layout, sources)
-        else:
-            self._perturb(layout.make, sources)
+        self._perturb(layout.make, sources)
         slot.content, slot.version = layout, slot.bytes._version
         self._place(slot)
         return slot
-
-    def _perturb_both(self, slot: Slot, layout: Layout, sources: list[Tensor]) -> None:
-        """Copies of theta - c z beside those of theta + c z, where the other buffer has room: one noise makes both."""
-        assert self._probe is not None
-        keys, make, mirror = tuple(layout.copies), layout.make, NOTHING
-        other = next((s for s in self._slots if s is not slot and s.bytes.nbytes >= slot.bytes.nbytes), None)
-        if other is not None and slot in self._slots and self._freed(other):
-            other.content, other.ahead, mirror = NOTHING, None, other.layout(keys, self.space, sources)
-            make = self.space.perturb(
-                [i for i, _ in keys], sources, [*layout.copies.values()], [*mirror.copies.values()]
-            )
-        self._perturb(make, sources)
-        if other is not None and mirror is not NOTHING:
-            other.ahead, other.version = (self._probe, -self._c, mirror), other.bytes._version
 
     def _plan(self, keys: tuple[Key, ...]) -> _Plan:
         """These, and what was read after them while there is room; kept until another order is seen."""

@@ -13,7 +13,8 @@ import torch
 from zo_core.integrations.config import RunError, first_line
 from zo_core.integrations.files import saving
 from zo_core.integrations.session import loading, model_source
-from zo_core.journal import DTYPES, Journal, JournalError, replay
+from zo_core.journal import Journal, JournalError, replay
+from zo_core.record import DTYPES
 
 
 def replay_model(

@@ -18,7 +18,8 @@ from transformers import Trainer, TrainingArguments
 
 import zo_core
 from zo_core.distributed import Parallel
-from zo_core.optim.base import Options, ZOOptimizer
+from zo_core.optim.base import ZOOptimizer
+from zo_core.optim.options import Options
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer

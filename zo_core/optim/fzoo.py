@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from ..estimators import Estimate, Losses, one_side
-from .base import Options, Params, Shared, ZOOptimizer
+from .base import ZOOptimizer
+from .options import Options, Params, Shared
 
 
 class FZOO(ZOOptimizer):

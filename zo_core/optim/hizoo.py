@@ -5,7 +5,8 @@ from typing import Any, ClassVar, Unpack
 from torch import Tensor
 
 from ..estimators import Estimate, Losses, second_order
-from .base import Options, Params, Shared, ZOOptimizer
+from .base import ZOOptimizer
+from .options import Options, Params, Shared
 
 
 class HiZOO(ZOOptimizer):

@@ -1,15 +1,21 @@
-"""The trainable tensors of an optimizer as one space: names, ids in the noise, and the passes over them."""
+"""The trained tensors of an optimizer as they are now, and the passes over them."""
 
+import math
+import warnings
+import zlib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import scaling
+from . import scaling, sharding
 from .bindings import ops
-from .sharding import Pieces
+
+RESIDUALS = {8: torch.int8, 16: torch.int16}  # dtypes, by bits
+_CHUNK = 1 << 20  # weights that are summed at a time for a checksum
 
 Probe = Tensor  # int64 (1,): a stream number, on the device of the weights; a probe is known by its identity
 
@@ -31,7 +37,7 @@ class ParamSpace:
     residuals: list[Tensor] = field(default_factory=list)  # low-order bits of 16-bit tensors, or empty
     hessian: str | None = None  # one of scaling.KINDS
     hessians: list[list[Tensor]] = field(default_factory=list)  # of each tensor, where there is one; see ``scaling``
-    pieces: Pieces | None = None  # where tensors are shards of larger ones; then only ``update_`` is served
+    pieces: sharding.Pieces | None = None  # where tensors are shards of larger ones; then only ``update_`` is served
 
     def __post_init__(self) -> None:
         """Make what passes need of factored Hessians."""
@@ -147,7 +153,7 @@ class ParamSpace:
         return out
 
     def perturb(
-        self, which: Sequence[int], sources: Sequence[Tensor], out: Sequence[Tensor], mirrors: Sequence[Tensor] = ()
+        self, which: Sequence[int], sources: Sequence[Tensor], out: Sequence[Tensor]
     ) -> Callable[[Sequence[Tensor], Probe, Tensor, Tensor], None]:
         """Makes out <- round(theta + coeffs s z(probe)), of n of the tensors, which are only read.
 
@@ -155,7 +161,6 @@ class ParamSpace:
             which: their numbers.
             sources: their values (``tensors``, under whatever name).
             out: n tensors of their shapes, of any of the three dtypes.
-            mirrors: n more, or none, for round(theta - coeffs s z(probe)).
 
         Returns:
             A function of sources, which must be where they are now, probe, coeffs, float32 (1, n), and counters,
@@ -165,7 +170,7 @@ class ParamSpace:
         scales = {"hessians": [], **{name: [scale[i] for i in which] for name, scale in self._scales.items()}}
         device = self.counters.device
         beside = {"tensor_ids": which, "offsets": [], "residuals": residuals, **scales}
-        run = ops.prepare_perturb(device, sources, out, mirrors, **beside)
+        run = ops.prepare_perturb(device, sources, out, **beside)
 
         def make(sources: Sequence[Tensor], probe: Probe, coeffs: Tensor, counters: Tensor) -> None:
             scalars = {"streams": probe, "coeffs": coeffs, "counters": counters}
@@ -191,5 +196,105 @@ class ParamSpace:
             row[0, list(leave_out)] = 0.0
         return row
 
+    def checksums(self) -> list[tuple[int, int]]:
+        """Of each tensor: which of its elements are here, and a checksum of them, of their residuals and Hessians."""
+        out = []
+        for i, p in enumerate(self.tensors):
+            where = zlib.crc32(str(self.pieces.runs[i]).encode()) if self.pieces else 0
+            beside = [*self.residuals[i : i + 1], *(self.hessians[i] if self.hessians else ())]
+            out.append((where, reduce(checksum, (p, *beside), 0)))
+        return out
+
+    @torch.no_grad()
+    def warn_of_small_eps(self, eps: float, stacklevel: int) -> None:
+        """A warning that names the tensors that are too coarse for probes of this size."""
+        small = []
+        for name, p in zip(self.names, self.tensors, strict=True):
+            if p.numel():
+                rms = float(torch.linalg.vector_norm(p, dtype=torch.float32)) / math.sqrt(p.numel())
+                if 0 < rms < math.inf and eps < 2.0 ** math.floor(math.log2(rms)) * torch.finfo(p.dtype).eps:
+                    small.append(name)
+        if small:
+            warnings.warn(
+                f"eps={eps} is less than the spacing of its numbers around the RMS of {some(small)}: such probes are mostly "
+                "rounding. Use a larger eps or float32 weights.",
+                stacklevel=stacklevel + 1,
+            )
+
     def _noise(self) -> dict[str, Any]:
         return {"seed": ops.signed64(self.seed), "distribution": self.distribution}
+
+
+def space_of(names: list[str], parameters: Sequence[Tensor], own: dict[str, Any]) -> ParamSpace:
+    """The space of these parameters as they are now, checked by a pass that changes nothing.
+
+    Args:
+        names: one a parameter.
+        parameters: tensors, or DTensors, of which the space has the shards.
+        own: the state of an optimizer. Its counters, residuals and Hessians grow where there are more tensors than
+            before; a residual starts from 0 where it does not fit its tensor any longer.
+    """
+    tensors, pieces = [sharding.local(p) for p in parameters], None
+    device = tensors[0].device
+    if any(map(sharding.is_sharded, parameters)):
+        runs = [sharding.runs_of(name, p) for name, p in zip(names, parameters, strict=True)]
+        pieces = sharding.Pieces(runs, device)
+        own["shards"] = zlib.crc32(str(runs).encode())
+    with torch.inference_mode(False):
+        more = torch.zeros(1 + len(tensors) - len(own["counters"]), dtype=torch.int64, device=device)
+        counters, residuals, hessians = torch.cat([own["counters"], more]), own["residuals"], own["hessians"]
+        if own["residual"]:
+            new = empty_residuals(tensors, own["residual"])
+            pairs = zip(residuals, new, strict=False)
+            residuals = [r if r.shape == n.shape else n for r, n in pairs] + new[len(residuals) :]
+        if own["hessian"]:
+            hessians = hessians + [scaling.identity(p, own["hessian"]) for p in tensors[len(hessians) :]]
+    space = ParamSpace(
+        names, tensors, own["seed"], own["distribution"], counters, residuals, own["hessian"], hessians, pieces
+    )
+    space.update_([], torch.empty(0, len(tensors), dtype=torch.float32, device=device))
+    own |= {"counters": counters, "residuals": residuals, "hessians": hessians}
+    return space
+
+
+def empty_residuals(tensors: Sequence[Tensor], bits: int) -> list[Tensor]:
+    """Residuals of 0 for 16-bit tensors, empty ones for others."""
+    return [torch.zeros(t.shape if t.itemsize == 2 else 0, dtype=RESIDUALS[bits], device=t.device) for t in tensors]
+
+
+def versions_of(tensors: Sequence[Tensor]) -> list[tuple[object, ...]]:
+    """What changes when somebody writes a tensor or replaces its memory, for each of them."""
+    return [(p.data_ptr(), p.dtype, -1 if p.is_inference() else p._version) for p in tensors]
+
+
+def hashes_of(tensors: Sequence[Tensor], residuals: Sequence[Tensor]) -> list[int | None]:
+    """Checksums of the tensors that have a residual: a saved residual belongs to these values only."""
+    return [checksum(0, p.cpu()) if r.numel() else None for p, r in zip(tensors, residuals, strict=False)]
+
+
+def clear_residuals(
+    names: Sequence[str], residuals: Sequence[Tensor], written: Sequence[bool], stacklevel: int
+) -> None:
+    """Zero the residuals of tensors that somebody else has written (a loaded checkpoint, say), with a warning."""
+    cleared = []
+    for name, residual, wrong in zip(names, residuals, written, strict=False):
+        if wrong:
+            cleared += [name] if residual.numel() else []
+            residual.zero_()
+    if cleared:
+        warnings.warn(
+            f"{some(cleared)}: written since the last step; the residuals there start from 0", stacklevel=stacklevel + 1
+        )
+
+
+def checksum(before: int, t: Tensor) -> int:
+    """CRC-32 of a contiguous tensor's bytes; of its ``sums`` if it is not on the CPU, so that no weight has to go there."""
+    data = t.detach().reshape(-1).view(torch.uint8) if t.device.type == "cpu" else sums(t).cpu()
+    return zlib.crc32(data.numpy(), before)  # type: ignore[arg-type]
+
+
+def sums(t: Tensor) -> Tensor:
+    """The sum of every million bit patterns, int64, on the tensor's device."""
+    ints = {1: torch.int8, 2: torch.int16, 4: torch.int32}[t.itemsize]
+    parts = torch.split(t.detach().reshape(-1).view(ints), _CHUNK)
+    return torch.stack([x.sum(dtype=torch.int64) for x in parts])

@@ -1,0 +1,103 @@
+"""The options of optimizers, and the checks of their values."""
+
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor, nn
+
+from .. import layers, scaling
+from ..bindings import ops
+from ..distributed import Parallel
+from ..kernels.reference import DISTRIBUTIONS
+
+Params = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
+
+
+class Options(TypedDict, total=False):
+    """What all methods take beside ``params``, ``lr`` and their own; see ``ZOOptimizer``."""
+
+    eps: float
+    weight_decay: float
+    probes: int | None
+    seed: int
+    distribution: str | None
+    rho: float | None
+    blocks: layers.Blocks | None
+    hessian: str | None
+    stochastic_rounding: bool
+    residual: int | None
+    engine: str | None
+    module: nn.Module | None
+    processes: Parallel | None
+
+
+class Shared:
+    """An option that all groups share, a number in a range; it may be set anew between steps, in ``param_groups[0]``."""
+
+    def __init__(self, least: float, most: float, kind: type = Real) -> None:
+        self.least, self.most, self.kind = least, most, kind
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        """Take the attribute's name."""
+        self.name = name
+
+    def __get__(self, optimizer: Any, owner: type) -> Any:
+        """The number; this object where there is no optimizer."""
+        return self if optimizer is None else optimizer.param_groups[0][self.name]
+
+    def check(self, value: object) -> None:
+        """ValueError, TypeError unless it is such a number."""
+        if isinstance(value, Real) and not isinstance(value, self.kind):
+            raise ValueError(f"{self.name}: expected an integer, got {value!r}")
+        _in_range(self.name, value, self.least, self.most)
+
+
+def check_choices(
+    *, seed: int, distribution: str, residual: int | None, engine: str | None, hessian: str | None, curvature: bool
+) -> None:
+    """ValueError unless each of these options is one of its choices; ``curvature``: whether the method measures it."""
+    if distribution not in DISTRIBUTIONS:
+        raise ValueError(f"distribution: expected one of {list(DISTRIBUTIONS)}, got {distribution!r}")
+    if residual not in (None, 8, 16):
+        raise ValueError(f"residual: expected None, 8 or 16 bits, got {residual!r}")
+    if engine not in (None, "shadow", "inplace"):
+        raise ValueError(f"engine: expected 'shadow', 'inplace' or None, got {engine!r}")
+    if hessian is not None and (hessian not in scaling.KINDS or not curvature):
+        which = list(scaling.KINDS) if curvature else "none, as this method measures no curvature"
+        raise ValueError(f"hessian: expected {which}, got {hessian!r}; HiZOO and SPSA take one")
+    ops.signed64(seed)
+
+
+def check_group(group: Mapping[str, Any], shared: Sequence[Shared]) -> None:
+    """ValueError, TypeError unless the numbers of a group are in their ranges."""
+    rate = group["lr"]
+    if isinstance(rate, Tensor) and rate.numel() == 1:
+        rate = 0.0 if rate.is_cuda else rate.item()  # not waited for: one that is not finite skips the step
+    _in_range("lr", rate)
+    _in_range("weight_decay", group["weight_decay"])
+    for option in shared:
+        option.check(group[option.name])
+
+
+def rates_of(groups: Sequence[Mapping[str, Any]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Learning rate and lr * weight_decay of each tensor, float32 (T,)."""
+    rates = []
+    for group in groups:
+        lr, wd = group["lr"], group["weight_decay"]
+        rates += [(lr, lr * wd if group["decay_vectors"] or p.ndim > 1 else 0.0) for p in group["params"]]
+    if any(isinstance(lr, Tensor) for lr, _ in rates):
+        columns = [[torch.as_tensor(x, device=device).reshape(()) for x in c] for c in zip(*rates, strict=True)]
+        return torch.stack(columns[0]).float(), torch.stack(columns[1]).float()
+    both = torch.tensor(rates, dtype=torch.float32, device=device)
+    return both[:, 0], both[:, 1]
+
+
+def _in_range(name: str, value: object, least: float = 0.0, most: float = sys.float_info.max) -> None:
+    if not isinstance(value, Real):
+        raise TypeError(f"{name}: expected a number, got {value!r}")
+    if not least <= float(value) <= most:
+        bounds = f"of at least {least:g}" if most == sys.float_info.max else f"from {least:g} to {most:g}"
+        raise ValueError(f"{name}: expected a finite number {bounds}, got {value}")

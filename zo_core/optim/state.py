@@ -1,0 +1,219 @@
+"""What an optimizer keeps between steps, how it is saved and loaded, and what there is to ask about it.
+
+torch keeps state by parameter. Here all of it belongs to the optimizer as a whole: it is one dict under one key, with
+residuals and Hessians as lists that have one entry for each tensor.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import layers, sharding
+from ..distributed import Exchange, Parallel
+from ..engines.base import Engine, uninterrupted
+from ..record import Identity, Progress
+from ..weights import ParamSpace, clear_residuals, hashes_of, versions_of
+from .report import identity_of
+
+KEY = "zo"  # of the optimizer-wide entry in ``optimizer.state``
+
+
+def new(
+    method: str, seed: int, distribution: str, residual: int | None, hessian: str | None, device: torch.device
+) -> dict[str, Any]:
+    """The state before the first step."""
+    with torch.inference_mode(False):
+        numbers = {
+            k: torch.zeros(1, dtype=torch.int64, device=device) for k in ("stream", "updates", "skipped", "counters")
+        }
+        return {
+            "seed": seed, "distribution": distribution, "residual": residual, "residuals": [], "hashes": [],
+            "hessian": hessian, "hessians": [], "steps": 0, "carry": torch.zeros(0, device=device), "shards": 0,
+            "method": method, **numbers,
+        }  # fmt: skip
+
+
+def on(device: torch.device, own: Any, copy: bool = False) -> Any:
+    """A state, with its tensors on a device."""
+    if isinstance(own, dict):
+        return {name: on(device, x, copy) for name, x in own.items()}
+    if isinstance(own, list):
+        return [on(device, x, copy) for x in own]
+    return own.to(device, copy=copy) if isinstance(own, Tensor) else own
+
+
+def to_save(own: Mapping[str, Any], hashes: Sequence[int | None]) -> dict[str, Any]:
+    """A state of now: its small tensors do not go on with the optimizer, as the residuals and Hessians do."""
+    return {**own, **{name: x.clone() for name, x in own.items() if isinstance(x, Tensor)}, "hashes": hashes}
+
+
+def check_saved(saved: Any, own: Mapping[str, Any]) -> None:
+    """ValueError unless this is a state that an optimizer with the state ``own`` can go on with."""
+    if not isinstance(saved, dict) or set(saved) != set(own):
+        raise ValueError(
+            f"state_dict: expected state[{KEY!r}] with {sorted(own)} as zo_core optimizers "
+            f"save, got {sorted(saved) if isinstance(saved, dict) else saved!r}"
+        )
+    for name in ("method", "hessian"):
+        if saved[name] != own[name]:
+            raise ValueError(f"state_dict: expected {name} {own[name]!r}, got one of {saved[name]!r}")
+    if 0 not in (own["shards"], saved["shards"]) and own["shards"] != saved["shards"]:
+        raise ValueError("state_dict: it is of other shards: each process goes on with the state that it saved")
+    for name in ("residuals", "hessians"):
+        mine, theirs = ([_shape(x) for x in state[name]] for state in (own, saved))
+        if mine and theirs and mine != theirs:
+            raise ValueError(f"state_dict: expected {name} of shapes {mine}, got {theirs}")
+
+
+def _shape(x: Any) -> Any:
+    return tuple(x.shape) if isinstance(x, Tensor) else [_shape(y) for y in x]
+
+
+def names_of(groups: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The names of the tensors of parameter groups, or their places where they have none."""
+    return [
+        name
+        for i, group in enumerate(groups)
+        for name in group.get("param_names", (f"group {i} tensor {j}" for j in range(len(group["params"]))))
+    ]
+
+
+class Stateful(torch.optim.Optimizer):
+    """A torch optimizer with such a state: what ``ZOOptimizer`` is beside its step."""
+
+    module: nn.Module | None
+    engine: str
+    stochastic_rounding: bool
+    blocks: layers.Blocks | None
+    processes: Parallel | None
+    _engine: Engine | None = None
+    _exchange: Exchange | None = None
+    _stepping = False
+    _versions: list[tuple[object, ...]] | None = (
+        None  # of the tensors after the last step; None since a state was loaded
+    )
+
+    # ---- the tensors -------------------------------------------------------------------------------------------
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _tensors(self) -> list[Tensor]:
+        """Their memory in this process: shards of those that are sharded."""
+        return [sharding.local(p) for p in self._parameters()]
+
+    def _names(self) -> list[str]:
+        return names_of(self.param_groups)
+
+    def _clear_residuals(self, stacklevel: int) -> None:
+        """Zero the residuals of weights that somebody else has written."""
+        own, tensors, versions = self._own, self._tensors(), versions_of(self._tensors())
+        if self._versions is None:  # since a state was loaded: are these the weights it was saved with?
+            pairs = zip(hashes_of(tensors, own["residuals"]), own["hashes"], strict=False)
+            written = [saved is not None and saved != now for now, saved in pairs]
+        else:
+            written = [a != b for a, b in zip(self._versions, versions, strict=False)]
+        clear_residuals(self._names(), own["residuals"], written, stacklevel)
+        self._versions, own["hashes"] = versions, []
+
+    # ---- the state ---------------------------------------------------------------------------------------------
+
+    @property
+    def _own(self) -> dict[str, Any]:
+        """The state: see ``new``."""
+        return self.state[KEY]  # type: ignore[index, no-any-return]
+
+    @_own.setter
+    def _own(self, value: dict[str, Any]) -> None:
+        self.state[KEY] = value  # type: ignore[index]
+
+    @property
+    def carry(self) -> Tensor:
+        """What the last step's estimate left for this one, (n,)."""
+        carry: Tensor = self._own["carry"]
+        return carry
+
+    @property
+    def seed(self) -> int:
+        """Seed of all noise."""
+        return int(self._own["seed"])
+
+    @property
+    def updates(self) -> int:
+        """Steps that moved the weights (waits for the device)."""
+        return int(self._own["updates"])
+
+    @property
+    def skipped(self) -> int:
+        """Steps that a non-finite loss or coefficient made a no-op (waits for the device)."""
+        return int(self._own["skipped"])
+
+    @property
+    def _steps(self) -> int:
+        return int(self._own["steps"])
+
+    @property
+    def saturated(self) -> dict[str, int]:
+        """By tensor, how often a weight was beyond its dtype's range and set to its largest value (waits for the device)."""
+        counts = self._own["counters"][1:].tolist()
+        return {name: n for name, n in zip(self._names(), counts, strict=True) if n}
+
+    def memory(self) -> dict[str, int]:
+        """Bytes: ``weights`` that are trained, their ``residuals``, ``hessians``, and what the engine took beside them, at most so far."""
+        return {
+            "weights": sum(p.nbytes for p in self._tensors()),
+            "residuals": sum(r.nbytes for r in self._own["residuals"]),
+            "hessians": sum(t.nbytes for h in self._own["hessians"] for t in h),
+            **(self._engine.memory() if self._engine is not None else {}),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's; with residuals there are hashes of the weights they belong to. Not inside a closure."""
+        if self._stepping:
+            raise RuntimeError("state_dict: called from inside the closure, in the middle of a step")
+        hashes = self._own["hashes"]
+        if self._versions is not None:
+            self._clear_residuals(stacklevel=2)
+        if self._versions is not None or not hashes:  # else it was loaded, and so were its hashes
+            hashes = hashes_of(self._tensors(), self._own["residuals"])
+        found: dict[str, Any] = super().state_dict()
+        return {**found, "state": {**found["state"], KEY: to_save(self._own, hashes)}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's; the run continues bit for bit. ValueError if it is not a state of such an optimizer."""
+        check_saved(state_dict.get("state", {}).get(KEY), self._own)
+        super().load_state_dict(state_dict)
+        with torch.inference_mode(False):
+            self._own = on(self._tensors()[0].device, self._own, copy=True)
+        self._engine = self._versions = None
+        if self._exchange is not None:
+            self._exchange.compared = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and deepcopy: the engine is rebuilt."""
+        own = {name: getattr(self, name) for name in ("stochastic_rounding", "blocks", "engine", "module", "processes")}
+        return {**super().__getstate__(), **own}
+
+    # ---- what a journal asks -----------------------------------------------------------------------------------
+
+    def _identity(self) -> Identity:
+        return identity_of(self._own, self.param_groups, self._names(), self.engine)
+
+    def _settings(self) -> dict[str, Any]:
+        options = {k: v for k, v in self.param_groups[0].items() if isinstance(v, str | int | float)}
+        return options | {"stochastic_rounding": self.stochastic_rounding}
+
+    def _space(self) -> ParamSpace:
+        raise NotImplementedError
+
+    def _catch_up(self, play: Callable[[ParamSpace], Progress], steps: int) -> None:
+        """Take steps that ``play`` makes again."""
+        space, own = self._space(), self._own
+        with uninterrupted(), torch.no_grad():
+            stream, updates, skipped, own["carry"] = play(space)
+            for name, value in (("stream", stream), ("updates", updates), ("skipped", skipped)):
+                own[name].fill_(value)
+            own["steps"] = steps
+            self._versions = versions_of(self._tensors())
