@@ -20,13 +20,9 @@ class Engine(Protocol):
     space: ParamSpace
 
     def evaluate(
-        self, closure: Callable[[], Tensor], c: float, probe: Probe | None, leave_out: Collection[int] = (),
-        mirrored: bool = False,
-    ) -> Tensor:  # fmt: skip
-        """The closure's result at theta + c z(probe), z = 0 in tensors left out; at theta without a probe.
-
-        ``mirrored``: theta - c z comes next.
-        """
+        self, closure: Callable[[], Tensor], c: float, probe: Probe | None, leave_out: Collection[int] = ()
+    ) -> Tensor:
+        """The closure's result at theta + c z(probe), z = 0 in tensors left out; at theta without a probe."""
         ...
 
     def update(

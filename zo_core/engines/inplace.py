@@ -22,9 +22,8 @@ class InPlaceEngine:
         self.at: tuple[Probe, Tensor] | None = None  # theta + row z is in the weights, row of (1, T) coefficients
 
     def evaluate(
-        self, closure: Callable[[], Tensor], c: float, probe: Probe | None, leave_out: Collection[int] = (),
-        mirrored: bool = False,
-    ) -> Tensor:  # fmt: skip
+        self, closure: Callable[[], Tensor], c: float, probe: Probe | None, leave_out: Collection[int] = ()
+    ) -> Tensor:
         """The closure's result at theta + c z(probe), z = 0 in tensors left out; at theta without a probe."""
         self._move((probe, self.space.full(c, leave_out)) if probe is not None and c != 0 else None)
         return closure()

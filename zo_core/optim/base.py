@@ -247,8 +247,8 @@ class ZOOptimizer(torch.optim.Optimizer):
 
         left_out = self._left_out()
 
-        def evaluate(c: float, probe: Probe | None, mirrored: bool = False) -> Tensor:
-            return engine.evaluate(evaluation, c, probe, left_out, mirrored)
+        def evaluate(c: float, probe: Probe | None) -> Tensor:
+            return engine.evaluate(evaluation, c, probe, left_out)
 
         def pass_by(c: float, probe: Probe | None) -> None:
             if isinstance(engine, InPlaceEngine):  # going there and back rounds, as it does in other processes
@@ -256,8 +256,7 @@ class ZOOptimizer(torch.optim.Optimizer):
 
         def losses(points: Sequence[tuple[float, Probe | None]]) -> Tensor:
             if exchange is None:
-                pairs = zip(points, [*points[1:], (0.0, None)], strict=True)
-                return torch.stack([evaluate(c, p, mirrored=(d == -c and q is p)) for (c, p), (d, q) in pairs])
+                return torch.stack([evaluate(c, p) for c, p in points])
             return exchange.losses(evaluate, pass_by, points, state["steps"])
 
         done, self._stepping = False, True
