@@ -17,7 +17,7 @@ from zo_core.integrations import tasks
 from zo_core.integrations.assets import fetch, names
 from zo_core.integrations.config import FinetuneConfig, RunError, first_line
 from zo_core.integrations.tasks import Encoded, Prompter, Scorer
-from zo_core.space import some
+from zo_core.weights import some
 
 
 class Session(NamedTuple):
