@@ -29,7 +29,7 @@ test-triton: setup  ## the Triton kernels in the interpreter, in a process of th
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/test_cases.py tests/test_triton.py tests/test_selfcheck.py
 	$(BIN)/python -m bench.sass
 
-# Half of the cases: what compiles in a few minutes. ZO_CORE_PTX_ALL=1 runs all of them.
+# A quarter of the cases on each: what compiles in a few minutes. ZO_CORE_PTX_ALL=1 runs all of them.
 PTX = TRITON_CACHE_DIR=$(abspath $(VENV))/.triton OMP_NUM_THREADS=1
 PTX_TESTS = tests/test_cases.py tests/test_triton.py tests/test_selfcheck.py
 

@@ -4,8 +4,8 @@
 on a GPU of the driver's compute capability; then its PTX runs on the CPU tensors that it was given, in place.
 """
 
-import gc
 from contextlib import contextmanager
+from itertools import count
 
 import numpy as np
 import torch
@@ -21,9 +21,12 @@ from .parser import PTXError
 # Bytes of shared memory that a program may have
 SHARED = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 103: 232448, 120: 101376}
 RUBBISH = 0xA5A5A5A5A5A5A5A5
-# Triton before 3.7 shuffles registers that only some lanes have loaded, and the others' values are of no account: there such
+# Triton before 3.9 shuffles registers that only some lanes have loaded, and the others' values are of no account: there such
 # registers hold rubbish, where otherwise reading one is an error.
-UNDEFINED = RUBBISH if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7) else None
+UNDEFINED = RUBBISH if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9) else None
+
+
+_numbers = count()
 
 
 class Emulator:
@@ -37,6 +40,7 @@ class Emulator:
         if capability not in SHARED:
             raise ValueError(f"capability: expected one of {', '.join(map(str, SHARED))}, got {capability}")
         self.capability, self.error = capability, 0.0
+        self.number = next(_numbers)  # kernels keep what they have compiled under it
         self.launches, self.forms = {}, {}
         self._memory, self._kept = None, []
         self.launcher_cls, self.utils = _Launcher, self  # names that Triton asks a driver for
@@ -47,7 +51,7 @@ class Emulator:
         return GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self):
-        return 0
+        return self.number
 
     def set_current_device(self, device):
         pass
@@ -62,11 +66,8 @@ class Emulator:
         return {"max_shared_mem": SHARED[self.capability], "multiprocessor_count": 108, "warpSize": 32}
 
     def load_binary(self, name, cubin, shared, device):
-        """Module, function, registers, spills and the most threads of a program; ``_starts`` has been called before."""
-        return name, self._starting, 0, 0, 1024
-
-    def unload_module(self, module):
-        pass
+        """Module (none that would have to be unloaded), function, registers, spills and the most threads of a program."""
+        return None, self._starting, 0, 0, 1024
 
     def _starts(self, module, function, name, files, hash):  # noqa: A002
         """Triton's hook before a kernel is loaded, which knows the files that were compiled."""
@@ -157,13 +158,6 @@ class _Empty(TorchFunctionMode):
         return out
 
 
-def _forget():
-    """What kernels have compiled: their caches go by the number of a device, which is 0 for every driver."""
-    for kernel in triton.runtime.jit._triton_jit_function_registry.values():
-        kernel.device_caches.clear()
-    gc.collect()  # what was compiled asks the device that it was for to unload it
-
-
 def install(capability):
     """Make an emulated GPU Triton's device from here on; gives the ``Emulator``."""
     if triton.knobs.runtime.interpret:
@@ -173,7 +167,6 @@ def install(capability):
     hook = triton.knobs.runtime.kernel_load_start_hook
     hook.calls[:] = [c for c in hook.calls if getattr(c, "__func__", None) is not Emulator._starts]
     hook.add(gpu._starts)
-    _forget()
     return gpu
 
 
@@ -185,7 +178,6 @@ def emulated(capability):
     try:
         yield gpu
     finally:
-        _forget()
         hook = triton.knobs.runtime.kernel_load_start_hook
         hook.remove(gpu._starts)
         if isinstance(before, Emulator):
