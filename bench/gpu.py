@@ -40,7 +40,9 @@ class Bench:
     """Where and how large, the clock, and what came out."""
 
     def __init__(self, smoke: bool, minutes: float, every: int | None = None) -> None:
-        self.every = every or (9 if smoke else 1)  # of so many cases of a pass the gate takes one
+        self.every = every or (
+            9 if smoke else 1
+        )  # of so many cases of a pass the gate takes one; of encodings fewer from 20 on
         self.smoke, self.device = smoke, "cpu" if smoke else "cuda"
         self.deadline = time.monotonic() + 60 * minutes
         self.result: dict[str, Any] = {"smoke": smoke, "gate": [], "passes": [], "steps": [], "skipped": []}
@@ -280,7 +282,7 @@ def gate(bench: Bench) -> bool:
         check(f"rows, residual of {bits} bits", partial(rows, bits))
     for dtype, bits, update in [
         (t, b, u) for t in (torch.bfloat16, torch.float16) for b in (8, 16) for u in (False, True)
-    ]:
+    ][:: 1 + bench.every // 20]:
         check(f"encoding {dtype} + {bits} bits{' stochastic' * update}", partial(encoding, dtype, bits, update))
     if not bench.smoke:
         check("graph", graph)

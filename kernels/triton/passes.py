@@ -243,7 +243,7 @@ def run_pass(
     given = {"decay": decay, "restore": restore, "curvature": curvature, "smoothing": smoothing}
     scalars = {name: x.contiguous() for name, x in given.items() if x is not None}
     moves = any(s.data_ptr() != d.data_ptr() for s, d in zip(src, dst, strict=True))
-    if not moves and not k and not scalars:  # nothing to do: an optimizer has its tensors checked so, which needs no form
+    if not moves and not k and not scalars:  # an optimizer has its tensors checked so: no work, and no form
         return
     scale = "factors" if row_scales else "update" if curvature is not None else "hessian" if hessians else ""
     kinds: dict[Any, list[int]] = {}
