@@ -80,10 +80,10 @@ def compiled_regions(module: nn.Module, numbers: dict[int, int]) -> list[Region]
     while queue:
         m = queue.pop(0)
         for name in ("_compiled_call_impl", "forward"):
-            if hasattr(code := m.__dict__.get(name), "_torchdynamo_orig_callable"):
-                found.append(
-                    Region(m, name, code, [i for p in m.parameters() if (i := numbers.get(id(p))) is not None])
-                )
+            code: Any = m.__dict__.get(name)
+            if hasattr(code, "_torchdynamo_orig_callable"):
+                inside = [i for p in m.parameters() if (i := numbers.get(id(p))) is not None]
+                found.append(Region(m, name, code, inside))
                 break
         else:
             queue += m.children()
