@@ -23,7 +23,7 @@ demo: setup  ## fine-tune SmolLM2-135M on movie reviews into runs/demo (about 12
 	$(BIN)/zo-core finetune --output $(RUN) --overwrite
 
 test: setup test-triton test-ptx  ## all tests, also those on the default model and data (downloaded once)
-	ZO_CORE_TEST_ASSETS=1 $(BIN)/python -m pytest -q --durations=10
+	ZO_CORE_TEST_ASSETS=1 $(BIN)/python -m pytest -q --durations=10 --ignore=tests/ptx
 
 test-triton: setup  ## the Triton kernels in the interpreter, in a process of their own, and the instruction budgets
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/test_cases.py tests/test_triton.py tests/test_selfcheck.py
