@@ -1,26 +1,67 @@
-"""Scratch memory of the shadow engine, in which perturbed copies lie one after the other."""
+"""Scratch memory of the shadow engine: two buffers that take turns to hold the perturbed copies of a group of tensors."""
 
-from collections.abc import Callable, Iterable, Sequence
-from sys import getrefcount
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Sequence
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..weights import ParamSpace, Probe
+from ..weights import ParamSpace
 
 Key = tuple[int, torch.dtype]  # a tensor's number, and the dtype its copy has
-Make = Callable[[Sequence[Tensor], Probe, Tensor, Tensor], None]  # see ``ParamSpace.perturb``
 _ALIGNMENT = 64
-_MOST = 1024  # layouts of a slot that are remembered
 
 
-def _traces(tensors: Iterable[Tensor]) -> list[tuple[Any, ...]]:
-    """What shows that somebody keeps a tensor (references from Python, from C++) or has changed it."""
-    return [
-        (getrefcount(t), t._use_count(), t.data_ptr(), t.requires_grad, t.grad is None, t._backward_hooks is None)  # type: ignore[attr-defined]
-        for t in tensors
-    ]
+class Layout(NamedTuple):
+    """Copies in a buffer, and the pass that writes them."""
+
+    addresses: list[int]  # of the weights they are copies of
+    copies: dict[Key, Tensor]
+    make: Callable[..., None]  # see ``ParamSpace.perturb``
+
+
+class Buffer:
+    """Memory that is given out in tensors."""
+
+    def __init__(self, nbytes: int, device: torch.device) -> None:
+        with torch.inference_mode(False):
+            self.bytes = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        self.layouts: dict[Hashable, Layout] = {}  # by group
+        self.group: Hashable = None  # the one whose copies are in it
+        self._own = self._sharing()
+        self._version = 0
+
+    def _sharing(self) -> int:
+        """The number of tensors that share this memory. torch counts them: views and the graphs of autograd have such."""
+        return int(torch._C._storage_Use_Count(self.bytes.untyped_storage()._cdata))
+
+    def in_use(self) -> bool:
+        """Whether somebody else still has a tensor in it, so that it must not be written."""
+        return self._sharing() > self._own
+
+    def lay_out(self, group: Hashable, keys: Sequence[Key], sources: Sequence[Tensor], space: ParamSpace) -> Layout:
+        """Tensors for these keys, in the shapes of their sources: those of the last time, unless the weights have moved."""
+        addresses, found = [t.data_ptr() for t in sources], self.layouts.get(group)
+        if found is None or found.addresses != addresses or [*found.copies] != keys:
+            copies, at = dict[Key, Tensor](), 0
+            found = self.layouts.pop(group, None) and None  # its tensors must not be counted below
+            with torch.inference_mode(False):
+                for key, source in zip(keys, sources, strict=True):
+                    end = at + source.numel() * key[1].itemsize
+                    copies[key] = self.bytes[at:end].view(key[1]).view(source.shape).detach()
+                    at += aligned(end - at)
+            make = space.perturb([i for i, _ in keys], sources, [*copies.values()])
+            found = self.layouts[group] = Layout(addresses, copies, make)
+            self._own = self._sharing()
+        return found
+
+    def filled(self, group: Hashable) -> None:
+        """The copies of this group are in it from now on, as they should be."""
+        self.group, self._version = group, self.bytes._version
+
+    def written(self) -> bool:
+        """Whether somebody else has written to a tensor in it."""
+        return self.group is not None and self.bytes._version != self._version
 
 
 def aligned(nbytes: int) -> int:
@@ -28,82 +69,36 @@ def aligned(nbytes: int) -> int:
     return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
 
 
-class Layout(NamedTuple):
-    """Tensors in a slot, and the pass that writes them."""
+class Scratch:
+    """Two buffers, each as large as the largest group; more memory only while somebody keeps copies."""
 
-    where: list[int]  # their sources are
-    copies: dict[Key, Tensor]
-    own: dict[int, Tensor]  # those of the dtypes of their sources
-    make: Make  # what writes ``copies``
-    lent: dict[int, Tensor]  # ``own`` as parameters, once they were asked for
-    traces: list[tuple[Any, ...]]  # of ``lent``, when nobody else has it
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.buffers: list[Buffer] = []  # the one that was filled last is last
+        self.peak = 0  # bytes, the most so far
 
+    def take(self, nbytes: int) -> Buffer:
+        """The buffer whose turn it is, with room for this; empty, and marked as the last one."""
+        free = next((b for b in self.buffers if not b.in_use()), None)
+        if free is not None and free.bytes.nbytes >= nbytes:
+            self.buffers.remove(free)
+        else:
+            if (
+                free is not None or len(self.buffers) == 2
+            ):  # a larger one takes its place; its memory goes with its last tensor
+                self.buffers.remove(free or self.buffers[0])
+            del free  # before there is a larger one
+            free = Buffer(nbytes, self.device)
+            self.peak = max(self.peak, nbytes + sum(b.bytes.nbytes for b in self.buffers))
+        self.buffers.append(free)
+        free.group = None
+        return free
 
-NOTHING = Layout([], {}, {}, lambda *_: None, {}, [])
+    def empty(self) -> None:
+        """What the buffers hold is of no use any more."""
+        for buffer in self.buffers:
+            buffer.group = None
 
-
-class Slot:
-    """Scratch memory that is handed out in tensors; free again when none of them, nor a view of one, is alive."""
-
-    def __init__(self, nbytes: int, device: torch.device) -> None:
-        with torch.inference_mode(False):
-            self.bytes = torch.empty(nbytes, dtype=torch.uint8, device=device)
-        self._storage = self.bytes.untyped_storage()._cdata
-        self._layouts: dict[tuple[Key, ...], Layout] = {}
-        self.content = NOTHING  # or one of the layouts, when it has been written
-        self.version = 0  # of the memory, when it had been written
-        self.placed = False  # whether modules have what is lent
-        self.ahead: tuple[Probe, float, Layout] | None = None  # content of the evaluation that comes next
-        self._own = self._users()
-
-    def _users(self) -> int:
-        return int(torch._C._storage_Use_Count(self._storage))
-
-    def free(self) -> bool:
-        """Whether nobody else has a tensor in it."""
-        return self._users() == self._own
-
-    def view(self, at: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """A tensor from byte ``at`` on."""
-        with torch.inference_mode(False):
-            return self.bytes[at : at + shape.numel() * dtype.itemsize].view(dtype).view(shape).detach()
-
-    def layout(self, keys: tuple[Key, ...], space: ParamSpace, sources: list[Tensor]) -> Layout:
-        """Tensors for these keys, in the shapes of their sources, one after the other; made anew if sources have moved."""
-        where, found = [t.data_ptr() for t in sources], self._layouts.get(keys)
-        if found is None or found.where != where:
-            if found is not None or len(self._layouts) >= _MOST:  # or no order of reading repeats
-                self.forget()
-            copies, at, others = dict[Key, Tensor](), 0, self._users() - self._own
-            for key, source in zip(keys, sources, strict=True):
-                copies[key] = self.view(at, source.shape, key[1])
-                at += aligned(copies[key].nbytes)
-            own = {i: copies[i, t.dtype] for (i, dtype), t in zip(keys, sources, strict=True) if dtype == t.dtype}
-            make = space.perturb([i for i, _ in keys], sources, list(copies.values()))
-            found = self._layouts[keys] = Layout(where, copies, own, make, {}, [])
-            self._own = self._users() - others
-        return found
-
-    def lend(self, owners: Sequence[Tensor]) -> dict[int, Tensor]:
-        """The content that has its sources' dtypes, as parameters with their owners' attributes."""
-        lent = self.content.lent
-        if not lent:
-            for i, copy in self.content.own.items():
-                lent[i] = Tensor._make_subclass(nn.Parameter, copy, True)
-                lent[i].__dict__ = owners[i].__dict__
-            self.content.traces[:] = _traces(lent.values())
-            self._own += len(lent)
-        return lent
-
-    def take_back(self) -> None:
-        """What was lent serves again, unless somebody keeps it or has changed it."""
-        lent = self.content.lent
-        if _traces(lent.values()) != self.content.traces:
-            self._own -= len(lent)
-            lent.clear()
-
-    def forget(self) -> None:
-        """What was laid out."""
-        others = self._users() - self._own
-        self._layouts, self.content, self.ahead = {}, NOTHING, None
-        self._own = self._users() - others
+    def holding(self, group: Hashable) -> Buffer | None:
+        """The buffer that has a group's copies."""
+        return next((b for b in self.buffers if b.group == group), None)

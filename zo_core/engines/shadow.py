@@ -1,165 +1,73 @@
 """Probes that never touch the weights: a parameter that is read during an evaluation answers with a perturbed copy.
 
-During an evaluation trainable tensors are of a class that intercepts torch functions. One that is given such tensors
-gets theta + c z, made at that moment in scratch memory, and the weights stay as they are: nothing to restore, whatever
-happens. An embedding gets only the rows it looks up. Once parameters are known to be read in one order, copies are made
-of several ahead, and take their places in their modules until the memory is needed.
+Parameters are perturbed in groups: the largest parts of the model that fit in ``structure.GROUP`` bytes, so a transformer's layer,
+or all of a small model. When a parameter is read, its whole group is perturbed in one pass into one of two scratch
+buffers, and other reads of the group find their copies there. An embedding gets only the rows that it looks up.
+
+Some code reads parameters where no interception sees it. It gets copies too: for the time that such code runs, a
+parameter's ``data`` is its perturbed copy. A compiled module's parameters are exchanged while that module runs, and those
+of scripted modules, of extensions and of compiled functions around a model for a whole evaluation.
 """
 
 import threading
 import warnings
-import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from functools import lru_cache
-from inspect import getattr_static
-from typing import Any, ClassVar
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from ..weights import ParamSpace, Probe, some
 from .base import uninterrupted
-from .scratch import NOTHING, Key, Make, Slot, aligned
+from .intercept import UNTRACEABLE, WRITTEN, Interception, refuse_nested
+from .scratch import Key, Scratch, aligned
+from .structure import Region, compiled_regions, groups, refuse_aliases
 
-_PROPERTIES = set(
-    "shape dtype device layout ndim requires_grad is_leaf grad grad_fn names nbytes itemsize retains_grad output_nr "
-    "_version is_cpu is_cuda is_mps is_xpu is_meta is_nested is_sparse is_quantized is_mkldnn _backward_hooks".split()
-)
-_METHODS = set(
-    "requires_grad_ size dim ndimension numel nelement element_size stride storage_offset is_contiguous is_floating_point is_complex "
-    "is_signed is_inference get_device __len__ __hash__ is_same_size has_names is_conj is_neg".split()
-)
-_ADDRESSES = {"data_ptr", "untyped_storage", "storage", "numpy", "__array__", "__dlpack__", "_typed_storage"}
-_MUTATORS = {"__setitem__", *(f"__i{op}__" for op in "add sub mul truediv floordiv mod pow and or xor".split())}
-_AUTOCAST = {functional.linear, torch.matmul, torch.mm, torch.bmm, torch.addmm}  # autocast casts all they are given
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that copies may have
-_AHEAD = 256 << 20  # bytes of copies made in one pass, at most: fewer, longer passes
-_LEAST = 256 << 10  # bytes of scratch that are worth a shorter step, however small the layers
-_CHECKS = 64  # evaluations, at most, that finding tensors read past torch's functions may take
-_LOOK = 16  # steps between two looks at what modules have, while parameters are read in the same order
-_FLAT = 8  # times that the comparison is made again while the closure's result does not change
-_OUTSIDE = "weights change in opt.step only: write them outside it, or use engine='inplace'"
-_PATTERN = 0x3C  # of bytes: 0.0115 in float32 and bfloat16, 1.06 in float16
-
-
-class Perturbed(Tensor):
-    """What parameters are during an evaluation: functions of their values get those of theta + c z.
-
-    Each engine has a subclass of its own.
-    """
-
-    engine: ClassVar["ShadowEngine"]
-    _is_param = True  # isinstance(x, nn.Parameter)
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        """Call func with copies where the engine's parameters are."""
-        kwargs, parameters, nested = kwargs or {}, [], False
-        for a in (*args, *kwargs.values()) if kwargs else args:
-            if type(a) is cls:
-                parameters.append(a)
-            elif type(a) in (tuple, list, dict):
-                nested = True
-        if nested or not parameters:
-            parameters, nested = [], True
-            _map((args, kwargs), cls, parameters.append)
-        engine, asks = cls.engine, _asks(func)
-        if asks == "about":
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
-        if (rows := engine.call(func, asks, parameters, args, kwargs)) is not None:
-            return rows
-        kind = engine.device.type
-        casts = func in _AUTOCAST and torch.is_autocast_enabled(kind)
-        copies = engine.read(parameters, torch.get_autocast_dtype(kind) if casts else None, keep=asks == "address")
-        if nested:
-            args, kwargs = _map((args, kwargs), cls, lambda p: copies[id(p)])
-        else:
-            args = tuple([copies[id(a)] if type(a) is cls else a for a in args])
-            if kwargs:
-                kwargs = {k: copies[id(v)] if type(v) is cls else v for k, v in kwargs.items()}
-        return func(*args, **kwargs)
-
-
-def _map(x: Any, cls: type, f: Callable[[Any], Any]) -> Any:
-    """X with f of each object of this class inside lists, tuples and dicts."""
-    if type(x) is cls:
-        return f(x)
-    if isinstance(x, tuple | list):
-        items = [_map(y, cls, f) for y in x]
-        return type(x)(*items) if hasattr(x, "_fields") else tuple(items) if isinstance(x, tuple) else items
-    return {k: _map(v, cls, f) for k, v in x.items()} if type(x) is dict else x
-
-
-@lru_cache(4096)
-def _asks(func: Callable[..., Any]) -> str:
-    """What a torch function asks of a tensor: what is known "about" it, its "address", to "write" it, or its "values"."""
-    name = getattr(func, "__name__", "")
-    if (func.__self__.__name__ in _PROPERTIES) if name in ("__get__", "__set__") else (name in _METHODS):  # type: ignore[attr-defined]
-        return "about"
-    if name == "__set__" or name in _MUTATORS or (name.endswith("_") and not name.endswith("__")):
-        return "write"
-    return "address" if name in _ADDRESSES else "values"
-
-
-def _parameters(root: nn.Module) -> list[dict[str, Any]]:
-    """Of ``root.modules()``, but of scripted ones; without its generators, which take half a millisecond for 300 modules."""
-    modules, seen = [root], {root}
-    for module in modules:
-        for child in module._modules.values():
-            if child is not None and child not in seen:
-                seen.add(child)
-                modules.append(child)
-    return [m._parameters for m in modules if isinstance(m._parameters, dict)]
-
-
-_Plan = tuple[tuple[Key, ...], int]  # what is copied together, and its bytes
+_CHECKS = 8  # evaluations that are looked at for reads elsewhere, while the closure's result does not change
 
 
 class ShadowEngine:
     """Evaluates at theta + c z without writing theta: bit-identical weights after any number of probes.
 
-    Copies live in two scratch buffers, each as large as the largest tensors that one torch function was given
-    (``memory``). At the first evaluation the closure is called once more, with other numbers where the parameters are: a
-    tensor whose change shows is read past torch's functions. It is perturbed in place instead, for the whole of each
-    evaluation, and put back from a copy; a warning names it.
+    The clean point is one like all others, so that all losses of a step take one path through torch. At the first
+    evaluation the closure is called once more, with parameters whose own values are not numbers: if its result shows that,
+    something reads parameters where interception does not see it. A warning names those that nothing else has read, and
+    from then on they are exchanged for copies.
     """
 
     def __init__(self, space: ParamSpace, module: nn.Module) -> None:
-        self.space, self.module = space, module
+        self.space, self.module, self.device = space, module, space.counters.device
         self._numbers = {id(p): i for i, p in enumerate(space.tensors)}
-        self.device = space.counters.device
+        refuse_aliases(module, space, self._numbers)
+        self._groups = groups(module, space.tensors)
+        self._group_of = {i: g for g, group in enumerate(self._groups) for i in group}
+        self._regions = compiled_regions(module, self._numbers)
+        self._interception, self._scratch = Interception(space, self), Scratch(self.device)
         self._lock = threading.RLock()  # modules may run in threads of their own
-        self._kept: list[Tensor] = []  # copies whose address was asked for
-        self._slots: list[Slot] = []  # least recently used first
+        self._dtypes: dict[int, torch.dtype] = {}  # of the last read of each tensor that was ever read as a whole
+        self._looked_up: set[int] = set()  # embeddings of which rows were read
+        self._exchanged: dict[int, Tensor] = {}  # copies that parameters are exchanged for in whole evaluations
+        self._checks = _CHECKS  # comparisons that may still be made
+        self._result: Tensor | None = None  # of the last one
         with torch.inference_mode(False):
-            most = len(_DTYPES) * len(space.tensors)  # copies in one pass
-            self._uncounted = space.counters.new_zeros(1 + most)  # a probe that saturates harms no weight
-        self._next: dict[Key, Key] = {}  # what was read after what
-        self._plans: dict[tuple[Key, ...], _Plan] = {}  # what is copied when these are read
-        self._last: Key | None = None
-        self._surprised, self._steady = False, False  # in this evaluation; whether the one before was without surprise
-        self._branching = _branching(module, self._numbers)
-        self._largest = 0  # bytes that one function needed
-        self._held: dict[int, Tensor] = {}  # tensors that are perturbed in place, and their values
-        self._look_in = 0  # steps until places are looked for again
-        self._inside: set[int] = set()  # tensors that the module has, the last time it was looked at
-        self._peak = 0
-        self._checks = _FLAT  # comparisons that may still be made
-        self._flat: Tensor | None = None  # the result that did not change
-        self._class = type("Perturbed", (Perturbed,), {"engine": weakref.proxy(self)})
-        self._classes: list[tuple[Tensor, type]] = []  # tensors of that class, and what they were before
-        self._sources: list[Tensor] = []  # the weights, also while parameters have other data
-        self._shapes: list[torch.Size] = []  # they had the last time
-        self._places: dict[int, list[tuple[dict[str, Any], str]]] = {}  # of each tensor, in the modules' parameters
-        self._written: list[int] = []  # held tensors that are perturbed
-        self._left_out: frozenset[int] = frozenset()  # of the probe
-        self._probe: Probe | None = None
-        self._c, self._coeffs = 0.0, space.full(0.0)  # one for each copy
-        self._hold(_out_of_reach(module, space.tensors, self._numbers))
+            self._uncounted = space.counters.new_zeros(1 + len(space.tensors))  # a probe that saturates harms no weight
+            self._clean = space.counters.new_zeros(1)  # stream of the clean point, whose coefficients are 0
+        # Of the evaluation that runs:
+        self._sources: list[Tensor] = []  # the weights, whatever data their parameters have
+        self._wrapped: list[Region] = []  # compiled modules whose calls come by here
+        self._kept: list[Tensor] = []  # copies whose address was asked for
+        self._probe, self._left_out, self._row, self._coeffs = (
+            self._clean,
+            frozenset[int](),
+            space.full(0),
+            space.full(0),
+        )
+        scripted = [m for m in module.modules() if isinstance(m, torch.jit.ScriptModule)]
+        elsewhere = {self._numbers.get(id(p)) for m in scripted for p in m.parameters()} - {None}
+        subclasses = {i for i, p in enumerate(space.tensors) if type(p) not in (nn.Parameter, Tensor)}
+        self._exchange(sorted(subclasses.union(elsewhere)))  # type: ignore[arg-type]
 
     # ---- the engine --------------------------------------------------------------------------------------------
 
@@ -167,16 +75,12 @@ class ShadowEngine:
         self, closure: Callable[[], Tensor], c: float, probe: Probe | None, leave_out: Collection[int] = ()
     ) -> Tensor:
         """The closure's result at theta + c z(probe), z = 0 in tensors left out; at theta without a probe."""
-        if probe is None or c == 0:
-            self.restore()
-            return closure()
+        run = partial(self._run, closure, *((0.0, self._clean) if probe is None else (c, probe)))
         if self._checks:
-            self._leave_out(())  # all are looked at, also those that this probe leaves out
-            result = self._run(closure, c, probe)
-            if not self._reads_elsewhere(closure, c, probe, result) and not leave_out:
+            result = run()  # all tensors are looked at, also those that this probe leaves out
+            if not self._finds_reads_elsewhere(run, result) and not leave_out:
                 return result
-        self._leave_out(leave_out)
-        return self._run(closure, c, probe)
+        return run(leave_out)
 
     def update(
         self, probes: Sequence[Probe], coeffs: Tensor, decay: Tensor, update: Tensor | None,
@@ -184,259 +88,117 @@ class ShadowEngine:
     ) -> None:  # fmt: skip
         """Theta <- (1 - decay) theta + s sum_k coeffs[k] z_k in one pass; arguments as in ``ParamSpace.update_``."""
         with uninterrupted():
-            self.restore()
             self.space.update_(probes, coeffs, decay, update, None, curvature, smoothing)
 
     def restore(self) -> None:
-        """Put the parameters back in their places, and what was perturbed in place back to its value."""
-        self._end()
-        for p, source in zip(self.space.tensors, self._sources, strict=False):  # none where nothing was evaluated
+        """End an evaluation, wherever it was left: parameters are theta again."""
+        self._interception.stop()
+        for region in self._wrapped:
+            region.owner.__dict__[region.name] = region.code
+        for p, source in zip(self.space.tensors, self._sources, strict=False):  # none where nothing is evaluated
             if p.data_ptr() != source.data_ptr():
                 p.data = source
-        self._sources = []
-        for slot in self._slots:
-            slot.ahead = None
+        self._sources, self._wrapped, self._kept = [], [], []
+        self._scratch.empty()
 
     def memory(self) -> dict[str, int]:
-        """Bytes of scratch, the most so far, and of the copies of tensors that are perturbed in place."""
-        return {"scratch": self._peak, "held": sum(t.nbytes for t in self._held.values())}
+        """Bytes of scratch, the most so far, and of the copies that parameters are exchanged for in whole evaluations."""
+        return {"scratch": self._scratch.peak, "held": sum(t.nbytes for t in self._exchanged.values())}
 
     # ---- one evaluation ----------------------------------------------------------------------------------------
 
-    def _run(self, closure: Callable[[], Tensor], c: float, probe: Probe, changed: Sequence[int] = ()) -> Tensor:
+    def _run(
+        self, closure: Callable[[], Tensor], c: float, probe: Probe, leave_out: Collection[int] = (), hide: bool = False
+    ) -> Tensor:
+        """One call of the closure; ``hide``: parameters themselves are not numbers meanwhile."""
         try:
             with uninterrupted():
-                if changed:
-                    self.restore()
-                self._begin(c, probe, changed)
+                self._begin(c, probe, leave_out, hide)
             result = closure()
-            for slot in self._slots:
-                self._check_unwritten(slot)
-            self._steady = not self._surprised
-            if self._surprised:
-                self._look_in = 0
-            with uninterrupted():
-                self._end()
-                if changed:
-                    self.restore()
+            self._refuse_writes()
             return result
-        except BaseException:
+        except RuntimeError as error:
+            if UNTRACEABLE not in str(error) or not self._serve_compiled():
+                raise
+        finally:
             with uninterrupted():
                 self.restore()
-            raise
+        return self._run(closure, c, probe, leave_out, hide)
 
-    def _leave_out(self, which: Collection[int]) -> None:
-        """Let the probe be zero there."""
-        if self._left_out != (left_out := frozenset(which)):
-            self.restore()
-            self._left_out, self._plans = left_out, {}
-
-    def _check_unwritten(self, slot: Slot) -> None:
-        if slot.content is not NOTHING and slot.bytes._version != slot.version:
-            names = ", ".join(self.space.names[i] for i, _ in slot.content.copies)
-            raise RuntimeError(f"closure: it wrote one of {names} during an evaluation; {_OUTSIDE}")
-
-    def _begin(self, c: float, probe: Probe, changed: Sequence[int]) -> None:
-        """Let parameters answer with theta + c z; ``changed`` ones hold other numbers themselves."""
+    def _begin(self, c: float, probe: Probe, leave_out: Collection[int], hide: bool) -> None:
+        """Let parameters answer with theta + c z."""
         tensors = self.space.tensors
-        if not self._sources:
-            self._find_sources()
-        for slot in self._slots:
-            made = slot.ahead if slot.ahead and slot.ahead[0] is probe and slot.ahead[1] == c else None
-            slot.ahead, slot.content = made, made[2] if made else NOTHING
-        self._last, self._surprised = None, False
-        self._probe, self._c, self._coeffs = probe, c, self.space.full(c).repeat(1, len(_DTYPES))
-        if which := [i for i in self._held if i not in self._left_out]:
-            for i in which:
-                self._held[i].copy_(self._sources[i])
-            self._written = which
-            held, sources = ([tensors[i] for i in which] for tensors in (self._held, self._sources))
-            self._perturb(self.space.perturb(which, held, sources), held)
-        for i, t in self._other_numbers(changed).items():
-            tensors[i].data = t
-        apart = {*self._held, *self._left_out}
-        self._classes = [(p, type(p)) for i, p in enumerate(tensors) if i not in apart]
-        for p, _ in self._classes:
-            p.__class__ = self._class
+        refuse_nested(self.space.names, tensors)
+        self._sources = [p.data for p in tensors]
+        self._probe, self._left_out = probe, frozenset(leave_out)
+        self._row = self.space.full(c)
+        self._coeffs = self.space.full(c, leave_out) if leave_out else self._row
+        if which := [i for i in self._exchanged if i not in self._left_out]:
+            copies, sources = [self._exchanged[i] for i in which], [self._sources[i] for i in which]
+            self._perturb(self.space.perturb(which, sources, copies), which, sources)
+            for i, copy in zip(which, copies, strict=True):
+                tensors[i].data = copy
+        elsewhere = {*self._exchanged, *self._left_out}
+        intercepted = [i for i in range(len(tensors)) if i not in elsewhere]
+        if hide:
+            self._hide(intercepted)
+        for region in self._regions:
+            self._wrapped.append(region)
+            region.owner.__dict__[region.name] = partial(self._call_region, region)
+        self._interception.start(intercepted)
 
-    def _end(self) -> None:
-        """Let parameters answer with theta."""
-        for p, kind in self._classes:
-            p.__class__ = kind
-        for slot in self._slots:
-            self._displace(slot)
-        for i in self._written:
-            self._sources[i].copy_(self._held[i])
-        self._probe, self._kept, self._written, self._classes = None, [], [], []
-        if not all(slot.free() for slot in self._slots):
-            self._reclaim()
+    def _perturb(self, make: Callable[..., None], which: Sequence[int], sources: list[Tensor]) -> None:
+        """Write theta + c z of these tensors where ``make`` was prepared for."""
+        n = len(which)
+        coeffs = self._row[:, :n] if self._left_out.isdisjoint(which) else self._coeffs[:, list(which)]
+        make(sources, self._probe, coeffs, self._uncounted[: 1 + n])
 
-    def _find_sources(self) -> None:
-        """The weights as they are, and where modules have them."""
-        if taken := [i for i, p in enumerate(self.space.tensors) if isinstance(p, Perturbed)]:
-            raise RuntimeError(
-                f"step: {some([self.space.names[i] for i in taken])}: in use by the optimizer whose closure this is"
-            )
-        self._sources = [p.data for p in self.space.tensors]
-        if (shapes := [t.shape for t in self._sources]) != self._shapes:
-            self._shapes, self._plans = shapes, {}
-            for slot in self._slots:
-                slot.forget()
-        if self._look_in > 0:
-            self._look_in -= 1
-            return
-        self._places, self._look_in = {}, _LOOK
-        for parameters in _parameters(self.module):
-            for name, p in parameters.items():
-                if (i := self._numbers.get(id(p))) is not None:
-                    self._places.setdefault(i, []).append((parameters, name))
-        absent, self._inside = self._inside - set(self._places), set(self._places)
-        if absent:
-            warnings.warn(
-                f"{some([self.space.names[i] for i in sorted(absent)], 5)}: no longer a parameter of the module; if it was "
-                "replaced, make a new optimizer",
-                stacklevel=2,
-            )
-        for i in self._branching:
-            self._places.pop(i, None)
+    def _refuse_writes(self) -> None:
+        for buffer in self._scratch.buffers:
+            if buffer.written():
+                names = ", ".join(self.space.names[i] for i, _ in buffer.layouts[buffer.group].copies)
+                raise RuntimeError(f"closure: it wrote one of {names} during an evaluation; {WRITTEN}")
 
-    def _reclaim(self) -> None:
-        """Put parameters where a closure has left their copies."""
-        owners = {id(p.__dict__): p for p in self.space.tensors}
-        for parameters in _parameters(self.module):
-            for name, p in parameters.items():
-                if p is not None and (owner := owners.get(id(p.__dict__))) is not None:
-                    parameters[name] = owner
+    # ---- what a read answers -----------------------------------------------------------------------------------
 
-    def _perturb(self, make: Make, sources: list[Tensor]) -> None:
-        """Write theta + c z of these tensors."""
-        assert self._probe is not None
-        n = len(sources)
-        make(sources, self._probe, self._coeffs[:, :n], self._uncounted[: 1 + n])
-
-    def call(
-        self, func: Callable[..., Any], asks: str, parameters: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Tensor | None:  # fmt: skip
-        """Refuse a call that cannot be served; an embedding's rows; None for what copies serve."""
-        name = self.space.names[self._numbers[id(parameters[0])]]
-        if torch.compiler.is_compiling():
-            raise RuntimeError(
-                f"{name} is perturbed as it is read, which a compiled function cannot see: compile the "
-                "module before it is given to the optimizer, or use engine='inplace'"
-            )
-        if torch._C._functorch.peek_interpreter_stack() is not None:
-            raise RuntimeError(f"{name} is read under a transform of torch.func: use engine='inplace'")
-        written = args[:1] if asks == "write" else kwargs.get("out")
-        if func is functional.embedding and type(args[1]) is self._class:
-            i = self._numbers[id(args[1])]
-            if kwargs.get("max_norm") is not None:
-                written = args[1]
-            elif args[0].numel() < self._shapes[i][0]:
-                return self.read_rows(i, args[0])
-        found: list[Tensor] = []
-        if written is not None:
-            _map(written, self._class, found.append)
-        if found:
-            name = self.space.names[self._numbers[id(found[0])]]
-            raise RuntimeError(f"closure: {func.__name__} writes {name} during an evaluation; {_OUTSIDE}")
-        return None
-
-    def read(
-        self, parameters: Sequence[Tensor], dtype: torch.dtype | None = None, keep: bool = False
-    ) -> dict[int, Tensor]:
-        """Perturbed copies by identity, in their own dtype or this one; kept until the evaluation ends, if asked."""
-        numbers = [self._numbers[id(p)] for p in parameters]
-        keys = tuple([(i, dtype or self._sources[i].dtype) for i in numbers])
+    def read(self, i: int, dtype: torch.dtype | None = None, keep: bool = False) -> Tensor:
+        """Tensor i of theta + c z, in this dtype or its own; ``keep``: at an address that is its until the evaluation ends."""
         with self._lock:
-            for key in keys:
-                last, self._last = self._last, key
-                if last not in (None, key) and self._next.get(last) != key != self._following(last, placed=False):
-                    self._next[last], self._surprised, self._steady, self._plans = key, True, False, {}
-            for slot in reversed(self._slots):
-                if not [k for k in keys if k not in slot.content.copies]:
-                    break
-            else:
-                slot = self._fill(keys)
-            if slot.ahead is not None:
-                slot.ahead = None
-                self._place(slot)
-            if slot is not self._slots[-1] and slot in self._slots:  # the one used last is the last to be taken again
-                self._slots.append(self._slots.pop(0))
-            # Leaves with requires_grad, and no views: matmul then folds a batch into rows, as it does for parameters.
-            # Made for each read: that one of them is alive is what keeps the slot from being written again.
-            copies = {
-                id(p): slot.content.copies[k].detach().requires_grad_() for p, k in zip(parameters, keys, strict=True)
-            }
+            # A leaf with requires_grad, no view: matmul then folds a batch into rows, as it does for parameters. Made for
+            # each read, as that one of them is alive is what keeps its buffer from being written again.
+            copy = self._copy((i, dtype or self._sources[i].dtype)).detach().requires_grad_()
             if keep:
-                self._kept += copies.values()
-            return copies
+                self._kept.append(copy)
+            return copy
 
-    def _fill(self, keys: tuple[Key, ...]) -> Slot:
-        """Make copies, and those of what was read next the last time while there is room: fewer, longer passes."""
-        wanted, nbytes = self._plans.get(keys) or self._plan(keys)
-        sources, slot = [self._sources[i] for i, _ in wanted], self._slot(nbytes)
-        slot.content, slot.ahead = NOTHING, None  # first: what it held must not count as the new layout's
-        layout = slot.layout(wanted, self.space, sources)
-        self._perturb(layout.make, sources)
-        slot.content, slot.version = layout, slot.bytes._version
-        self._place(slot)
-        return slot
+    def _copy(self, key: Key) -> Tensor:
+        """A copy in its group's buffer. One that its group was filled without is made alone, and with it the next time."""
+        (i, dtype), group = key, self._group_of[key[0]]
+        buffer = self._scratch.holding(group)
+        if buffer is not None and (found := buffer.layouts[group].copies.get(key)) is not None:
+            return found
+        self._dtypes[i] = dtype
+        if buffer is None:
+            return self._fill(group, [(j, self._dtypes[j]) for j in self._groups[group] if j in self._dtypes])[key]
+        source = self._sources[i]
+        with torch.inference_mode(False):
+            alone = torch.empty(source.shape, dtype=dtype, device=self.device)
+        self._perturb(self.space.perturb([i], [source], [alone]), [i], [source])
+        return alone
 
-    def _plan(self, keys: tuple[Key, ...]) -> _Plan:
-        """These, and what was read after them while there is room; kept until another order is seen."""
-        wanted = dict.fromkeys(keys)
-        end = sum(map(self._bytes, wanted))
-        if end > self._largest:
-            self._largest, self._plans = end, {}
-        room, following = max(_LEAST, min(_AHEAD, self._largest)), self._following(keys[-1])
-        while following is not None and following not in wanted and (more := end + self._bytes(following)) <= room:
-            wanted[following], end = None, more
-            following = self._following(following)
-        return self._plans.setdefault(keys, (tuple(wanted), end))
-
-    def _following(self, key: Key, placed: bool = True) -> Key | None:
-        """What was read after this, of what this probe does not leave out; ``placed`` or read through its class."""
-        passed = set(self._left_out)
-        if not placed:
-            passed.update(*[s.content.lent.keys() & self._places.keys() for s in self._slots if s.placed])
-        following = self._next.get(key)
-        for _ in self._sources:
-            if following is None or following[0] not in passed:
-                break
-            following = self._next.get(following)
-        return following
-
-    def _place(self, slot: Slot) -> None:
-        """Give modules the copies themselves: in the parameters' own dtypes, and where torch does the same with them."""
-        if not self._steady or slot not in self._slots:
-            return
-        slot.placed = True
-        for i, copy in slot.lend(self.space.tensors).items():
-            p = self.space.tensors[i]
-            for parameters, name in self._places.get(i, ()):
-                if parameters.get(name) is p:
-                    parameters[name] = copy
-                else:
-                    self._look_in = 0
-
-    def _displace(self, slot: Slot) -> None:
-        """Put the parameters themselves back."""
-        if not slot.placed:
-            return
-        lent = slot.content.lent
-        for i in lent:  # no name for a copy, which would be a reference to it
-            for parameters, name in self._places.get(i, ()):
-                if parameters.get(name) is lent[i]:
-                    parameters[name] = self.space.tensors[i]
-        slot.placed = False
-        slot.take_back()
-
-    def _bytes(self, key: Key) -> int:
-        return aligned(self._sources[key[0]].numel() * key[1].itemsize)
+    def _fill(self, group: Hashable, keys: list[Key]) -> dict[Key, Tensor]:
+        """Copies of a group's tensors, made in one pass."""
+        self._refuse_writes()  # as a buffer that is taken forgets what was in it
+        which, sources = [i for i, _ in keys], [self._sources[i] for i, _ in keys]
+        buffer = self._scratch.take(sum(aligned(s.numel() * k[1].itemsize) for k, s in zip(keys, sources, strict=True)))
+        layout = buffer.lay_out(group, keys, sources, self.space)
+        self._perturb(layout.make, which, sources)
+        buffer.filled(group)
+        return layout.copies
 
     def read_rows(self, i: int, index: Tensor) -> Tensor:
-        """Perturbed rows of a matrix, in the shape that an embedding returns."""
-        assert self._probe is not None
+        """Rows of matrix i of theta + c z, as an embedding returns them: (*index.shape, columns)."""
+        self._looked_up.add(i)
         source, rows = self._sources[i], index.reshape(-1).to(torch.int64)
         inside = ((rows >= 0) & (rows < source.shape[0])).all()
         if rows.is_cuda:
@@ -444,134 +206,97 @@ class ShadowEngine:
         elif not inside:
             raise IndexError(f"embedding: index out of range in {self.space.names[i]}")
         out = torch.empty(rows.numel(), source.shape[1], dtype=source.dtype, device=source.device)
-        counters = self._uncounted[:2]
-        self.space.perturb_rows(i, source, rows, out, self._probe, self._coeffs[:, :1], counters)
-        return out.view(*index.shape, -1)
+        self.space.perturb_rows(i, source, rows, out, self._probe, self._row[:, :1], self._uncounted[:2])
+        return out.view(*index.shape, source.shape[1])
 
-    def _slot(self, nbytes: int) -> Slot:
-        """Scratch of this size: the one of the two buffers that was free longest, else memory of its own.
+    # ---- what reads parameters where interception does not see it ------------------------------------------------
 
-        Rather not the one that holds what the next evaluation reads.
-        """
-        slots = sorted(self._slots, key=lambda s: s.ahead is not None) if len(self._slots) == 2 else []
-        free = next((s for s in slots if self._freed(s)), None)
-        if free is not None and free.bytes.nbytes >= nbytes:
-            return free
-        if free is not None:
-            self._slots.remove(free)
-            del slots, free  # before there is a larger one
-        slot = Slot(nbytes, self.device)
-        self._peak = max(self._peak, sum(s.bytes.nbytes for s in (*self._slots, slot)))
-        if len(self._slots) < 2:
-            self._slots.insert(0, slot)
-        return slot
+    def _call_region(self, region: Region, *args: Any, **kwargs: Any) -> Any:
+        """Call a compiled module, whose parameters' data are perturbed copies meanwhile."""
+        which = [i for i in region.tensors if i not in self._exchanged]
+        keys, buffer = [(i, self._sources[i].dtype) for i in which], self._scratch.holding(region.owner)
+        with self._lock:
+            copies = buffer.layouts[region.owner].copies if buffer else self._fill(region.owner, keys)
+        with self._interception.without(which), exchanged([self.space.tensors[i] for i in which], copies.values()):
+            return region.code(*args, **kwargs)
 
-    def _freed(self, slot: Slot) -> bool:
-        """Whether nobody has the slot's copies, when the modules have given theirs back."""
-        self._check_unwritten(slot)
-        self._displace(slot)
-        return slot.free()
+    def _serve_compiled(self) -> bool:
+        """Whether there is something to do about compiled code that was met: new regions, or an exchange of all parameters."""
+        regions, before = compiled_regions(self.module, self._numbers), [r.owner for r in self._regions]
+        self._regions, new = regions, [r for r in regions if r.owner not in before]
+        rest = [i for i in range(len(self.space.tensors)) if i not in self._exchanged]
+        if not new:
+            self._exchange(rest)
+        return bool(new or rest)
 
-    # ---- tensors that are read elsewhere -----------------------------------------------------------------------
-
-    def _hold(self, which: Sequence[int]) -> None:
+    def _exchange(self, which: Sequence[int]) -> None:
+        """Exchange these for copies in each evaluation from now on."""
         if which:
-            self.restore()
             with torch.inference_mode(False):
-                self._held |= {i: torch.empty_like(self.space.tensors[i].data) for i in which}
-            names = [self.space.names[i] for i in which]
-            size = sum(self._held[i].nbytes for i in which)
+                self._exchanged |= {i: torch.empty_like(self.space.tensors[i].data) for i in which}
+            size = sum(self._exchanged[i].nbytes for i in which)
             warnings.warn(
-                f"{some(names, 5)}: read elsewhere than by torch's functions (compiled or scripted code, an extension, "
-                "a tensor that shares their memory). They are perturbed in place and put back from a copy, "
+                f"{some([self.space.names[i] for i in which], 5)}: read elsewhere than by torch's functions (compiled or "
+                "scripted code, an extension). They are exchanged for perturbed copies during each evaluation, which takes "
                 f"{size / 2**20:.1f} MiB",
                 stacklevel=2,
             )
 
-    def _other_numbers(self, which: Sequence[int]) -> dict[int, Tensor]:
-        """Other numbers in the shape of these tensors, for the time of an evaluation."""
-        slot = max((s for s in self._slots if s.free()), key=lambda s: s.bytes.nbytes, default=None)
-        if slot is not None and which:
-            slot.bytes.fill_(_PATTERN)
-        out = {}
+    def _hide(self, which: Sequence[int]) -> None:
+        """Let the parameters' own values be NaN."""
+        largest: dict[torch.dtype, int] = {}
+        for i in which:
+            largest[self._sources[i].dtype] = max(largest.get(self._sources[i].dtype, 0), self._sources[i].numel())
+        with torch.inference_mode(False):
+            nan = {dtype: torch.full((n,), torch.nan, dtype=dtype, device=self.device) for dtype, n in largest.items()}
         for i in which:
             source = self._sources[i]
-            if slot is not None and source.nbytes <= slot.bytes.nbytes:
-                out[i] = slot.view(0, source.shape, source.dtype)
-            else:  # larger than anything that was read as a whole
-                out[i] = torch.full((), 0.0115, dtype=source.dtype, device=source.device).expand(source.shape)
-        return out
+            self.space.tensors[i].data = nan[source.dtype][: source.numel()].view(source.shape)
 
-    def _reads_elsewhere(self, closure: Callable[[], Tensor], c: float, probe: Probe, result: Tensor) -> bool:
-        """Whether tensors were found that the closure reads past torch's functions; they are held from now on."""
-        if self._flat is not None and result != self._flat:  # the closure tells probes apart
-            self._checks = min(self._checks, 0 if self._checks == _FLAT - 1 else 1)  # at last: compare once more
-        if not self._checks or not result.isfinite():
+    def _finds_reads_elsewhere(self, run: Callable[..., Tensor], result: Tensor) -> bool:
+        """Whether the closure reads parameters where interception does not see it; they are exchanged from now on."""
+        if not result.isfinite():
             return False
-        self._checks, self._flat = self._checks - 1, result
-        noise: Tensor | None = None  # of a closure that is not the same each time
+        if self._result is not None and result != self._result:  # the closure tells probes apart:
+            self._checks = (
+                0 if self._checks == _CHECKS - 1 else 1
+            )  # done, or one last time after results that were alike
+        if not self._checks:
+            return False
+        self._checks, self._result = self._checks - 1, result
+        seen = {*self._dtypes, *self._looked_up, *(i for r in self._regions for i in r.tensors)}
+        rest = [i for i in range(len(self.space.tensors)) if i not in self._exchanged]
+        found = False
+        for which in ([i for i in rest if i not in seen], [i for i in rest if i in seen]):
+            if which and self._shows(run, result):
+                self._exchange(which)
+                found, result = True, run()
+        return found
 
-        def shows(which: Sequence[int]) -> bool:
-            nonlocal noise
-            try:
-                seen = self._run(closure, c, probe, which)
-            except Exception as error:
-                error.add_note(
-                    "zo_core: raised while the shadow engine looked for weights that are read past it, by calling the "
-                    "closure with other numbers there; engine='inplace' does without"
-                )
-                raise
-            if torch.equal(seen, result):
-                return False
-            if noise is None:
-                noise = (self._run(closure, c, probe) - result).abs()
-            return not bool((seen - result).abs() <= 10 * noise)
-
-        found: list[int] = []
-        groups = [[i for i in range(len(self.space.tensors)) if i not in self._held]]
-        for _ in range(_CHECKS):
-            if not groups:
-                break
-            group = groups.pop(0)
-            if group and shows(group):
-                half = len(group) // 2
-                groups += [group[:half], group[half:]] if half else []
-                found += [] if half else group
-        found = sorted({*found, *(i for group in groups for i in group)})  # what was not looked at is not trusted
-        self._hold(found)
-        return bool(found)
+    def _shows(self, run: Callable[..., Tensor], result: Tensor) -> bool:
+        """Whether the result is another where parameters themselves are not numbers."""
+        try:
+            seen = run(hide=True)
+        except Exception as error:
+            error.add_note(
+                "zo_core: raised while the shadow engine looked for weights that are read past it, by calling the closure "
+                "with NaN in their places; engine='inplace' does without"
+            )
+            raise
+        if seen.isfinite() and seen != result:  # a metric of NaN, or a closure that is never the same
+            return bool(run() == result)
+        return not bool(seen.isfinite())
 
 
-def _out_of_reach(module: nn.Module, tensors: Sequence[Tensor], numbers: dict[int, int]) -> list[int]:
-    """Numbers of the tensors whose values are read past torch's functions, as far as the structure shows."""
-    memory: dict[int, list[int]] = {}
-    for i, p in enumerate(tensors):
-        if p.numel() and not p.is_meta:
-            memory.setdefault(p.untyped_storage().data_ptr(), []).append(i)
-    out = {i for i, p in enumerate(tensors) if type(p) not in (nn.Parameter, Tensor)}
-    for m in module.modules():
-        for t in _tensors([v for k, v in vars(m).items() if k != "_modules"]):
-            if id(t) not in numbers and t.layout is torch.strided and not t.is_meta:
-                out |= set(memory.get(t.untyped_storage().data_ptr(), ()))  # a view of a weight, say
-        if "_orig_mod" in m._modules or m._compiled_call_impl or isinstance(m, torch.jit.ScriptModule):
-            out |= {numbers[id(p)] for p in m.parameters() if id(p) in numbers}
-    return sorted(out)
-
-
-def _branching(module: nn.Module, numbers: dict[int, int]) -> set[int]:
-    """Numbers of tensors that are not lent copies of: their modules do something else then, as torch's encoder layers."""
-    # static: scripted modules have no forward to get
-    forwards = {m: getattr_static(type(m), "forward", None) for m in module.modules()}
-    names = {m: getattr(f, "__code__", _branching.__code__).co_names for m, f in forwards.items()}
-    found = [m for m in names if "has_torch_function" in names[m]]
-    found += [m for m in names if isinstance(m, nn.RNNBase)]  # which keep lists of what they find in their places
-    return {numbers[id(p)] for m in found for p in m.parameters() if id(p) in numbers}
-
-
-def _tensors(x: Any, depth: int = 4) -> Iterator[Tensor]:
-    """Tensors in nested lists, tuples and dicts."""
-    if isinstance(x, Tensor):
-        yield x
-    elif depth and isinstance(x, list | tuple | set | dict):
-        for y in x.values() if isinstance(x, dict) else x:
-            yield from _tensors(y, depth - 1)
+@contextmanager
+def exchanged(parameters: Sequence[Tensor], data: Iterable[Tensor]) -> Iterator[None]:
+    """The parameters have other data meanwhile."""
+    before: list[tuple[Tensor, Tensor]] = []
+    try:
+        for p, other in zip(parameters, data, strict=True):
+            before.append((p, p.data))
+            p.data = other
+        yield
+    finally:
+        for p, own in before:
+            p.data = own

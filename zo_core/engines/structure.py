@@ -1,0 +1,90 @@
+"""What the structure of a module says about how its parameters are read."""
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..weights import ParamSpace
+
+GROUP = 16 << 20  # bytes of parameters that are perturbed together, where a module's own are not more
+
+
+def groups(module: nn.Module, tensors: Sequence[Tensor], most: int | None = None) -> list[list[int]]:
+    """Numbers of the tensors in each of the largest parts of a module that have no more than ``most`` bytes of them.
+
+    A module whose own parameters are more is a part by itself, and so is a tensor outside the module.
+    """
+    most = GROUP if most is None else most
+    left, out = {id(p): i for i, p in enumerate(tensors)}, list[list[int]]()
+
+    def visit(m: nn.Module) -> None:
+        inside = {id(p): p for p in m.parameters() if id(p) in left}
+        if sum(p.nbytes for p in inside.values()) > most:
+            for child in m.children():
+                visit(child)
+        if numbers := sorted(left.pop(i) for i in inside if i in left):
+            out.append(numbers)
+
+    visit(module)
+    return out + [[i] for i in left.values()]
+
+
+def refuse_aliases(module: nn.Module, space: ParamSpace, numbers: dict[int, int]) -> None:
+    """ValueError if the module keeps a tensor that shares memory with a parameter: a probe would not reach it."""
+    spans = sorted((p.data_ptr(), p.data_ptr() + p.nbytes, n) for p, n in zip(space.tensors, space.names, strict=True))
+    starts = [start for start, *_ in spans]
+    for owner, m in module.named_modules():
+        for name, t in _tensors({k: v for k, v in vars(m).items() if k != "_modules"}):
+            if (
+                id(t) in numbers
+                or type(t) not in (Tensor, nn.Parameter, nn.Buffer)
+                or t.layout != torch.strided
+                or t.is_meta
+            ):
+                continue
+            end = t.data_ptr() + t.element_size() * (
+                1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+            )
+            at = bisect_left(starts, end) - 1
+            if t.numel() and at >= 0 and spans[at][1] > t.data_ptr():
+                raise ValueError(
+                    f"module: {'.'.join(filter(None, (owner, name)))} shares its memory with {spans[at][2]}, which is trained: the "
+                    "shadow engine cannot perturb what reads it. Use one parameter for both, or engine='inplace'"
+                )
+
+
+def _tensors(x: Any, name: str = "", depth: int = 4) -> Iterator[tuple[str, Tensor]]:
+    """Tensors in nested lists, tuples, sets and dicts, and the name that the outermost dict has for each."""
+    if isinstance(x, Tensor):
+        yield name, x
+    elif depth and isinstance(x, list | tuple | set | dict):
+        for key, y in x.items() if isinstance(x, dict) else ((name, y) for y in x):
+            yield from _tensors(y, str(key), depth - 1)
+
+
+class Region(NamedTuple):
+    """A compiled module."""
+
+    owner: nn.Module
+    name: str  # of the attribute that has
+    code: Callable[..., Any]  # the compiled code
+    tensors: list[int]
+
+
+def compiled_regions(module: nn.Module, numbers: dict[int, int]) -> list[Region]:
+    """The outermost modules that are compiled: by ``torch.compile``, ``Module.compile`` or in their ``forward`` alone."""
+    found, queue = [], [module]
+    while queue:
+        m = queue.pop(0)
+        for name in ("_compiled_call_impl", "forward"):
+            if hasattr(code := m.__dict__.get(name), "_torchdynamo_orig_callable"):
+                found.append(
+                    Region(m, name, code, [i for p in m.parameters() if (i := numbers.get(id(p))) is not None])
+                )
+                break
+        else:
+            queue += m.children()
+    return found
