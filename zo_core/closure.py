@@ -1,40 +1,134 @@
-"""How a closure is evaluated: in each evaluation of a step it meets the same conditions, and returns a scalar."""
+"""How a closure is evaluated: each evaluation of a step meets the same conditions, and returns a scalar."""
 
+import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import sharding
+from .weights import ParamSpace, modules_of, some, versions_of
 
 
 class Evaluation:
-    """A closure, called at every point of a step as at the first one: torch's generators are rewound, so dropout is the same.
+    """A closure, called at every point of a step as at the first one.
+
+    torch's generators are rewound, so that dropout is the same; buffers are put back, so that the statistics of batch
+    norms are those before the step; and casts and parametrizations that torch keeps of other weights are forgotten.
 
     Args:
         closure: what the user gave: it returns the loss at the weights as they are read.
         device: of the weights.
         units: parts of the module that FSDP2 gathers.
+        buffers: those of the module.
+        written_in_place: the weights, if the engine itself writes them to perturb them, so that the closure must not.
     """
 
-    def __init__(self, closure: Callable[[], object], device: torch.device, units: Sequence[Any]) -> None:
-        self.closure, self.device, self.units = closure, device, units
+    def __init__(
+        self, closure: Callable[[], object], device: torch.device, units: Sequence[Any], buffers: "Buffers",
+        written_in_place: ParamSpace | None = None,
+    ) -> None:  # fmt: skip
+        self.closure, self.device, self.units, self.buffers = closure, device, units, buffers
+        self.space = written_in_place
         self.cpu_generator = torch.get_rng_state()
         self.cuda_generator = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        buffers.begin()
 
     def __call__(self) -> Tensor:
         """The loss, 0-dimensional, float32 or float64, on the device. TypeError, ValueError if it is no scalar."""
         self.rewind()
-        torch.clear_autocast_cache()  # it knows parameters by their identity, not by their values
+        self.buffers.put_back()
+        forget_casts()
         sharding.reshard(self.units)
-        return scalar(self.closure(), self.device)
+        before = versions_of(self.space.tensors) if self.space is not None else []
+        try:
+            result = self.closure()
+        finally:
+            self.buffers.look()
+        if self.space is not None and before != (after := versions_of(self.space.tensors)):
+            names = [n for n, x, y in zip(self.space.names, before, after, strict=True) if x != y]
+            raise RuntimeError(
+                f"closure: it wrote {some(names)} during an evaluation, when the weights are perturbed: the weight is now what it "
+                "wrote, less the perturbation. Write weights outside opt.step only"
+            )
+        return scalar(result, self.device)
 
     def rewind(self) -> None:
         """Set torch's generators to where the step found them."""
         torch.set_rng_state(self.cpu_generator)
         if self.cuda_generator is not None:
             torch.cuda.set_rng_state(self.cuda_generator, self.device)
+
+
+def forget_casts() -> None:
+    """Forget what torch keeps of weights that change: autocast's casts, and what ``parametrize.cached()`` computed once."""
+    torch.clear_autocast_cache()
+    if (module := sys.modules.get("torch.nn.utils.parametrize")) is not None:
+        module._cache.clear()
+
+
+class _Saved(NamedTuple):
+    owner: dict[str, Any]  # ``_buffers`` of a module
+    name: str
+    buffer: Tensor
+    version: int
+    value: Tensor  # before the step
+
+    @property
+    def key(self) -> tuple[int, str]:
+        return id(self.owner), self.name
+
+
+class Buffers:
+    """The buffers of a module, which every evaluation of a step finds as the step found them.
+
+    All are copied at the first step, and at the next one after a module was switched between training and evaluation, to
+    see which of them a forward writes; at other steps only those that were written before. Where all are copied,
+    values are compared, as torch's batch norm writes its statistics without counting it as a write.
+    """
+
+    def __init__(self, module: nn.Module | None) -> None:
+        self.module = module
+        self.mode: list[bool] | None = None  # of all modules, when all buffers were copied
+        self.moving = set[tuple[int, str]]()  # those that a forward has written
+        self.saved: list[_Saved] = []
+        self.all = False  # whether all are saved
+
+    def begin(self) -> None:
+        """Keep the values of those that may be written."""
+        modules = modules_of(self.module)
+        before, self.mode = self.mode, [m.training for m in modules]
+        self.saved, self.all = [], before != self.mode
+        for m in modules if self.all or self.moving else ():
+            for name, b in m._buffers.items():
+                if b is None or type(b) not in (Tensor, nn.Buffer) or b.is_meta or b.is_inference():
+                    continue
+                if self.all or (id(m._buffers), name) in self.moving:
+                    self.saved.append(_Saved(m._buffers, name, b, b._version, b.clone()))
+
+    def look(self) -> None:
+        """See which were written, or replaced."""
+        for s in self.saved:
+            if s.key not in self.moving:
+                written = s.owner.get(s.name) is not s.buffer or s.buffer._version != s.version
+                if written or (self.all and not torch.equal(s.buffer, s.value)):
+                    self.moving.add(s.key)
+
+    def put_back(self) -> None:
+        """Let them be as the step found them."""
+        for s in self.saved:
+            if s.key in self.moving:
+                s.owner[s.name] = s.buffer
+                s.buffer.copy_(s.value)
+
+    def end(self, moved: Tensor) -> None:
+        """After the last evaluation, whose values stay: put them back if the step did not move the weights."""
+        for s in self.saved:
+            now = s.owner.get(s.name)
+            if s.key in self.moving and now is not None and (now.shape, now.dtype) == (s.value.shape, s.value.dtype):
+                now.copy_(torch.where(moved.to(now.device), now, s.value))
+        self.saved = []
 
 
 def scalar(loss: object, device: torch.device) -> Tensor:

@@ -260,7 +260,7 @@ class Journal:
     """
 
     def __init__(self, path: str | os.PathLike[str], writable: bool = False) -> None:
-        self.path = Path(path)
+        self.path, self._closed = Path(path), False
         self._file = open(self.path, "r+b", buffering=0) if writable else None  # noqa: SIM115 - open for a whole run
         try:
             if self._file is not None:
@@ -385,7 +385,8 @@ class Journal:
             OSError: it could not be written; the journal is as it was.
         """
         if self._file is None:
-            raise JournalError(f"{self.path}: opened for reading only; Journal.resume writes")
+            why = "is closed" if self._closed else "was opened for reading only"
+            raise JournalError(f"{self.path}: {why}; Journal.resume opens it for writing")
         if record.step > len(self):
             raise JournalError(f"{self.path}: expected step {len(self)} next, got step {record.step}")
         self._cut(record.step)
@@ -421,7 +422,7 @@ class Journal:
             self.sync()
             _lock(self._file, free=True)  # closing is not enough where a child was forked, which has the file too
             self._file.close()
-            self._file = None
+            self._file, self._closed = None, True
 
     def _play(self, space: ParamSpace) -> Progress:
         """Make all steps again in these weights, from those before the first one."""

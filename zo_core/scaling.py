@@ -15,10 +15,14 @@ KINDS = ("diagonal", "factored")
 BLOCK = 1 << 20  # weights whose noise is made at once, for the means over rows and columns
 
 
+def shapes_of(p: Tensor, kind: str) -> list[tuple[int, ...]]:
+    """Shapes of the H of a tensor: its own, or those of row and column factors (of its first dimension, and of all others)."""
+    return [(p.shape[0],), (p[0].numel(),)] if kind == "factored" and p.dim() > 1 and p.numel() else [tuple(p.shape)]
+
+
 def identity(p: Tensor, kind: str) -> list[Tensor]:
-    """H = 1 of a tensor: its diagonal, or row and column factors (of its first dimension, and of all others)."""
-    shapes = [(p.shape[0],), (p[0].numel(),)] if kind == "factored" and p.dim() > 1 and p.numel() else [tuple(p.shape)]
-    return [torch.ones(shape, dtype=torch.float32, device=p.device) for shape in shapes]
+    """H = 1 of a tensor."""
+    return [torch.ones(shape, dtype=torch.float32, device=p.device) for shape in shapes_of(p, kind)]
 
 
 def of_passes(hessians: Sequence[list[Tensor]], kind: str) -> dict[str, Any]:

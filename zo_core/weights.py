@@ -9,7 +9,7 @@ from functools import reduce
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import scaling, sharding
 from .bindings import ops
@@ -232,7 +232,7 @@ def space_of(names: list[str], parameters: Sequence[Tensor], own: dict[str, Any]
         names: one a parameter.
         parameters: tensors, or DTensors, of which the space has the shards.
         own: the state of an optimizer. Its counters, residuals and Hessians grow where there are more tensors than
-            before; a residual starts from 0 where it does not fit its tensor any longer.
+            before; a residual starts from 0, and a Hessian from 1, where it does not fit its tensor any longer.
     """
     tensors, pieces = [sharding.local(p) for p in parameters], None
     device = tensors[0].device
@@ -248,13 +248,63 @@ def space_of(names: list[str], parameters: Sequence[Tensor], own: dict[str, Any]
             pairs = zip(residuals, new, strict=False)
             residuals = [r if r.shape == n.shape else n for r, n in pairs] + new[len(residuals) :]
         if own["hessian"]:
-            hessians = hessians + [scaling.identity(p, own["hessian"]) for p in tensors[len(hessians) :]]
+            kind, known = own["hessian"], len(hessians)
+            fits = [
+                [tuple(x.shape) for x in h] == scaling.shapes_of(p, kind)
+                for h, p in zip(hessians, tensors, strict=False)
+            ]
+            hessians = [
+                hessians[i] if i < known and fits[i] else scaling.identity(p, kind) for i, p in enumerate(tensors)
+            ]
+            if anew := [name for name, fine in zip(names, fits, strict=False) if not fine]:
+                warnings.warn(f"{some(anew)}: has another shape; its Hessian starts from 1", stacklevel=5)
     space = ParamSpace(
         names, tensors, own["seed"], own["distribution"], counters, residuals, own["hessian"], hessians, pieces
     )
     space.update_([], torch.empty(0, len(tensors), dtype=torch.float32, device=device))
     own |= {"counters": counters, "residuals": residuals, "hessians": hessians}
     return space
+
+
+def modules_of(module: nn.Module | None) -> list[nn.Module]:
+    """As ``module.modules()``, without its generators, which take half a millisecond for 300 modules."""
+    modules = [] if module is None else [module]
+    seen = set(modules)
+    for m in modules:
+        for child in m._modules.values():
+            if child is not None and child not in seen:
+                seen.add(child)
+                modules.append(child)
+    return modules
+
+
+def inside(module: nn.Module | None, parameters: Sequence[Tensor]) -> set[int]:
+    """Numbers of those that are parameters of the module."""
+    numbers = {id(p): i for i, p in enumerate(parameters)}
+    return {numbers[id(p)] for m in modules_of(module) for p in m._parameters.values() if id(p) in numbers}
+
+
+def check_absent(module: nn.Module, names: Sequence[str], gone: Sequence[int], stacklevel: int) -> None:
+    """A warning that names tensors that were the module's; RuntimeError if what it has instead is on the meta device."""
+    now = dict(module.named_parameters())
+    lost = [names[i] for i in gone]
+    if offloaded := [name for name in lost if name in now and now[name].is_meta]:
+        raise RuntimeError(
+            f"{some(offloaded)}: on the meta device now (offloaded?), where nothing can be trained: offload before the "
+            "optimizer is made, or not the trained parameters"
+        )
+    replaced = [name for name in lost if name in now]
+    absent = [name for name in lost if name not in now]
+    what = " and ".join(
+        f"{some(which, 5)}: {how}"
+        for which, how in ((replaced, "replaced by another parameter"), (absent, "no longer a parameter of the module"))
+        if which
+    )
+    warnings.warn(
+        f"{what}. What the optimizer trains is not what the module reads: make the optimizer after parameters are replaced "
+        "(load_state_dict(assign=True), a new head, another adapter)",
+        stacklevel=stacklevel + 1,
+    )
 
 
 def empty_residuals(tensors: Sequence[Tensor], bits: int) -> list[Tensor]:

@@ -1,6 +1,7 @@
 """What all zeroth-order optimizers share: the step, and how it survives failure."""
 
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
 from typing import Any, ClassVar
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import layers, sharding
-from ..closure import Evaluation
+from ..closure import Buffers, Evaluation, forget_casts
 from ..distributed import Exchange, Parallel, check, is_sharded
 from ..engines.base import Engine, uninterrupted
 from ..engines.inplace import InPlaceEngine
@@ -20,8 +21,8 @@ from ..noise import backend_of
 from ..record import Snapshot, carried
 from ..weights import ParamSpace, Probe, space_of, versions_of
 from . import report, state
-from .options import Params, Shared, check_choices, check_group, rates_of
-from .state import Stateful
+from .options import Params, Shared, check_choices, check_group, named_params, rates_of
+from .state import Stateful, refuse_meta
 
 
 class ZOOptimizer(Stateful):
@@ -71,6 +72,7 @@ class ZOOptimizer(Stateful):
     _shared: ClassVar[tuple[Shared, ...]] = ()
     _units: Sequence[Any] = ()  # parts of the module that FSDP2 gathers
     _blocks: Sequence[set[int]] = ()
+    _buffers = Buffers(None)  # of the module
     _seen: list[tuple[object, ...]] | None = None  # what the engine was made for
 
     def __init__(
@@ -109,15 +111,15 @@ class ZOOptimizer(Stateful):
         sharding.reshard(sharding.units(self.module))  # an evaluation may have left weights gathered
         if engine == "shadow" and self.module is None:
             raise ValueError("engine: 'shadow' needs the module whose forwards use the tensors: pass module=")
-        if isinstance(params, nn.Module):
-            params = [{"params": list(params.named_parameters()), "decay_vectors": False}]
+        groups = named_params(params)
         shared = {"eps": eps, "probes": probes, "rho": rho, **(method or {})}
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "decay_vectors": True, **shared})
+        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "decay_vectors": True, **shared})
         in_place = self.module is None or is_sharded(self._parameters(), self.module)
         self.engine = engine or ("inplace" if in_place else "shadow")
         self._check_processes(hessian)
         device = self._tensors()[0].device
-        self._own = state.new(type(self).__name__, seed, distribution, residual, hessian, device)
+        self._own = state.new(type(self).__name__, operator.index(seed), distribution, residual, hessian, device)
+        self._check_tensors(stacklevel=3)
         self._prepare()
 
     def __init_subclass__(cls) -> None:
@@ -157,14 +159,15 @@ class ZOOptimizer(Stateful):
             TypeError, ValueError: the closure returned no scalar.
             Exception: whatever the closure raises; the weights and this optimizer are put back first.
         """
-        engine, left_out = self._begin(closure), self._left_out()
-        stream = self._own["stream"].clone()
-        evaluation = Evaluation(closure, stream.device, self._units)
+        engine, left_out = self._begin(closure)
+        stream, seen = self._own["stream"].clone(), list[Tensor]()
+        in_place = engine.space if isinstance(engine, InPlaceEngine) and not engine.space.pieces else None
+        evaluation = Evaluation(closure, stream.device, self._units, self._buffers, in_place)
         done, self._stepping = False, True
         try:
-            found = self.estimate(self._losses(engine, evaluation, left_out))
+            found = self.estimate(self._losses(engine, evaluation, left_out, seen))
             with uninterrupted():  # the record, the weights and the counts change together
-                self._move(engine, found, left_out)
+                self._buffers.end(self._move(engine, found, left_out))
                 done = True
         except BaseException:  # all of the step or nothing: a signal held back until it was done changes nothing
             if not done:
@@ -172,15 +175,18 @@ class ZOOptimizer(Stateful):
                     engine.restore()
                     self._own["stream"].copy_(stream)
                     evaluation.rewind()
+                    self._buffers.put_back()
             raise
         finally:
             self._stepping = False
+            forget_casts()
             sharding.reshard(self._units)
             self._versions = versions_of(self._tensors())
+        self._count_flat(torch.cat(seen), stacklevel=2)
         return found.loss
 
-    def _begin(self, closure: object) -> Engine:
-        """The engine of a step, when all that can be checked before it has been."""
+    def _begin(self, closure: object) -> tuple[Engine, set[int]]:
+        """The engine of a step, and the tensors that it leaves out, when all that can be checked before it has been."""
         if not callable(closure):
             raise TypeError(f"closure: expected a function that returns the loss, got {closure!r}")
         if self._stepping:
@@ -189,13 +195,16 @@ class ZOOptimizer(Stateful):
             raise TypeError(f"journal: expected Journal.create(path, optimizer), got {self.journal!r}")
         for i, group in enumerate(self.param_groups):
             check_group(group, () if i else self._shared)
+        frozen = self._check_tensors(stacklevel=4)
+        if self._buffers.module is not self.module:
+            self._buffers = Buffers(self.module)
         engine = self._prepare()
         if (exchange := self._joined()) is not None:
             exchange.start(self._steps, report.options_of(self.param_groups), self._snapshot)
-        return engine
+        return engine, self._left_out() | frozen
 
-    def _losses(self, engine: Engine, evaluation: Evaluation, left_out: set[int]) -> Losses:
-        """What gives a method the losses at the points that it asks for."""
+    def _losses(self, engine: Engine, evaluation: Evaluation, left_out: set[int], seen: list[Tensor]) -> Losses:
+        """What gives a method the losses at the points that it asks for; they are added to ``seen``."""
         exchange, number = self._exchange, self._steps
 
         def evaluate(c: float, probe: Probe | None) -> Tensor:
@@ -207,13 +216,15 @@ class ZOOptimizer(Stateful):
 
         def losses(points: Sequence[tuple[float, Probe | None]]) -> Tensor:
             if exchange is None:
-                return torch.stack([evaluate(c, probe) for c, probe in points])
-            return exchange.losses(evaluate, pass_by, points, number)
+                seen.append(torch.stack([evaluate(c, probe) for c, probe in points]))
+            else:
+                seen.append(exchange.losses(evaluate, pass_by, points, number))
+            return seen[-1]
 
         return losses
 
-    def _move(self, engine: Engine, found: Estimate, left_out: set[int]) -> None:
-        """Write the step's record, move the weights, and count the step."""
+    def _move(self, engine: Engine, found: Estimate, left_out: set[int]) -> Tensor:
+        """Write the step's record, move the weights, and count the step; whether it moved them, bool (1,)."""
         own = self._own
         smoothing = self.param_groups[0]["smoothing"] if own["hessian"] else None
         lr, decay = rates_of(self.param_groups, own["stream"].device)
@@ -232,6 +243,7 @@ class ZOOptimizer(Stateful):
         own["skipped"] += ~update.usable
         own["steps"] += 1
         own["carry"] = carried(own["carry"], found.carry, update.usable)
+        return update.usable
 
     def _left_out(self) -> set[int]:
         """Numbers of the tensors that this step leaves out."""
@@ -249,6 +261,11 @@ class ZOOptimizer(Stateful):
         keep = [p for p in given if (p[1] if isinstance(p, tuple) else p).requires_grad]
         if not keep:
             raise ValueError(f"params: expected tensors with requires_grad=True to train, got {len(given)} frozen ones")
+        refuse_meta(p if isinstance(p, tuple) else (f"tensor {i}", p) for i, p in enumerate(keep))
+        if self.param_groups and "param_names" in self.param_groups[0] and not isinstance(keep[0], tuple):
+            names = {id(p): name for name, p in self.module.named_parameters()} if self.module is not None else {}
+            start = f"group {len(self.param_groups)} tensor "
+            keep = [(names.get(id(p), f"{start}{j}"), p) for j, p in enumerate(keep)]
         super().add_param_group({**param_group, "params": keep})
         group = self.param_groups[-1]
         try:
@@ -258,7 +275,7 @@ class ZOOptimizer(Stateful):
                     raise ValueError(f"{name}: expected {first} as in the first group, got {group[name]}")
             if len(self.param_groups) > 1 and state.KEY in dict(self.state):
                 self._check_processes(self._own["hessian"])
-                self._engine = None
+                self._engine = self._inside = None
                 self._prepare()
         except BaseException:
             self.param_groups.pop()
@@ -288,9 +305,9 @@ class ZOOptimizer(Stateful):
         return self._engine
 
     def _look(self, tensors: Sequence[Tensor]) -> list[tuple[object, ...]]:
-        """What an engine is made for: dtypes, and the memory of shards, which the space of weights holds on to."""
+        """What an engine is made for: which tensors, and of shards their memory, which the space of weights holds on to."""
         pairs = zip(tensors, self._parameters(), strict=True)
-        return [(t.dtype, None if t is p else t.data_ptr()) for t, p in pairs]
+        return [(id(p), t.dtype, t.shape, t.device, None if t is p else t.data_ptr()) for t, p in pairs]
 
     def _space(self) -> ParamSpace:
         return self._prepare().space

@@ -1,5 +1,6 @@
 """The options of optimizers, and the checks of their values."""
 
+import operator
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
@@ -68,7 +69,22 @@ def check_choices(
     if hessian is not None and (hessian not in scaling.KINDS or not curvature):
         which = list(scaling.KINDS) if curvature else "none, as this method measures no curvature"
         raise ValueError(f"hessian: expected {which}, got {hessian!r}; HiZOO and SPSA take one")
-    ops.signed64(seed)
+    try:
+        ops.signed64(operator.index(seed))
+    except TypeError:
+        raise TypeError(f"seed: expected an integer from 0 to 2^64 - 1, got {seed!r}") from None
+
+
+def named_params(params: Params) -> Any:
+    """What torch's optimizers take, of a module or of that; TypeError for what they would misread."""
+    if isinstance(params, str | Mapping):
+        raise TypeError(
+            f"params: expected a module, tensors, (name, tensor) pairs or a list of groups, got a {type(params).__name__}: of a "
+            "dict by names pass its items(), of one group a list of it"
+        )
+    if isinstance(params, nn.Module):
+        return [{"params": list(params.named_parameters()), "decay_vectors": False}]
+    return params
 
 
 def check_group(group: Mapping[str, Any], shared: Sequence[Shared]) -> None:

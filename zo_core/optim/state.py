@@ -4,7 +4,8 @@ torch keeps state by parameter. Here all of it belongs to the optimizer as a who
 residuals and Hessians as lists that have one entry for each tensor.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,9 +15,10 @@ from .. import layers, sharding
 from ..distributed import Exchange, Parallel
 from ..engines.base import Engine, uninterrupted
 from ..record import Identity, Progress
-from ..weights import ParamSpace, clear_residuals, hashes_of, versions_of
+from ..weights import ParamSpace, check_absent, clear_residuals, hashes_of, inside, some, versions_of
 from .report import identity_of
 
+_FLAT = 10  # steps in a row with the same losses at all points that are worth a warning
 KEY = "zo"  # of the optimizer-wide entry in ``optimizer.state``
 
 
@@ -49,6 +51,15 @@ def to_save(own: Mapping[str, Any], hashes: Sequence[int | None]) -> dict[str, A
     return {**own, **{name: x.clone() for name, x in own.items() if isinstance(x, Tensor)}, "hashes": hashes}
 
 
+def refuse_meta(named: Iterable[tuple[str, Tensor]]) -> None:
+    """ValueError if one of these tensors has no memory."""
+    if found := [name for name, p in named if p.is_meta]:
+        raise ValueError(
+            f"params: {some(found)} on the meta device, where there is nothing to train: load the weights before the optimizer "
+            "is made, and leave them there"
+        )
+
+
 def check_saved(saved: Any, own: Mapping[str, Any]) -> None:
     """ValueError unless this is a state that an optimizer with the state ``own`` can go on with."""
     if not isinstance(saved, dict) or set(saved) != set(own):
@@ -61,6 +72,12 @@ def check_saved(saved: Any, own: Mapping[str, Any]) -> None:
             raise ValueError(f"state_dict: expected {name} {own[name]!r}, got one of {saved[name]!r}")
     if 0 not in (own["shards"], saved["shards"]) and own["shards"] != saved["shards"]:
         raise ValueError("state_dict: it is of other shards: each process goes on with the state that it saved")
+    empty = [[r.numel() == 0 for r in state["residuals"]] for state in (own, saved)]
+    if all(empty) and len(empty[0]) == len(empty[1]) and empty[0] != empty[1] and own["residual"] == saved["residual"]:
+        raise ValueError(
+            "state_dict: it is of weights of another dtype, as it has residuals, which 16-bit weights have, for other tensors: "
+            "load it into a model of the dtype that it was saved from"
+        )
     for name in ("residuals", "hessians"):
         mine, theirs = ([_shape(x) for x in state[name]] for state in (own, saved))
         if mine and theirs and mine != theirs:
@@ -91,6 +108,9 @@ class Stateful(torch.optim.Optimizer):
     _engine: Engine | None = None
     _exchange: Exchange | None = None
     _stepping = False
+    _flat: Tensor | None = None  # int64 (2,): steps whose losses were all the same, and how many of the last steps
+    _told = False  # whether the user was warned of such steps
+    _inside: set[int] | None = None  # numbers of the tensors that the module had at the last step
     _versions: list[tuple[object, ...]] | None = (
         None  # of the tensors after the last step; None since a state was loaded
     )
@@ -106,6 +126,28 @@ class Stateful(torch.optim.Optimizer):
 
     def _names(self) -> list[str]:
         return names_of(self.param_groups)
+
+    def _check_tensors(self, stacklevel: int) -> set[int]:
+        """Refuse tensors that cannot be trained any longer, and name those that are not used; numbers of frozen ones."""
+        parameters, names = self._parameters(), self._names()
+        if len(parameters) < (known := len(self._own["counters"]) - 1):
+            raise RuntimeError(
+                f"param_groups: expected the {known} tensors that the optimizer has, got {len(parameters)}: noise and state go by "
+                "their numbers; freeze a tensor (requires_grad_(False)) instead of removing it, or make a new optimizer"
+            )
+        refuse_meta(zip(names, parameters, strict=True))
+        frozen = {i for i, p in enumerate(parameters) if not p.requires_grad}
+        if len(frozen) == len(parameters):
+            raise RuntimeError(
+                f"params: {some(names)} are all frozen now (requires_grad=False), so that there is nothing to train: unfreeze "
+                "some, or make an optimizer of the parameters that are to be trained"
+            )
+        if self.module is not None:
+            found = inside(self.module, parameters)
+            gone, self._inside = (self._inside or set()) - found, found
+            if gone:
+                check_absent(self.module, names, sorted(gone), stacklevel + 1)
+        return frozen
 
     def _clear_residuals(self, stacklevel: int) -> None:
         """Zero the residuals of weights that somebody else has written."""
@@ -149,6 +191,27 @@ class Stateful(torch.optim.Optimizer):
     def skipped(self) -> int:
         """Steps that a non-finite loss or coefficient made a no-op (waits for the device)."""
         return int(self._own["skipped"])
+
+    @property
+    def flat(self) -> int:
+        """Steps of this object, made or loaded, whose losses were the same at all points (waits for the device)."""
+        return int(self._flat[0]) if self._flat is not None else 0
+
+    def _count_flat(self, losses: Tensor, stacklevel: int) -> None:
+        """Count a step whose losses are all the same; the tenth in a row is worth a warning."""
+        before = torch.zeros(2, dtype=torch.int64, device=losses.device) if self._flat is None else self._flat
+        same = (
+            (losses == losses[0]).all() if len(losses) > 1 else torch.zeros((), dtype=torch.bool, device=losses.device)
+        )
+        self._flat = torch.stack((before[0] + same, (before[1] + 1) * same))
+        if (losses.device.type == "cpu" or self._steps % _FLAT == 0) and not self._told and self._flat[1] >= _FLAT:
+            self._told = True
+            warnings.warn(
+                f"step: the losses of the last {int(self._flat[1])} steps were the same at all probes, so nothing was learned. "
+                "The loss does not depend on the trained tensors (it is a constant, or reads other tensors: replaced ones, "
+                "another adapter's, those of another process), or eps is too small for a change to show",
+                stacklevel=stacklevel + 1,
+            )
 
     @property
     def _steps(self) -> int:

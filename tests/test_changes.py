@@ -1,0 +1,332 @@
+"""What changes around a step is followed or refused by name: tensors, buffers, casts; and steps that change nothing are told."""
+
+import copy
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+from toys import X, Y, loss_of, same
+
+import zo_core
+from zo_core import Journal, JournalError
+from zo_core.closure import Buffers
+
+ENGINES = pytest.mark.parametrize("engine", ["shadow", "inplace"])
+
+
+def network(dtype=torch.float32, *middle: nn.Module) -> nn.Sequential:
+    with torch.random.fork_rng():
+        torch.random.default_generator.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 16), *(middle or (nn.Tanh(),)), nn.Linear(16, 1)).to(dtype)
+
+
+# ---- nothing that is trained is used -----------------------------------------------------------------------------
+
+
+@ENGINES
+def test_parameters_that_were_replaced_are_named_at_the_next_step(engine):
+    model = network()
+    opt = zo_core.MeZO(model, lr=1e-2, engine=engine)
+    model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+    with pytest.warns(
+        UserWarning, match=r"0\.weight, 0\.bias, 2\.weight, 2\.bias: replaced by another parameter\. .*assign"
+    ):
+        opt.step(loss_of(model))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        opt.step(loss_of(model))  # once
+
+
+def test_parameters_that_a_module_no_longer_has_are_named():
+    model = network()
+    opt = zo_core.MeZO(model, lr=1e-2)
+    opt.step(loss_of(model))
+    model[2] = nn.Identity()
+    with pytest.warns(UserWarning, match=r"2\.weight, 2\.bias: no longer a parameter of the module\."):
+        opt.step(loss_of(model))
+
+
+def test_parameters_without_memory_are_refused_when_an_optimizer_is_made_and_at_the_step_where_it_begins():
+    model = network()
+    with pytest.raises(ValueError, match=r"params: 0\.weight, 0\.bias, 2\.weight and 1 more on the meta device"):
+        zo_core.MeZO(network().to("meta"), lr=1e-2)
+    opt = zo_core.MeZO(model, lr=1e-2)
+    opt.step(loss_of(model))
+    model[0].weight = nn.Parameter(model[0].weight.to("meta"))  # as accelerate's offloading does
+    with pytest.raises(RuntimeError, match=r"0\.weight: on the meta device now"):
+        opt.step(loss_of(model))
+
+
+@ENGINES
+def test_steps_whose_losses_are_all_the_same_are_counted_and_told_once(engine):
+    model = network()
+    opt = zo_core.MeZO(model, lr=1e-2, engine=engine)
+    opt.step(loss_of(model))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(9):
+            opt.step(lambda: 1.0)
+        opt.step(loss_of(model))
+        for _ in range(9):
+            opt.step(lambda: 1.0)
+    with pytest.warns(UserWarning, match="losses of the last 10 steps were the same at all probes"):
+        opt.step(lambda: 1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(20):
+            opt.step(lambda: 1.0)
+    assert opt.flat == 39
+
+
+# ---- tensors that change -----------------------------------------------------------------------------------------
+
+
+@ENGINES
+@pytest.mark.parametrize("method", [zo_core.MeZO, zo_core.HiZOO, zo_core.FZOO])
+def test_a_tensor_that_is_frozen_later_stays_as_it_is_and_the_journal_knows(tmp_path, method, engine):
+    model, base = network(), network()
+    opt = method(model, lr=1e-2, weight_decay=0.1, engine=engine)
+    opt.journal = Journal.create(tmp_path / "run.zoj", opt)
+    opt.step(loss_of(model))
+    model[0].weight.requires_grad_(False)
+    frozen, other = model[0].weight.clone(), model[2].weight.clone()
+    for _ in range(3):
+        opt.step(loss_of(model))
+    assert torch.equal(model[0].weight, frozen) and not torch.equal(model[2].weight, other)
+    model[0].weight.requires_grad_(True)
+    opt.step(loss_of(model))
+    assert not torch.equal(model[0].weight, frozen)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="replay agrees with the run to rounding")
+        zo_core.replay(base, tmp_path / "run.zoj")
+    assert same(model, base) or engine == "inplace"
+
+
+def test_a_step_with_nothing_left_to_train_is_refused():
+    model = network()
+    opt = zo_core.MeZO(model, lr=1e-2)
+    model.requires_grad_(False)  # another adapter is trained now, say
+    with pytest.raises(RuntimeError, match=r"params: 0\.weight, 0\.bias, 2\.weight and 1 more are all frozen now"):
+        opt.step(loss_of(model))
+    assert same(model, network())
+
+
+@ENGINES
+def test_a_tensor_exchanged_in_a_group_is_trained_from_then_on(engine):
+    model = network(torch.bfloat16)
+    opt = zo_core.MeZO(model, lr=1e-2, eps=1e-1, engine=engine)
+    opt.step(loss_of(model))
+    old, new = model[0].weight, nn.Parameter(model[0].weight.detach().clone())
+    model[0].weight = opt.param_groups[0]["params"][0] = new
+    before = [old.clone(), new.clone()]
+    with pytest.warns(UserWarning, match=r"0\.weight: written since the last step"):
+        opt.step(loss_of(model))
+    assert torch.equal(old, before[0]) and not torch.equal(new, before[1])
+
+
+def test_a_group_that_was_removed_is_refused():
+    model = network()
+    opt = zo_core.MeZO([{"params": list(m.parameters())} for m in (model[0], model[2])], lr=1e-2, module=model)
+    del opt.param_groups[0]
+    with pytest.raises(RuntimeError, match="param_groups: expected the 4 tensors that the optimizer has, got 2"):
+        opt.step(loss_of(model))
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        (zo_core.MeZO, {}),
+        (zo_core.HiZOO, {}),
+        (zo_core.HiZOO, {"hessian": "factored"}),
+        (zo_core.MeZO, {"engine": "inplace"}),
+    ],
+)
+@pytest.mark.parametrize("rows", [12, 7])
+def test_a_tensor_of_another_shape_goes_on_with_state_of_that_shape(method, options, rows):
+    model, ids = nn.Embedding(10, 4, dtype=torch.bfloat16), torch.tensor([1, 2])
+    opt = method(model, lr=1e-2, eps=1e-1, **options)
+
+    def loss():
+        return model(ids).float().square().mean()
+
+    opt.step(loss)
+    model.weight.data = torch.ones(rows, 4, dtype=torch.bfloat16)  # as resize_token_embeddings does
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*(written since|another shape)")
+        opt.step(loss)
+    opt.step(loss)
+    assert opt._own["residuals"][0].shape == (rows, 4) and not torch.equal(model.weight, torch.ones_like(model.weight))
+
+
+# ---- closures ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_evaluation_after_a_step_under_autocast_reads_the_weights_as_they_are(fails):
+    model, calls = network(), []
+    opt = zo_core.MeZO(model, lr=1e-2, eps=0.5, engine="inplace")
+
+    def loss():
+        calls.append(0)
+        value = (model(X) - Y).float().square().mean()
+        if fails and len(calls) == 2:
+            raise KeyError
+        return value
+
+    with torch.autocast("cpu", torch.bfloat16):
+        if fails:
+            with pytest.raises(KeyError):
+                opt.step(loss)
+        else:
+            opt.step(loss)
+        after = model(X)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(after, model(X))
+
+
+@ENGINES
+def test_a_closure_that_writes_a_weight_is_refused_by_name(engine):
+    model = network()
+    opt = zo_core.MeZO(model, lr=1e-2, engine=engine)
+
+    def loss():
+        model[2].bias.add_(1.0)
+        return loss_of(model)()
+
+    with pytest.raises(RuntimeError, match=r"closure: .*2\.bias"):
+        opt.step(loss)
+    assert opt.updates == 0
+
+
+@ENGINES
+def test_buffers_are_the_same_in_all_evaluations_and_then_as_one_left_them(engine):
+    model, seen = network(torch.float32, nn.BatchNorm1d(16), nn.Tanh()), []
+    norm = model[1]
+    opt = zo_core.MeZO(model, lr=0.0, probes=3, engine=engine)
+    before = copy.deepcopy(norm.state_dict())
+    for steps in range(1, 4):
+        seen.clear()
+        opt.step(lambda: (seen.append(norm.running_mean.clone()), loss_of(model)())[1])
+        assert all(torch.equal(x, seen[0]) for x in seen) and norm.num_batches_tracked == steps
+        assert not torch.equal(norm.running_mean, seen[0])
+    norm.eval()
+    opt.step(loss_of(model))
+    norm.train()
+    kept = copy.deepcopy(norm.state_dict())
+
+    def broken():
+        loss_of(model)()
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        opt.step(broken)
+    opt.step(lambda: loss_of(model)() * torch.nan)
+    assert opt.skipped == 1
+    for name, value in norm.state_dict().items():
+        assert "weight" in name or "bias" in name or torch.equal(value, kept[name]), name
+    assert not torch.equal(kept["running_mean"], before["running_mean"])
+
+
+def test_buffers_are_put_back_when_the_first_evaluation_of_all_fails():
+    model = network(torch.float32, nn.BatchNorm1d(16), nn.Tanh())
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(KeyError):
+        zo_core.MeZO(model, lr=1e-2).step(lambda: (loss_of(model)(), {}["no"]))
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+
+
+def test_buffers_that_a_forward_replaces_are_put_back_too():
+    class Counts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = network()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            self.calls = self.calls + 1
+            return self.inner(x) * (1 + 0.1 * self.calls)
+
+    model = Counts()
+    opt = zo_core.MeZO(model, lr=1e-2)
+    for step in range(1, 4):
+        opt.step(loss_of(model))
+        assert model.calls == step
+    with pytest.raises(KeyError):
+        opt.step(lambda: (loss_of(model)(), {}["no"]))
+    assert model.calls == 3
+
+
+def test_buffers_that_no_forward_writes_are_not_copied_after_the_first_step():
+    model = network(torch.float32, nn.BatchNorm1d(16).eval(), nn.Tanh())
+    opt, kept = zo_core.MeZO(model, lr=1e-2), []
+    begin = Buffers.begin
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Buffers, "begin", lambda self: (begin(self), kept.append(len(self.saved))))
+        for _ in range(3):
+            opt.step(loss_of(model))
+    assert kept == [3, 0, 0]
+
+
+@ENGINES
+def test_cached_parametrizations_see_each_probe(engine):
+    class Doubled(nn.Module):
+        def forward(self, x):
+            return 2 * x
+
+    losses = []
+    for cached in (False, True):
+        model = network()
+        parametrize.register_parametrization(model[0], "weight", Doubled())
+        opt = zo_core.FZOO(model, lr=1e-2, engine=engine)
+        if cached:
+            with parametrize.cached():
+                losses.append([float(opt.step(loss_of(model))) for _ in range(3)])
+        else:
+            losses.append([float(opt.step(loss_of(model))) for _ in range(3)])
+    assert losses[0] == losses[1]
+
+
+# ---- options and state -------------------------------------------------------------------------------------------
+
+
+def test_params_and_seeds_that_are_misread_easily_are_refused_by_name(tmp_path):
+    model = network()
+    for wrong in (dict(model.named_parameters()), "weights"):
+        with pytest.raises(TypeError, match="params: expected a module.*got a (dict|str)"):
+            zo_core.MeZO(wrong, lr=1e-2)
+    for seed in (None, 1.5, "1"):
+        with pytest.raises(TypeError, match="seed: expected an integer"):
+            zo_core.MeZO(model, lr=1e-2, seed=seed)
+    opt = zo_core.MeZO(model, lr=1e-2, seed=np.int64(7))
+    opt.journal = Journal.create(tmp_path / "run.zoj", opt)
+    opt.step(loss_of(model))
+    assert opt.journal.header.seed == 7
+
+
+def test_a_state_of_other_dtypes_is_refused_as_such():
+    state = zo_core.MeZO(network(torch.bfloat16), lr=1e-2, eps=0.1).state_dict()
+    with pytest.raises(ValueError, match="state_dict: it is of weights of another dtype"):
+        zo_core.MeZO(network(), lr=1e-2).load_state_dict(state)
+
+
+def test_a_closed_journal_says_so(tmp_path):
+    model = network()
+    opt = zo_core.MeZO(model, lr=1e-2)
+    opt.journal = Journal.create(tmp_path / "run.zoj", opt)
+    opt.journal.close()
+    with pytest.raises(JournalError, match=r"run\.zoj: is closed; Journal\.resume"):
+        opt.step(loss_of(model))
+
+
+def test_tensors_of_a_later_group_get_their_names_from_the_module():
+    model, extra = network(), nn.Parameter(torch.zeros(3))
+    model[0].requires_grad_(False)
+    opt = zo_core.MeZO(model, lr=1e-2)
+    model[0].requires_grad_(True)
+    opt.add_param_group({"params": model[0].parameters()})
+    opt.add_param_group({"params": extra})
+    assert opt._names() == ["2.weight", "2.bias", "0.weight", "0.bias", "group 2 tensor 0"]
+    opt.step(loss_of(model))
