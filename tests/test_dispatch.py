@@ -15,6 +15,8 @@ import torch
 from zo_core.bindings import cuda, native, ops
 from zo_core.kernels import reference, selfcheck
 
+from zo_core import weights
+
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 RIGHT, WRONG = cuda.Verdict({}, {"GPU": "H100"}), cuda.Verdict({"slice": "3 of 4 differ"}, {"GPU": "H100"})
 TRITON = SimpleNamespace(__name__="zo_core.kernels.triton", VERSION="3.9.0", run_pass=reference.run_pass,
@@ -263,6 +265,8 @@ def test_a_model_on_several_devices_is_refused_by_name():
     ops.require_one_device(["a", "b"], [first, first])
     with pytest.raises(ValueError, match="a on cpu, c on meta: load the model without device_map"):
         ops.require_one_device(["a", "b", "c"], [first, first, second])
+    with pytest.raises(ValueError, match="on one device, got a on cpu, c on meta"):
+        weights.space_of(["a", "b", "c"], [first, first, second], {})
 
 
 # ---- what starts no GPU ---------------------------------------------------------------------------------------------

@@ -235,6 +235,7 @@ def space_of(names: list[str], parameters: Sequence[Tensor], own: dict[str, Any]
             before; a residual starts from 0, and a Hessian from 1, where it does not fit its tensor any longer.
     """
     tensors, pieces = [sharding.local(p) for p in parameters], None
+    ops.require_one_device(names, tensors)
     device = tensors[0].device
     if any(map(sharding.is_sharded, parameters)):
         runs = [sharding.runs_of(name, p) for name, p in zip(names, parameters, strict=True)]
