@@ -291,6 +291,6 @@ def test_launches_are_on_the_device_of_the_tensors(monkeypatch):
 
     entered = []
     monkeypatch.setattr(torch.cuda, "device", entered.append)
-    launch._on(torch.device("cuda", 1))
-    launch._on(CPU)
+    launch.on(torch.device("cuda", 1))
+    launch.on(CPU)
     assert entered == [torch.device("cuda", 1)]
