@@ -5,8 +5,6 @@ neighbours in memory. Words of Philox are made once a block and laid out by ``jo
 elements of a block lie in consecutive registers of one thread: no data moves.
 """
 
-from typing import Any, NamedTuple
-
 from torch import Tensor
 
 import triton
@@ -25,15 +23,6 @@ _M0 = tl.constexpr(0xD2511F53)
 _M1 = tl.constexpr(0xCD9E8D57)
 _W0 = tl.constexpr(0x9E3779B9)
 _W1 = tl.constexpr(0xBB67AE85)
-
-
-class Key(NamedTuple):
-    """What the noise of a tile depends on beside the stream: the index of its first element, its tensor, the seed's halves."""
-
-    first: Any  # int64
-    tensor_id: Any  # uint32, as all that follow
-    k0: Any
-    k1: Any
 
 
 @triton.jit

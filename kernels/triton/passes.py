@@ -12,7 +12,7 @@ two factors (scales.py), results into another tensor, stochastic rounding (round
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
@@ -21,58 +21,21 @@ import triton.language as tl
 
 from ..reference import HESSIAN_RANGE
 from . import table
+from .arguments import Call, Digits, Key, Row, Stream, Work
 from .forms import form_of, pass_forms
 from .gate import gate
 from .launch import kernel, launch, on
-from .noise import Key, halves, rsqrt
+from .noise import halves, rsqrt
 from .residuals import join_residual, to_float32
 from .rounding import limit_of, rounded_with_residual, rounding_bits, store_by_definition, within
 from .scales import place_of, scales_of
-from .streams import Stream, stream_of, sum_of_streams
-from .sums import Digits, digits_of
+from .streams import stream_of, sum_of_streams
+from .sums import digits_of
 
 # One warp a program: tests that concern a whole tile need no shared memory and no barrier. 32 elements a thread are
 # 64 to 128 bytes in flight, which with 24 to 32 programs a multiprocessor covers the latency of HBM (Little's law:
 # H100 25 bytes/ns/SM x 700 ns = 18 KB; 32 programs x 32 lanes x 64 bytes = 64 KB).
 WARPS = 1
-
-
-class Row(NamedTuple):
-    """What belongs to a tensor. Addresses, and the elements ``begin`` to ``end``, count from where its first tile starts."""
-
-    src: Any
-    dst: Any
-    hessian: Any
-    begin: Any
-    end: Any
-    first: Any  # index of the element where the first tile starts
-    tensor_id: Any
-    column: Any  # in the coefficients and the counters
-    aligned: Any  # whole tiles can be read 128 bits at a time
-    residual: Any
-    row_scale: Any
-    column_scale: Any
-    columns: Any
-
-
-class Call(NamedTuple):
-    """What belongs to the pass, the same for all tensors: pointers to scalars, one of each tensor or stream and tensor."""
-
-    k0: Any
-    k1: Any
-    streams: Any
-    coeffs: Any
-    n_tensors: Any
-    n_streams: Any
-    digits: Digits  # where signs are summed on the tensor cores
-    counters: Any
-    decay: Any = None
-    update: Any = None
-    restore: Any = None
-    curvature: Any = None
-    smoothing: Any = None
-    hessian_min: Any = None
-    hessian_max: Any = None
 
 
 @kernel(warps=WARPS, forms=pass_forms)
@@ -98,14 +61,6 @@ def pass_kernel(
         run_tiles(row, begin, tl.minimum(begin + n_tiles, tl.cdiv(row.end, FORM.size(False))), call, FORM)
 
 
-class _Work(NamedTuple):
-    """What the pass does to a tensor: factors of its weights and of its H, and the stream where there is one only."""
-
-    keep: Any
-    remain: Any
-    only: Stream
-
-
 @triton.jit
 def run_tiles(row, begin, stop, call, FORM: tl.constexpr):
     """Tiles [begin, stop) of one tensor."""
@@ -117,9 +72,9 @@ def run_tiles(row, begin, stop, call, FORM: tl.constexpr):
     if FORM.scale == "update":
         remain = 1 - tl.load(call.smoothing + row.column)
     if FORM.streams == "one":
-        work = _Work(keep, remain, stream_of(0, row.column, call, FORM))
+        work = Work(keep, remain, stream_of(0, row.column, call, FORM))
     else:
-        work = _Work(keep, remain, Stream(row.tensor_id, 0.0, 0.0, 0.0, True))
+        work = Work(keep, remain, Stream(row.tensor_id, 0.0, 0.0, 0.0, True))
     # Tiles that are whole and aligned; a bit of ``rest`` marks each other one, and each where a number is out of range.
     whole = begin + (begin * TILE < row.begin).to(tl.int64)
     whole = tl.where(row.aligned, whole, stop)

@@ -4,12 +4,13 @@ from torch import Tensor
 
 import triton.language as tl
 
+from .arguments import Call, Digits, Row
 from .forms import TILE, form_of, rows_forms
 from .gate import gate
 from .launch import kernel, launch, on
 from .noise import halves
-from .passes import Call, Row, run_tiles
-from .sums import Digits, digits_of
+from .passes import run_tiles
+from .sums import digits_of
 from .table import factors_of
 
 

@@ -1,23 +1,12 @@
 """The weighted sum of the noise of a call's streams over a tile, in one of three ways (``Form.streams``)."""
 
-from typing import Any, NamedTuple
-
 import triton
 import triton.language as tl
 
+from .arguments import Stream
 from .launch import assembly
 from .noise import RADIUS, gaussian, signed, signs
 from .sums import weighted_signs
-
-
-class Stream(NamedTuple):
-    """A stream's number, and its coefficients in a tensor: in the noise, in what is taken back before, in the change of H."""
-
-    number: Any
-    c: Any
-    restore: Any
-    curvature: Any
-    works: Any  # whether a coefficient is not zero
 
 
 @triton.jit
@@ -51,6 +40,7 @@ def sum_of_streams(like, key, column, only, call, B: tl.constexpr, FORM: tl.cons
 
     ``only``: the stream, where the form has one. A careful tile has no sum on the tensor cores, which is of whole tiles.
     """
+    A: tl.constexpr = FORM.shape
     noise = _zeros_like(like)
     back = noise
     squares = noise
@@ -70,9 +60,9 @@ def sum_of_streams(like, key, column, only, call, B: tl.constexpr, FORM: tl.cons
                         squares = tl.fma(z * z, stream.curvature, squares)
                 else:
                     words = signs(key, stream.number, B)
-                    cz = signed(words, stream.c, (FORM.shape, B, 32))
+                    cz = signed(words, stream.c, (A, B, 32))
                     noise = cz if FORM.streams == "one" else noise + cz
                     if FORM.scale == "update":
-                        back += signed(words, stream.restore, (FORM.shape, B, 32))
+                        back += signed(words, stream.restore, (A, B, 32))
                         squares += stream.curvature
     return noise, back, squares

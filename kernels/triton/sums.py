@@ -13,7 +13,7 @@ columns (d, q) of the same rows: all digits of elements 32w + 8q + 0..7 of its w
 Per 8 streams and weight: 1.4 instructions of Philox, 2 ANDs, 1 IMMA; element by element it is 34 (docs/triton.md).
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,15 +23,6 @@ import triton.language as tl
 
 from .launch import assembly, kernel, launch
 from .noise import RADEMACHER, in_order, words_of
-
-
-class Digits(NamedTuple):
-    """Coefficients as ``weighted_signs`` reads them: pointers to what ``digits_kernel`` writes, and the number of steps of eight streams."""
-
-    matrix: Any  # int8
-    totals: Any
-    units: Any
-    n_steps: Any
 
 
 @kernel(warps=1)

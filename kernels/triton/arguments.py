@@ -1,0 +1,80 @@
+"""What device functions are passed, by what it belongs to: a tensor, a stream, a tile, the whole pass.
+
+Triton passes named tuples of device values as arguments and takes them apart when it compiles, so they cost nothing.
+"""
+
+from typing import Any, NamedTuple
+
+
+class Row(NamedTuple):
+    """What belongs to a tensor. Addresses, and the elements ``begin`` to ``end``, count from where its first tile starts."""
+
+    src: Any
+    dst: Any
+    hessian: Any
+    begin: Any
+    end: Any
+    first: Any  # index of the element where the first tile starts
+    tensor_id: Any
+    column: Any  # in the coefficients and the counters
+    aligned: Any  # whole tiles can be read 128 bits at a time
+    residual: Any
+    row_scale: Any
+    column_scale: Any
+    columns: Any
+
+
+class Stream(NamedTuple):
+    """A stream's number, and its coefficients in a tensor: in the noise, in what is taken back before, in the change of H."""
+
+    number: Any
+    c: Any
+    restore: Any
+    curvature: Any
+    works: Any  # whether a coefficient is not zero
+
+
+class Work(NamedTuple):
+    """What the pass does to a tensor: factors of its weights and of its H, and the stream where there is one only."""
+
+    keep: Any
+    remain: Any
+    only: Stream
+
+
+class Key(NamedTuple):
+    """What the noise of a tile depends on beside the stream: the index of its first element, its tensor, the seed's halves."""
+
+    first: Any  # int64
+    tensor_id: Any  # uint32, as all that follow
+    k0: Any
+    k1: Any
+
+
+class Digits(NamedTuple):
+    """Coefficients as ``weighted_signs`` reads them: pointers to what ``digits_kernel`` writes, and the number of steps of eight streams."""
+
+    matrix: Any  # int8
+    totals: Any
+    units: Any
+    n_steps: Any
+
+
+class Call(NamedTuple):
+    """What belongs to the pass, the same for all tensors: pointers to scalars, one of each tensor or stream and tensor."""
+
+    k0: Any
+    k1: Any
+    streams: Any
+    coeffs: Any
+    n_tensors: Any
+    n_streams: Any
+    digits: Digits
+    counters: Any
+    decay: Any = None
+    update: Any = None
+    restore: Any = None
+    curvature: Any = None
+    smoothing: Any = None
+    hessian_min: Any = None
+    hessian_max: Any = None
