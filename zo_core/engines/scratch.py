@@ -15,7 +15,7 @@ _ALIGNMENT = 64
 class Layout(NamedTuple):
     """Copies in a buffer, and the pass that writes them."""
 
-    addresses: list[int]  # of the weights they are copies of
+    places: list[tuple[int, torch.Size]]  # addresses and shapes of the weights they are copies of
     copies: dict[Key, Tensor]
     make: Callable[..., None]  # see ``ParamSpace.perturb``
 
@@ -41,8 +41,8 @@ class Buffer:
 
     def lay_out(self, group: Hashable, keys: Sequence[Key], sources: Sequence[Tensor], space: ParamSpace) -> Layout:
         """Tensors for these keys, in the shapes of their sources: those of the last time, unless the weights have moved."""
-        addresses, found = [t.data_ptr() for t in sources], self.layouts.get(group)
-        if found is None or found.addresses != addresses or [*found.copies] != keys:
+        places, found = [(t.data_ptr(), t.shape) for t in sources], self.layouts.get(group)
+        if found is None or found.places != places or [*found.copies] != keys:
             copies, at = dict[Key, Tensor](), 0
             found = self.layouts.pop(group, None) and None  # its tensors must not be counted below
             with torch.inference_mode(False):
@@ -51,7 +51,7 @@ class Buffer:
                     copies[key] = self.bytes[at:end].view(key[1]).view(source.shape).detach()
                     at += aligned(end - at)
             make = space.perturb([i for i, _ in keys], sources, [*copies.values()])
-            found = self.layouts[group] = Layout(addresses, copies, make)
+            found = self.layouts[group] = Layout(places, copies, make)
             self._own = self._sharing()
         return found
 

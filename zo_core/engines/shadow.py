@@ -268,7 +268,9 @@ class ShadowEngine:
         rest = [i for i in range(len(self.space.tensors)) if i not in self._exchanged]
         found = False
         for which in ([i for i in rest if i not in seen], [i for i in rest if i in seen]):
-            if which and self._shows(run, result):
+            if which:
+                if not self._shows(run, result):
+                    break
                 self._exchange(which)
                 found, result = True, run()
         return found
