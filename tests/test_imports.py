@@ -8,8 +8,8 @@ LEVELS = [  # a room imports from rooms above it, never from below nor beside it
     {"kernels"},
     {"bindings"},
     {"record", "noise", "scaling", "sharding", "losses"},
-    {"weights", "closure", "layers", "arrays"},
-    {"engines", "estimators", "journal", "distributed"},
+    {"weights", "layers", "arrays"},
+    {"engines", "closure", "estimators", "journal", "distributed"},
     {"optim"},
     {"zo_core"},  # the public names
     {"integrations"},

@@ -153,11 +153,6 @@ class ZOMixin(_Trainer):
             self.optimizer = optimizer_class(args.zo_method)(model, lr=lr, **options)
         if not isinstance(optimizer := self.zo_optimizer, ZOOptimizer):
             raise TypeError(f"optimizers: expected an optimizer of zo_core, got {type(optimizer).__name__}")
-        if self.args.torch_compile and optimizer.engine != "inplace":
-            raise ValueError(
-                f"torch_compile: expected engine='inplace' beside it, got {optimizer.engine!r}, which perturbs what a module "
-                "reads of its weights: compiled code reads them past it"
-            )
         if (n := self.accelerator.num_processes) > 1 and (
             optimizer.processes is None or optimizer.processes.grid() != (n, 1)
         ):

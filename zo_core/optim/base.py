@@ -149,8 +149,9 @@ class ZOOptimizer(Stateful):
         Args:
             closure: returns the loss of the current batch at the current weights, a scalar tensor or a number; no
                 backward. It is called a few times (the first step of the shadow engine calls it once more, to see
-                that all weights are read where it expects) and must do the same each time (dropout does: torch's
-                generators are rewound).
+                that all weights are read where it expects) and must do the same each time. Dropout does, as torch's
+                generators are rewound, and so do the module's buffers, which are put back before each call and
+                stay as the last one left them.
 
         Returns:
             The mean or clean loss of the evaluations, 0-dimensional, float32 or float64.
@@ -195,6 +196,7 @@ class ZOOptimizer(Stateful):
             raise TypeError(f"journal: expected Journal.create(path, optimizer), got {self.journal!r}")
         for i, group in enumerate(self.param_groups):
             check_group(group, () if i else self._shared)
+        sharding.reshard(self._units)  # while weights are gathered, the module has other parameters
         frozen = self._check_tensors(stacklevel=4)
         if self._buffers.module is not self.module:
             self._buffers = Buffers(self.module)
