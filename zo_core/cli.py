@@ -23,7 +23,8 @@ try:
 except ImportError as error:
     raise SystemExit(f"zo-core needs {error.name}: pip install 'zo_core[train]'") from error
 
-from zo_core.integrations.config import FinetuneConfig, RunError, resumed_config, stored_config
+from zo_core.integrations.config import FinetuneConfig, resumed_config, stored_config
+from zo_core.integrations.errors import RunError
 
 app = typer.Typer(
     help="Fine-tune language models with forward passes only.",

@@ -15,6 +15,7 @@ from torch import nn
 
 import zo_core
 from zo_core.integrations.assets import names
+from zo_core.integrations.errors import RunError
 
 
 class Method(NamedTuple):
@@ -47,16 +48,6 @@ def _defaults(option: str) -> str:
         if option in method.defaults:
             values.setdefault(method.defaults[option], []).append(name)
     return "; ".join(f"{value} for {', '.join(methods)}" for value, methods in values.items())
-
-
-class RunError(RuntimeError):
-    """A run that cannot start or go on; the message says what to do."""
-
-
-def first_line(error: BaseException) -> str:
-    """First line of an error's message, without a full stop."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].rstrip(".:; ")
 
 
 def parse_duration(value: Any) -> Any:

@@ -12,7 +12,7 @@ from typing import IO, Any
 import torch
 from safetensors import SafetensorError
 
-from zo_core.integrations.config import RunError, first_line
+from zo_core.integrations.errors import RunError, first_line
 from zo_core.journal import JournalError, _lock
 
 LOCK = ".lock"

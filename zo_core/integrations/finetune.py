@@ -38,7 +38,8 @@ from rich.progress import BarColumn, Progress, TextColumn
 import zo_core
 from zo_core import Journal, JournalError
 from zo_core.integrations import report, tasks
-from zo_core.integrations.config import FinetuneConfig, RunError, first_line, stored_config
+from zo_core.integrations.config import FinetuneConfig, stored_config
+from zo_core.integrations.errors import RunError, first_line
 from zo_core.integrations.files import LOCK, own_folder, saving, write_json, write_tensors
 from zo_core.integrations.session import Session, prepare
 from zo_core.integrations.tasks import Evaluation

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from zo_core.integrations.config import RunError, first_line
+from zo_core.integrations.errors import RunError, first_line
 from zo_core.integrations.files import saving
 from zo_core.integrations.session import loading, model_source
 from zo_core.journal import Journal, JournalError, replay

@@ -15,7 +15,8 @@ import torch
 
 from zo_core.integrations import tasks
 from zo_core.integrations.assets import fetch, names
-from zo_core.integrations.config import FinetuneConfig, RunError, first_line
+from zo_core.integrations.config import FinetuneConfig
+from zo_core.integrations.errors import RunError, first_line
 from zo_core.integrations.tasks import Encoded, Prompter, Scorer
 from zo_core.weights import some
 

@@ -18,7 +18,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 from zo_core.integrations import tasks
-from zo_core.integrations.config import FinetuneConfig, RunError
+from zo_core.integrations.config import FinetuneConfig
+from zo_core.integrations.errors import RunError
 from zo_core.integrations.files import own_folder, write_json
 from zo_core.integrations.session import Session, prepare
 
