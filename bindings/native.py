@@ -153,8 +153,9 @@ def run_pass(
     row_scales: Sequence[Tensor] = (), column_scales: Sequence[Tensor] = (), columns: Sequence[int] = (), **scalars: Any,
 ) -> None:  # fmt: skip
     """``zo_run`` on CPU tensors; arguments as in ``bindings.ops``, already checked."""
-    beside = {"residuals": residuals, "row_scales": row_scales, "column_scales": column_scales, "columns": columns}
-    prepare(src, dst, hessians, tensor_ids, offsets, **beside)(streams=streams, coeffs=coeffs, **scalars)
+    beside: dict[str, Any] = {"residuals": residuals, "row_scales": row_scales, "column_scales": column_scales}
+    run = prepare(src, dst, hessians, tensor_ids, offsets, columns=columns, **beside)
+    run(streams=streams, coeffs=coeffs, **scalars)
 
 
 def run_steps(
