@@ -1,7 +1,7 @@
-"""The journal of a run: an append-only file of the scalars from which all its weights can be made again.
+"""The journal of a run: an append-only file of scalars, from which all weights of the run can be computed again.
 
-The bytes are described in docs/journal.md. Nothing is ever unpickled, and a reader believes no length that it has not
-compared with the size of the file.
+docs/journal.md describes the bytes. A journal may come from anywhere, so reading one unpickles nothing and compares every
+length in it with the size of the file before that length is used.
 """
 
 from __future__ import annotations
@@ -27,15 +27,11 @@ from torch import Tensor, nn
 
 from . import scaling
 from .kernels.reference import DISTRIBUTIONS
+from .locks import lock, unlock
 from .noise import VERSION as NOISE_VERSION
 from .noise import backend_of
 from .record import DTYPES, Identity, Progress, Record, TensorInfo, carried
 from .weights import RESIDUALS, ParamSpace, empty_residuals, some
-
-try:
-    import fcntl
-except ImportError:  # a system without such locks: two writers are not found there
-    fcntl = None  # type: ignore[assignment]
 
 FORMAT_VERSION = 1
 MAGIC = b"\x89ZOJ\r\n\x1a\n"
@@ -46,8 +42,9 @@ _CRC = struct.Struct("<I")
 _CARRY_START = struct.Struct("<II")  # how many numbers, bytes of each
 _MOVED, _STOCHASTIC, _LEFT_OUT, _CURVATURE, _CARRY, _UNKNOWN = (1 << bit for bit in range(6))  # flags
 _FLOATS = np.dtype("<f4")
-_HASHED, _REPLAYED = 1 << 26, 1 << 22  # bytes hashed at once; coefficients in one call of replay_
-_STEPS = 64  # most steps in one call: by then memory traffic is a small part, and Ctrl-C waits a second, not a minute
+_HASHED = 1 << 26  # bytes that are hashed at a time
+# Steps that replay makes in one pass: memory traffic is a small part of the time of 64, and Ctrl-C waits a second for them.
+_STEPS, _COEFFICIENTS = 64, 1 << 22  # at most, and coefficients (steps x probes x tensors)
 
 
 class JournalError(ValueError):
@@ -55,11 +52,11 @@ class JournalError(ValueError):
 
 
 class Recorded(Protocol):
-    """What a journal asks of the optimizer whose steps it has; ``ZOOptimizer`` is one."""
+    """What a journal asks of the optimizer whose steps it records; ``ZOOptimizer`` is one."""
 
     @property
     def _steps(self) -> int:
-        """How many steps it has taken, skipped ones too."""
+        """How many steps it has made, skipped ones too."""
         ...
 
     def _identity(self) -> Identity: ...
@@ -73,29 +70,22 @@ class Recorded(Protocol):
         ...
 
     def _catch_up(self, play: Callable[[ParamSpace], Progress], steps: int) -> None:
-        """Take steps that ``play`` makes again."""
+        """Let ``play`` make these steps on the weights, and count them."""
         ...
 
 
-# ---- what is in it -----------------------------------------------------------------------------------------------
+# ---- the header --------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Header:
-    """What holds for all records. ``base`` is the SHA-256 of the weights' bytes before the first step."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Header(Identity):
+    """What holds for all records: the optimizer's identity, and where and from what the run started."""
 
-    library: str
-    noise: int
+    library: str  # version of zo_core
+    noise: int  # version of the noise
     backend: str
-    method: str
-    seed: int
-    distribution: str
-    residual: int  # bits, 0 for none
-    hessian: str  # one of scaling.KINDS, "" for none
-    engine: str
-    options: dict[str, Any]  # of the method, as they were at the start; for the reader, replay needs none
-    base: str
-    tensors: tuple[TensorInfo, ...]
+    options: dict[str, Any]  # of the method, at the start; for people, as replay needs none of them
+    base: str  # SHA-256 of the weights' bytes before the first step
 
     @classmethod
     def of(cls, optimizer: Recorded) -> Header:
@@ -107,12 +97,12 @@ class Header:
             raise JournalError(f"tensors: {some(twice)} are names of several tensors: give each one of its own")
         return cls(
             library=__version__, noise=NOISE_VERSION, backend=backend_of(tensors[0].device), base=hash_of(tensors),
-            options=optimizer._settings(), **identity._asdict(),
+            options=optimizer._settings(), **vars(identity),
         )  # fmt: skip
 
     @classmethod
     def parse(cls, text: bytes) -> Header:
-        """The header in this JSON text. JournalError unless every field is there and what it should be."""
+        """The header in this JSON text. JournalError unless every field is there and has a value that it can have."""
         try:
             found = json.loads(text)
             found["tensors"] = tuple(TensorInfo(n, tuple(s), d, r) for n, s, d, r in found["tensors"])
@@ -143,7 +133,7 @@ class Header:
 
     def text(self) -> bytes:
         """As JSON."""
-        return json.dumps(dataclasses.asdict(self), separators=(",", ":")).encode()
+        return json.dumps(vars(self), separators=(",", ":")).encode()
 
     @property
     def kinds(self) -> int:
@@ -151,7 +141,7 @@ class Header:
         return 1 + max(t.rates for t in self.tensors)
 
     def compare(self, fields: Mapping[str, Any]) -> None:
-        """JournalError that names the first of these fields, which are what is at hand, that differs from here."""
+        """JournalError that names the first of these fields whose value, which is what is at hand, differs from the header's."""
         for name, theirs in fields.items():
             mine = getattr(self, name)
             if name == "tensors" and mine != theirs:
@@ -161,7 +151,7 @@ class Header:
 
 
 def _whole(optimizer: Recorded) -> ParamSpace:
-    """The space of an optimizer's weights. JournalError if they are shards."""
+    """The space of an optimizer's weights. JournalError if they are sharded."""
     space = optimizer._space()
     if space.pieces:
         raise JournalError("optimizer: expected whole weights, its are sharded (DTensors): save its state_dict instead")
@@ -169,11 +159,13 @@ def _whole(optimizer: Recorded) -> ParamSpace:
 
 
 def _sound(t: TensorInfo) -> bool:
+    """Whether shape, dtype and kind of a tensor in a header are such things, whatever the JSON text had."""
     shape = all(type(n) is int and n >= 0 for n in t.shape)
     return shape and isinstance(t.dtype, str) and t.dtype in DTYPES and type(t.rates) is int
 
 
 def _compare_tensors(mine: Sequence[TensorInfo], theirs: Sequence[TensorInfo]) -> None:
+    """JournalError that names the tensors which the journal has and the optimizer has not, or the other way round."""
     ours, others = [t.name for t in mine], [t.name for t in theirs]
     if missing := [n for n in ours if n not in set(others)]:
         raise JournalError(f"tensors: {some(missing)} of the journal are not there: pass the model it was made with")
@@ -185,7 +177,7 @@ def _compare_tensors(mine: Sequence[TensorInfo], theirs: Sequence[TensorInfo]) -
 
 
 def hash_of(tensors: Sequence[Tensor]) -> str:
-    """SHA-256, in hexadecimal, of the bytes of the tensors in order, as if they were one."""
+    """SHA-256, in hexadecimal, of the bytes of all tensors, one after the other."""
     digest = hashlib.sha256()
     for t in tensors:
         flat = t.detach().reshape(-1).view(torch.uint8)
@@ -194,8 +186,11 @@ def hash_of(tensors: Sequence[Tensor]) -> str:
     return digest.hexdigest()
 
 
+# ---- records -----------------------------------------------------------------------------------------------------
+
+
 def _encode(record: Record, header: Header, chain: int) -> bytes:
-    """The record's bytes. ``chain`` is the checksum before it."""
+    """A record's bytes. ``chain`` is the checksum of what comes before it, which its own checksum continues."""
     flags = _MOVED * record.moved | _STOCHASTIC * record.stochastic
     flags |= _LEFT_OUT * bool(record.left_out) | _CURVATURE * (record.curvature is not None)
     flags |= _CARRY * (record.carry is not None)
@@ -215,7 +210,7 @@ def _encode(record: Record, header: Header, chain: int) -> bytes:
 
 
 def _decode(data: memoryview, at: int, header: Header, chain: int) -> tuple[Record, int] | None:
-    """The record at this place and its end; None if there is none that is whole."""
+    """The record that starts at byte ``at``, and its end. None unless a whole and undamaged one is there."""
     if len(data) - at < _FIXED.size:
         return None
     flags, k, step, stream, loss = _FIXED.unpack_from(data, at)
@@ -250,9 +245,9 @@ class Journal:
 
         opt.journal = zo_core.Journal.create("run.zoj", opt)
 
-    Each step is then one write to the file, made before the step moves a weight: a process that is killed loses nothing
-    of it, and where writing fails (a full disk) the step does not happen. ``sync`` and ``close`` have the disk store
-    it; what the machine itself loses between them is a tail, which is dropped.
+    Each step then writes one record, before it moves a weight: a process that is killed loses no record, and where writing
+    fails (a full disk) the step does not happen. Only ``sync`` and ``close`` wait for the disk, so a machine that loses
+    power may lose the last records; a record that is left in part is ignored when the file is opened.
 
     Attributes:
         header: what holds for all records.
@@ -270,7 +265,7 @@ class Journal:
         except BaseException:
             self.close()
             raise
-        self._ends = array("Q", [start])  # of the header and of each record; the checksum is before it
+        self._ends = array("Q", [start])  # where the header and each record end; the last four bytes are the checksum
         while found := _decode(data, self._ends[-1], self.header, _crc_before(data, self._ends[-1])):
             if found[0].step != len(self):
                 break
@@ -279,7 +274,7 @@ class Journal:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Journal:
-        """For reading. JournalError if the file is no journal; a torn record at its end is left out (``dropped``)."""
+        """For reading. JournalError if the file is no journal; an incomplete record at its end is left out (``dropped``)."""
         return cls(path)
 
     @classmethod
@@ -287,8 +282,8 @@ class Journal:
         """A new journal of an optimizer that has not stepped yet.
 
         Raises:
-            JournalError: the optimizer has stepped, or two of its tensors have one name.
-            FileExistsError: the file is there.
+            JournalError: the optimizer has stepped, two of its tensors have one name, or another process is creating the file.
+            FileExistsError: the file exists.
         """
         path = Path(path)
         if steps := optimizer._steps:
@@ -297,10 +292,12 @@ class Journal:
             raise FileExistsError(f"{path} exists: Journal.resume goes on with it, or remove it")
         text = Header.of(optimizer).text()
         start = _START.pack(MAGIC, FORMAT_VERSION, len(text)) + text
-        part = path.with_name(path.name + ".part")  # it appears under its name whole or not at all
+        part = path.with_name(
+            path.name + ".part"
+        )  # renamed when it is complete, so that ``path`` is never half a journal
         with open(part, "ab") as file:
             _lock(file)
-            if path.exists():  # now: somebody else's
+            if path.exists():  # created by somebody else while this one waited for the lock
                 raise FileExistsError(f"{path} exists: another writer has just made it")
             file.truncate(0)
             file.write(start + _CRC.pack(zlib.crc32(start)))
@@ -311,7 +308,7 @@ class Journal:
 
     @classmethod
     def resume(cls, path: str | os.PathLike[str], optimizer: Recorded) -> Journal:
-        """Go on with a journal where this optimizer, with its state loaded, stands; records beyond that are cut off.
+        """Continue a journal after the last step of this optimizer, whose state has been loaded; later records are cut off.
 
         Raises:
             JournalError: the journal is of other tensors, another method, seed or noise, ends before this step, or is open
@@ -328,11 +325,11 @@ class Journal:
 
     @classmethod
     def recover(cls, path: str | os.PathLike[str], optimizer: Recorded, writable: bool = True) -> Journal:
-        """Go on after the last record without a checkpoint: an optimizer that has not stepped makes all steps at once.
+        """Continue a journal after its last record, without a checkpoint: all its steps are made again first.
 
-        It and its weights are then as they were after that step, bit for bit where ``replay`` is. What is neither's, the
-        learning rate of a scheduler say, is the caller's to set. With ``writable=False`` the journal is only read, also
-        while another process has it open for writing.
+        The optimizer, which must not have stepped, and its weights are then as they were after that step, bit for bit where
+        ``replay`` is. What belongs to neither (a scheduler's learning rate, say) must be set by the caller. With
+        ``writable=False`` the journal is only read, which is possible while another process has it open for writing.
 
         Raises:
             JournalError: the optimizer has stepped, or as ``resume``.
@@ -350,11 +347,11 @@ class Journal:
     @classmethod
     @contextmanager
     def _for(cls, path: str | os.PathLike[str], optimizer: Recorded, writable: bool = True) -> Iterator[Journal]:
-        """The journal, open for writing if it is this optimizer's; closed again after an error."""
+        """The journal at this path, which must be one of this optimizer's; closed again after an error."""
         tensors = _whole(optimizer).tensors
         journal = cls(path, writable)
         try:
-            journal.header.compare(optimizer._identity()._asdict())
+            journal.header.compare(vars(optimizer._identity()))
             if not optimizer._steps:
                 journal.header.compare({"base": hash_of(tensors)})
             yield journal
@@ -363,7 +360,7 @@ class Journal:
             raise
 
     def __len__(self) -> int:
-        """Number of records: steps from 0 on, skipped ones too."""
+        """Number of records, one for each step from 0 on, skipped steps too."""
         return len(self._ends) - 1
 
     def __iter__(self) -> Iterator[Record]:
@@ -407,25 +404,25 @@ class Journal:
         self._ends.append(end + len(data))
 
     def write_step(self, identity: Identity, record: Record) -> None:
-        """``write``, if the optimizer is what the header says. JournalError if it no longer is, or never was."""
-        self.header.compare(identity._asdict())
+        """``write``, for a step of the optimizer with this identity. JournalError if it is not the one in the header."""
+        self.header.compare(vars(identity))
         self.write(record)
 
     def sync(self) -> None:
-        """Return when all records are on the disk, whatever happens to the machine."""
+        """Wait until all records are on the disk, where they survive a loss of power."""
         if self._file is not None:
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """``sync``, and no more writing."""
+        """``sync``, then close the file and free its lock."""
         if self._file is not None:
             self.sync()
-            _lock(self._file, free=True)  # closing is not enough where a child was forked, which has the file too
+            unlock(self._file)
             self._file.close()
             self._file, self._closed = None, True
 
     def _play(self, space: ParamSpace) -> Progress:
-        """Make all steps again in these weights, from those before the first one."""
+        """Make all steps again on these weights, which are those from before the first step."""
         player, device = _Player(self.header, space), space.counters.device
         stream, moved, carry = 0, 0, torch.zeros(0, device=device)
         for record in self:
@@ -437,32 +434,26 @@ class Journal:
         return Progress(stream, moved, len(self) - moved, carry)
 
     def _cut(self, steps: int) -> None:
-        """Leave the first so many records."""
+        """Keep the first ``steps`` records and remove the others."""
         del self._ends[steps + 1 :]
         if self._file is not None and os.fstat(self._file.fileno()).st_size > self._ends[-1]:
             self._file.truncate(self._ends[-1])
 
 
-def _lock(file: IO[bytes], free: bool = False) -> None:
-    """Keep other writers out until it is freed or the file is closed; JournalError if there is one."""
-    if fcntl is None:
-        return
-    try:
-        fcntl.flock(file.fileno(), fcntl.LOCK_UN if free else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+def _lock(file: IO[bytes]) -> None:
+    if not lock(file):
         raise JournalError(
             f"{file.name}: is open for writing already, here or in another process: close that journal first"
-        ) from None
-    except OSError:  # a file system without locks
-        return
+        )
 
 
 def _crc_before(data: memoryview, end: int) -> int:
+    """The checksum in the last four bytes before ``end``."""
     return int(_CRC.unpack_from(data, end - _CRC.size)[0])
 
 
 def _read_start(data: memoryview) -> tuple[Header, int]:
-    """The header and its end."""
+    """The header at the start of a file, and its end. JournalError if there is none."""
     if len(data) < _START.size or data[: len(MAGIC)] != MAGIC:
         raise JournalError("journal: the file is none, it does not start as one")
     _, version, length = _START.unpack_from(data)
@@ -486,16 +477,16 @@ def replay(
     *,
     progress: Callable[[int, int], None] = lambda done, steps: None,
 ) -> int:
-    """Make the weights of a run again, in place, from those it started with.
+    """Compute the weights of a run again, in place, from the weights that it started with.
 
-    On the backend of the run they are the run's bit for bit; on another one, and where the in-place engine was used, whose
-    probes round the weights, they agree to rounding, and a warning says so. Residuals are made anew beside the weights
-    and dropped at the end.
+    On the backend of the run the result has the bits of the run. On another backend, and where the run used the in-place
+    engine, whose probes round the weights, the two agree to rounding, and a warning says so. Residuals start at zero and are
+    dropped at the end.
 
     Args:
         base: the weights before the first step: the module, its tensors by name, or in order.
         journal: the journal or its path.
-        upto: how many steps to make, skipped ones counted; None: all.
+        upto: number of steps to make, skipped ones counted; None makes all.
         progress: called with the steps done and the steps to do, at least every 64 steps.
 
     Returns:
@@ -543,7 +534,7 @@ def _warn_of_rounding(header: Header, device: torch.device, stacklevel: int) -> 
 
 
 class _Player:
-    """Makes steps, many in one pass where there is no Hessian."""
+    """Makes recorded steps on the weights, many in one pass where there is no Hessian."""
 
     def __init__(self, header: Header, space: ParamSpace) -> None:
         self.space = space
@@ -551,9 +542,9 @@ class _Player:
         self.rates = torch.tensor([t.rates for t in header.tensors], device=space.counters.device)
 
     def add(self, record: Record) -> bool:
-        """Take one more step; whether those before it were made."""
+        """Queue a step. If it cannot be in one pass with those that wait, these are made first, and the result is True."""
         first = self.waiting[0] if self.waiting else record
-        most = 1 if self.space.hessian else min(_STEPS, _REPLAYED // (len(self.rates) * max(1, len(first.coeffs))))
+        most = 1 if self.space.hessian else min(_STEPS, _COEFFICIENTS // (len(self.rates) * max(1, len(first.coeffs))))
         alike = len(first.coeffs) == len(record.coeffs) and first.stochastic == record.stochastic
         full = not alike or len(self.waiting) >= max(1, most)
         if full:
@@ -563,7 +554,7 @@ class _Player:
         return full
 
     def play(self) -> None:
-        """Make the steps that wait."""
+        """Make the steps that are queued."""
         if not self.waiting:
             return
         records, self.waiting, device = self.waiting, [], self.rates.device
@@ -591,7 +582,7 @@ class _Player:
 
 
 def _tensors_of(base: nn.Module | Mapping[str, Tensor] | Sequence[Tensor], header: Header) -> list[Tensor]:
-    """The tensors of the journal in ``base``, checked."""
+    """The tensors of ``base`` in the journal's order. JournalError unless all are there, with their shapes and dtypes."""
     if isinstance(base, nn.Module):
         base = dict(base.named_parameters())
     if not isinstance(base, Mapping):
