@@ -1,4 +1,4 @@
-"""A run's model made again from the model it started with and its journal: the whole of the `zo-core replay` command."""
+"""The `zo-core replay` command: compute a run's model again from the model that it started with and its journal."""
 
 from __future__ import annotations
 
@@ -29,20 +29,19 @@ def replay_model(
     """Write the model that the run of `journal` had after `step` steps.
 
     Args:
-        base: what the run started with: a model as `zo-core finetune` takes it, or a .safetensors file.
+        base: the model that the run started with: as `zo-core finetune` takes it, or a .safetensors file.
         journal: the run's journal.zoj, or the run's folder.
-        out: a folder, or a .safetensors file if `base` is one; must not exist.
-        step: steps to make, skipped ones counted; None for all.
+        out: a folder, or a .safetensors file if `base` is one; it must not exist.
+        step: number of steps to make, skipped ones counted; None makes all.
         status: called with a short sentence at the start of each slow stage.
         progress: called with the steps done and the steps to do.
 
     Returns:
-        `steps` made, `of` those in the journal, and `dropped` bytes at its end.
+        `steps`: how many were made; `of`: how many the journal has; `dropped`: bytes at its end that are no whole record.
 
     Raises:
         AssetError: a named model could not be fetched.
-        RunError: the base does not load or is not the run's, the journal is damaged, or `out` is taken.
-
+        RunError: the base does not load or is not the run's, the journal is damaged, or `out` exists.
     """
     if out.exists():
         raise RunError(f"OUT {str(out)!r} is there already: choose another, or remove it")
@@ -102,7 +101,7 @@ def _replay_file(
     except SafetensorError as error:
         raise RunError(f"BASE {base!r} is no safetensors file: {first_line(error)}") from error
     for t in journal.header.tensors:
-        if t.name in tensors:  # trained in another dtype than it is stored in
+        if t.name in tensors:  # the run may have trained it in another dtype than it is stored in
             tensors[t.name] = tensors[t.name].to(DTYPES[t.dtype])
     made = replay(tensors, journal, step, progress=progress)
     with saving():
