@@ -280,7 +280,7 @@ def modules_of(module: nn.Module | None) -> list[nn.Module]:
 
 
 def inside(module: nn.Module | None, parameters: Sequence[Tensor]) -> set[int]:
-    """Numbers of those that are parameters of the module."""
+    """Numbers of the tensors that are parameters of the module."""
     numbers = {id(p): i for i, p in enumerate(parameters)}
     return {numbers[id(p)] for m in modules_of(module) for p in m._parameters.values() if id(p) in numbers}
 
@@ -314,7 +314,7 @@ def empty_residuals(tensors: Sequence[Tensor], bits: int) -> list[Tensor]:
 
 
 def versions_of(tensors: Sequence[Tensor]) -> list[tuple[object, ...]]:
-    """What changes when somebody writes a tensor or replaces its memory, for each of them."""
+    """For each tensor, values that change when somebody writes it or replaces its memory."""
     return [(p.data_ptr(), p.dtype, -1 if p.is_inference() else p._version) for p in tensors]
 
 
