@@ -3,8 +3,6 @@
 The options of the first three are made from the fields of `FinetuneConfig`, with their names, types, defaults and help.
 """
 
-from __future__ import annotations
-
 import inspect
 import json
 import os
@@ -26,88 +24,13 @@ except ImportError as error:
 from zo_core.integrations.config import FinetuneConfig, resumed_config, stored_config
 from zo_core.integrations.errors import RunError
 
-APP_HELP = """Fine-tune language models with forward passes only (zeroth-order methods).
-
-[bold]Examples[/]
-
-  zo-core finetune --time-budget 20m --output runs/reviews   # fetches a small model and reviews
-
-  zo-core evaluate runs/reviews
-
-  zo-core doctor
-"""
-
 app = typer.Typer(
-    help=APP_HELP,
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_show_locals=False,
 )
 out, err = Console(), Console(stderr=True)
-
-FINETUNE_HELP = """Fine-tune a causal language model on labelled text.
-
-Without options: SmolLM2-135M on sentences of movie reviews, for about eight minutes.
-
-[bold]Examples[/]
-
-  zo-core finetune --time-budget 20m --output runs/reviews
-
-  zo-core finetune --model ./my-model --data mine.csv --label-column stars \\
-      --template 'Review: {text}\\nRating:' --label '1= bad' --label '5= good'
-
-  zo-core finetune --output runs/reviews --resume --time-budget 40m
-"""
-
-SWEEP_HELP = """Choose a learning rate and eps by short runs, which are compared on the validation part.
-
-The sweep tries learning rates half a decade apart, first around --lr and then further in the
-better direction, and after that values of eps in the same way. A run that falls behind the best
-one by two standard errors is stopped. A sweep that was stopped continues in its --output.
-
-[bold]Examples[/]
-
-  zo-core sweep --method fzoo --steps 50
-
-  zo-core sweep --method mezo --steps 200 --no-eps --model ./my-model --data mine.csv
-"""
-
-EVALUATE_HELP = """Measure the accuracy and loss of a model, or of a finished run, on labelled text.
-
-TARGET is the folder of a run, whose model, data and options are then the defaults,
-the folder of a model, the name of a model, or a hub id.
-
-[bold]Examples[/]
-
-  zo-core evaluate runs/reviews
-
-  zo-core evaluate smollm2 --data mine.csv --part all --json
-"""
-
-REPLAY_HELP = """Compute the weights of a run again, from the model it started with and its journal.
-
-BASE is that model: a folder, a name, a hub id, or a .safetensors file. JOURNAL is
-the run's folder or its journal.zoj. OUT, a new folder (a .safetensors file if BASE is
-one), gets the model as it was after the last step, or after --step steps.
-
-[bold]Examples[/]
-
-  zo-core replay smollm2 runs/reviews tuned
-
-  zo-core replay base.safetensors journal.zoj tuned.safetensors --step 400
-"""
-
-DOCTOR_HELP = """Show what zo_core found on this machine, and what to do about what is missing.
-
-The exit code is 0 if everything that is needed was found, even if something makes it slow, and else 1.
-
-[bold]Examples[/]
-
-  zo-core doctor
-
-  zo-core doctor --json
-"""
 
 
 # ---- options from the configuration ----------------------------------------------------------------------
@@ -157,7 +80,7 @@ def _with_options(*groups: str, without: str = "") -> Callable[[Callable[..., No
         first = [p for p in own if p.default is p.empty and p.kind != p.VAR_KEYWORD]
         last = [p.replace(kind=p.KEYWORD_ONLY) for p in own if p.default is not p.empty]
         signature = inspect.Signature([*first, *added, *last])
-        run.__name__ = command.__name__
+        run.__name__, run.__doc__ = command.__name__, command.__doc__
         run.__signature__ = signature  # type: ignore[attr-defined]
         return run
 
@@ -201,15 +124,24 @@ def _complain(message: str) -> None:
 # ---- commands --------------------------------------------------------------------------------------------
 
 
-@app.callback(help=APP_HELP)
+@app.callback()
 def main_options() -> None:
-    """Keep the libraries quiet whose messages would mix with ours; the command's help is `APP_HELP`."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    """Fine-tune language models with forward passes only (zeroth-order methods).
+
+    [bold]Examples[/]
+
+      zo-core finetune --time-budget 20m --output runs/reviews   # fetches a small model and reviews
+
+      zo-core evaluate runs/reviews
+
+      zo-core doctor
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # messages of libraries would mix with ours
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_VERBOSITY", "critical")  # no messages about retries; a final failure is an error here
 
 
-@app.command(help=FINETUNE_HELP)
+@app.command()
 @_with_options("Model", "Data", "Method", "Run")
 def finetune(
     ctx: typer.Context,
@@ -221,7 +153,19 @@ def finetune(
     ] = False,
     **options: Any,
 ) -> None:
-    """Run the command; its help is `FINETUNE_HELP`."""
+    r"""Fine-tune a causal language model on labelled text.
+
+    Without options: SmolLM2-135M on sentences of movie reviews, for about eight minutes.
+
+    [bold]Examples[/]
+
+      zo-core finetune --time-budget 20m --output runs/reviews
+
+      zo-core finetune --model ./my-model --data mine.csv --label-column stars \
+          --template 'Review: {text}\nRating:' --label '1= bad' --label '5= good'
+
+      zo-core finetune --output runs/reviews --resume --time-budget 40m
+    """
     from zo_core.integrations import finetune as runs
 
     if resume and overwrite:
@@ -233,7 +177,7 @@ def finetune(
     runs.finetune(config, resume=resume, overwrite=overwrite, console=out)
 
 
-@app.command(help=SWEEP_HELP)
+@app.command()
 @_with_options("Model", "Data", "Method")
 def sweep(
     ctx: typer.Context,
@@ -252,14 +196,25 @@ def sweep(
     ] = False,
     **options: Any,
 ) -> None:
-    """Run the command; its help is `SWEEP_HELP`."""
+    """Choose a learning rate and eps by short runs, which are compared on the validation part.
+
+    The sweep tries learning rates half a decade apart, first around --lr and then further in the
+    better direction, and after that values of eps in the same way. A run that falls behind the best
+    one by two standard errors is stopped. A sweep that was stopped continues in its --output.
+
+    [bold]Examples[/]
+
+      zo-core sweep --method fzoo --steps 50
+
+      zo-core sweep --method mezo --steps 200 --no-eps --model ./my-model --data mine.csv
+    """
     from zo_core.integrations import sweep as sweeps
 
     config = FinetuneConfig(**{**options, "steps": steps, "output": output})
     sweeps.sweep(config, tries=tries, eps_too=eps_too, overwrite=overwrite, console=out)
 
 
-@app.command(help=EVALUATE_HELP)
+@app.command()
 @_with_options("Model", "Data", without="model")
 def evaluate(
     ctx: typer.Context,
@@ -268,7 +223,17 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     **options: Any,
 ) -> None:
-    """Run the command; its help is `EVALUATE_HELP`."""
+    """Measure the accuracy and loss of a model, or of a finished run, on labelled text.
+
+    TARGET is the folder of a run, whose model, data and options are then the defaults,
+    the folder of a model, the name of a model, or a hub id.
+
+    [bold]Examples[/]
+
+      zo-core evaluate runs/reviews
+
+      zo-core evaluate smollm2 --data mine.csv --part all --json
+    """
     from zo_core.integrations.session import evaluate as measure
 
     if part not in (known := ("train", "validation", "test", "all")):
@@ -291,14 +256,25 @@ def evaluate(
     out.print(table)
 
 
-@app.command(help=REPLAY_HELP)
+@app.command()
 def replay(
     base: Annotated[str, typer.Argument(metavar="BASE", help="The model that the run started with.")],
     journal: Annotated[Path, typer.Argument(metavar="JOURNAL", help="The run's folder, or its journal.zoj.")],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="Where the result is written.")],
     step: Annotated[int | None, typer.Option(help="Number of steps to make. Default: all.")] = None,
 ) -> None:
-    """Run the command; its help is `REPLAY_HELP`."""
+    """Compute the weights of a run again, from the model it started with and its journal.
+
+    BASE is that model: a folder, a name, a hub id, or a .safetensors file. JOURNAL is
+    the run's folder or its journal.zoj. OUT, a new folder (a .safetensors file if BASE is
+    one), gets the model as it was after the last step, or after --step steps.
+
+    [bold]Examples[/]
+
+      zo-core replay smollm2 runs/reviews tuned
+
+      zo-core replay base.safetensors journal.zoj tuned.safetensors --step 400
+    """
     with _readable_errors(), Progress(console=err, transient=True, disable=not err.is_terminal) as bar:
         from zo_core.integrations.replay import replay_model
 
@@ -322,9 +298,18 @@ def _run_folder(target: Path) -> Path | None:
     return None
 
 
-@app.command(help=DOCTOR_HELP)
+@app.command()
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """Run the command; its help is `DOCTOR_HELP`."""
+    """Show what zo_core found on this machine, and what to do about what is missing.
+
+    The exit code is 0 if everything that is needed was found, even if something makes it slow, and else 1.
+
+    [bold]Examples[/]
+
+      zo-core doctor
+
+      zo-core doctor --json
+    """
     from zo_core.integrations.report import diagnose
 
     findings = diagnose()

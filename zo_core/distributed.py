@@ -1,7 +1,5 @@
 """Several processes share a step: they exchange losses and checksums, never weights, and each makes the same step itself."""
 
-from __future__ import annotations
-
 import json
 import weakref
 import zlib
@@ -124,10 +122,9 @@ class Exchange:
         """Losses at all points, (n,), with the same bits in all processes.
 
         Args:
-            evaluate: gives the loss of this process's part of the batch at a point.
-            pass_by: is called instead for the points that remain after ``evaluate`` has raised.
-            points: those of all processes. Each one evaluates its share, and at least one point, so that all random generators
-                advance alike.
+            evaluate: the loss of this process's part of the batch at a point.
+            pass_by: called in its place for the points that remain when it has raised.
+            points: all of the call; each process evaluates its share, and at least one, so that generators stay alike.
             number: of the step.
 
         Raises:
@@ -151,9 +148,7 @@ class Exchange:
         with self._message():
             codes, everyone = self._post(code, number, values, points=len(points))
         parts = everyone.view(self.probes, self.data, -1).unbind(1)
-        mean = (
-            reduce(torch.add, parts) / self.data
-        )  # added in the order of the ranks, for the same bits on every machine
+        mean = reduce(torch.add, parts) / self.data  # in the order of the ranks: the same bits on every machine
         dtype = torch.float64 if _FLOAT64 in codes else torch.float32
         return mean.T.reshape(-1)[: len(points)].to(losses.device, dtype)
 
@@ -210,9 +205,8 @@ class Exchange:
         try:
             yield
         except RankError as error:
-            self.broken = (
-                error.__cause__ is not None
-            )  # from ``_call``: other ranks are gone. Else all ranks raise this error
+            # An error with a cause is from ``_call``: other ranks are gone. Without one, all ranks raise it.
+            self.broken = error.__cause__ is not None
             raise
         self.broken = False
 

@@ -15,7 +15,7 @@ import warnings
 import zlib
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -55,23 +55,15 @@ class Recorded(Protocol):
     """What a journal asks of the optimizer whose steps it records; ``ZOOptimizer`` is one."""
 
     @property
-    def _steps(self) -> int:
-        """How many steps it has made, skipped ones too."""
-        ...
+    def _steps(self) -> int: ...  # how many steps it has made, skipped ones too
 
     def _identity(self) -> Identity: ...
 
-    def _settings(self) -> dict[str, Any]:
-        """Its options as they are now."""
-        ...
+    def _settings(self) -> dict[str, Any]: ...  # its options as they are now
 
-    def _space(self) -> ParamSpace:
-        """Its tensors as they are now."""
-        ...
+    def _space(self) -> ParamSpace: ...  # its tensors as they are now
 
-    def _catch_up(self, play: Callable[[ParamSpace], Progress], steps: int) -> None:
-        """Let ``play`` make these steps on the weights, and count them."""
-        ...
+    def _catch_up(self, play: Callable[[ParamSpace], Progress], steps: int) -> None: ...  # let ``play`` make its steps
 
 
 # ---- the header --------------------------------------------------------------------------------------------------
@@ -423,15 +415,7 @@ class Journal:
 
     def _play(self, space: ParamSpace) -> Progress:
         """Make all steps again on these weights, which are those from before the first step."""
-        player, device = _Player(self.header, space), space.counters.device
-        stream, moved, carry = 0, 0, torch.zeros(0, device=device)
-        for record in self:
-            player.add(record)
-            stream, moved = record.stream + len(record.coeffs), moved + record.moved
-            now = None if record.carry is None else torch.from_numpy(record.carry.copy()).to(device)
-            carry = carried(carry, now, record.moved)
-        player.play()
-        return Progress(stream, moved, len(self) - moved, carry)
+        return _replay(self, space, self.header)
 
     def _cut(self, steps: int) -> None:
         """Keep the first ``steps`` records and remove the others."""
@@ -513,13 +497,8 @@ def replay(
         empty_residuals(tensors, bits) if bits else [],
         header.hessian or None, [scaling.identity(t, header.hessian) for t in tensors if header.hessian],
     )  # fmt: skip
-    player = _Player(header, space)
     with torch.no_grad():
-        for done, record in enumerate(islice(journal, steps)):
-            if player.add(record):
-                progress(done, steps)
-        player.play()
-    progress(steps, steps)
+        _replay(islice(journal, steps), space, header, lambda done: progress(done, steps))
     return steps
 
 
@@ -533,52 +512,63 @@ def _warn_of_rounding(header: Header, device: torch.device, stacklevel: int) -> 
         )
 
 
-class _Player:
-    """Makes recorded steps on the weights, many in one pass where there is no Hessian."""
+def _replay(
+    records: Iterable[Record], space: ParamSpace, header: Header, progress: Callable[[int], None] = lambda done: None
+) -> Progress:
+    """Make steps on the weights. ``progress`` is called with the number of steps that are made, after each pass."""
+    stream, made, moved, carry = 0, 0, 0, torch.zeros(0, device=space.counters.device)
+    rates = torch.tensor([t.rates for t in header.tensors], device=carry.device)
+    for together in _passes(records, len(rates), 1 if space.hessian else _STEPS):
+        _pass([r for r in together if r.moved], space, rates)
+        for r in together:
+            now = None if r.carry is None else torch.from_numpy(r.carry.copy()).to(carry.device)
+            stream, moved, carry = r.stream + len(r.coeffs), moved + r.moved, carried(carry, now, r.moved)
+        made += len(together)
+        progress(made)
+    return Progress(stream, moved, made - moved, carry)
 
-    def __init__(self, header: Header, space: ParamSpace) -> None:
-        self.space = space
-        self.waiting: list[Record] = []
-        self.rates = torch.tensor([t.rates for t in header.tensors], device=space.counters.device)
 
-    def add(self, record: Record) -> bool:
-        """Queue a step. If it cannot be in one pass with those that wait, these are made first, and the result is True."""
-        first = self.waiting[0] if self.waiting else record
-        most = 1 if self.space.hessian else min(_STEPS, _COEFFICIENTS // (len(self.rates) * max(1, len(first.coeffs))))
-        alike = len(first.coeffs) == len(record.coeffs) and first.stochastic == record.stochastic
-        full = not alike or len(self.waiting) >= max(1, most)
-        if full:
-            self.play()
-        if record.moved:
-            self.waiting.append(record)
-        return full
+def _passes(records: Iterable[Record], tensors: int, most: int) -> Iterator[list[Record]]:
+    """The records in lists of at most ``most`` steps that one pass can make: all round alike and have as many probes."""
+    together: list[Record] = []
+    for record in records:
+        if together:
+            first, room = together[0], min(most, _COEFFICIENTS // (tensors * max(1, len(record.coeffs))))
+            alike = (len(first.coeffs), first.stochastic) == (len(record.coeffs), record.stochastic)
+            if not alike or len(together) >= room:
+                yield together
+                together = []
+        together.append(record)
+    if together:
+        yield together
 
-    def play(self) -> None:
-        """Make the steps that are queued."""
-        if not self.waiting:
-            return
-        records, self.waiting, device = self.waiting, [], self.rates.device
 
-        def stacked(rows: list[np.ndarray]) -> Tensor:
-            return torch.from_numpy(np.stack(rows)).to(device)
+def _pass(records: Sequence[Record], space: ParamSpace, rates: Tensor) -> None:
+    """Make steps that move the weights in one pass; with a Hessian there may be only one."""
+    if not records:
+        return
+    device = rates.device
 
-        lr, decay = stacked([r.lr for r in records]), stacked([r.decay for r in records])
-        moves = torch.ones(len(records), len(self.rates), dtype=torch.bool, device=device)
-        for row, record in zip(moves, records, strict=True):
-            row[list(record.left_out)] = False
-        coeffs = stacked([r.coeffs for r in records]).unsqueeze(2) * -lr[:, None, self.rates]
-        coeffs, decay = coeffs.where(moves.unsqueeze(1), 0.0), decay[:, self.rates].where(moves, 0.0)
-        streams = torch.tensor([[r.stream] for r in records], device=device)
-        streams = streams + torch.arange(coeffs.shape[1], device=device)
-        updates = torch.tensor([r.step for r in records], device=device) if records[0].stochastic else None
-        if not self.space.hessian:
-            self.space.replay_(streams, coeffs, decay, updates)
-            return
-        learns: list[Tensor] = []
-        if (record := records[0]).curvature is not None:
-            learns = [torch.from_numpy(record.curvature.copy()).to(device).unsqueeze(1) * moves,
-                      torch.full_like(decay[0], record.smoothing) * moves[0]]  # fmt: skip
-        self.space.update_(list(torch.split(streams[0], 1)), coeffs[0], decay[0], updates, None, *learns)
+    def stacked(rows: list[np.ndarray]) -> Tensor:
+        return torch.from_numpy(np.stack(rows)).to(device)
+
+    lr, decay = stacked([r.lr for r in records]), stacked([r.decay for r in records])
+    moves = torch.ones(len(records), len(rates), dtype=torch.bool, device=device)
+    for row, record in zip(moves, records, strict=True):
+        row[list(record.left_out)] = False
+    coeffs = stacked([r.coeffs for r in records]).unsqueeze(2) * -lr[:, None, rates]
+    coeffs, decay = coeffs.where(moves.unsqueeze(1), 0.0), decay[:, rates].where(moves, 0.0)
+    streams = torch.tensor([[r.stream] for r in records], device=device)
+    streams = streams + torch.arange(coeffs.shape[1], device=device)
+    updates = torch.tensor([r.step for r in records], device=device) if records[0].stochastic else None
+    if not space.hessian:
+        space.replay_(streams, coeffs, decay, updates)
+        return
+    learns: list[Tensor] = []
+    if (record := records[0]).curvature is not None:
+        learns = [torch.from_numpy(record.curvature.copy()).to(device).unsqueeze(1) * moves,
+                  torch.full_like(decay[0], record.smoothing) * moves[0]]  # fmt: skip
+    space.update_(list(torch.split(streams[0], 1)), coeffs[0], decay[0], updates, None, *learns)
 
 
 def _tensors_of(base: nn.Module | Mapping[str, Tensor] | Sequence[Tensor], header: Header) -> list[Tensor]:

@@ -49,7 +49,7 @@ def gate(
     coeffs: Tensor, counters: Tensor, *, moves: bool, decay: Tensor | None = None, restore: Tensor | None = None,
     curvature: Tensor | None = None, smoothing: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """The flags, int32 (1 + T,), that programs of a pass read first. ``moves``: the pass writes tensors even if no scalar is not zero."""
+    """The flags, int32 (1 + T,), that programs of a pass read first. ``moves``: it writes all tensors, even with scalars of 0."""
     k, count = coeffs.shape
     go = torch.empty(1 + count, dtype=torch.int32, device=coeffs.device)
     unread = coeffs

@@ -5,8 +5,6 @@ a model as `config.json`, `model.safetensors` and tokenizer (which `from_pretrai
 `data.jsonl` with `text` and `label`. A new asset is a new entry in `ASSETS`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import hashlib

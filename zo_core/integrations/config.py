@@ -1,7 +1,5 @@
 """The configuration of a fine-tuning run. Each field is a checked value, an option of the command line, and its help."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

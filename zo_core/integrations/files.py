@@ -1,7 +1,5 @@
 """How a run writes: each file appears under its name only when it is complete and on disk, in a folder that no other run uses."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterator

@@ -14,8 +14,6 @@ bit, as one that was never stopped. (The learning rate of a schedule is an excep
 depends on the clock, or if the run is resumed with another budget.)
 """
 
-from __future__ import annotations
-
 import datetime
 import json
 import math
@@ -232,7 +230,7 @@ class Run:
                 signal.signal(signum, handler)
 
     def check(self, n: int = 0) -> None:
-        """RunInterrupted if the run was asked to stop. `evaluate` calls it with the number of examples, which is of no use here."""
+        """RunInterrupted if the run was asked to stop. `tasks.evaluate` calls it with a number of examples, which is not used."""
         if self.signum:
             raise RunInterrupted(self.signum, resume_command(self.folder))
 

@@ -1,7 +1,5 @@
 """The `zo-core replay` command: compute a run's model again from the model that it started with and its journal."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Callable
@@ -13,7 +11,7 @@ import torch
 from zo_core.integrations.errors import RunError, first_line
 from zo_core.integrations.files import saving
 from zo_core.integrations.session import loading, model_source
-from zo_core.journal import Journal, JournalError, replay
+from zo_core.journal import Header, Journal, JournalError, replay
 from zo_core.record import DTYPES
 
 
@@ -54,10 +52,14 @@ def replay_model(
         steps = Journal.open(path)
         if step is not None and not 0 <= step <= len(steps):
             raise RunError(f"--step: expected 0 to {len(steps)}, the steps of {str(path)!r}, got {step}")
-        save = _replay_file if one_file else _replay_folder
         out.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(part, ignore_errors=True)
-        made = save(base, steps, step, part, status, progress)
+        status(f"loading {base}")
+        weights, save = _load_file(base, steps.header) if one_file else _load_model(base, steps.header, status)
+        status("comparing weights")
+        made = replay(weights, steps, step, progress=progress)
+        with saving():
+            save(part)
         os.replace(part, out)
     except JournalError as error:
         raise RunError(f"{str(path)!r} and BASE {base!r}: {error}") from error
@@ -66,44 +68,34 @@ def replay_model(
     return {"steps": made, "of": len(steps), "dropped": steps.dropped}
 
 
-def _replay_folder(
-    base: str, journal: Journal, step: int | None, part: Path, status: Callable[[str], None],
-    progress: Callable[[int, int], None],
-) -> int:  # fmt: skip
+def _load_model(base: str, header: Header, status: Callable[[str], None]) -> tuple[Any, Callable[[Path], None]]:
+    """The model that `base` names, in the dtype that the run trained it in, and what saves it with its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = model_source(base, status, "BASE")
-    status(f"loading {base}")
     with loading(base, "BASE"):
         tokenizer = AutoTokenizer.from_pretrained(source)
-        dtype = DTYPES[journal.header.tensors[0].dtype]
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-    status("comparing weights")
-    made = replay(model, journal, step, progress=progress)
-    with saving():
-        model.save_pretrained(part)
-        tokenizer.save_pretrained(part)
-    return made
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[header.tensors[0].dtype])
+
+    def save(folder: Path) -> None:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    return model, save
 
 
-def _replay_file(
-    base: str, journal: Journal, step: int | None, part: Path, status: Callable[[str], None],
-    progress: Callable[[int, int], None],
-) -> int:  # fmt: skip
+def _load_file(base: str, header: Header) -> tuple[dict[str, torch.Tensor], Callable[[Path], None]]:
+    """The tensors of a .safetensors file, in the dtypes that the run trained them in, and what saves them."""
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import save_file
 
-    status("reading weights")
     try:
         with safe_open(base, "pt") as file:
             about = file.metadata()
             tensors: dict[str, torch.Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise RunError(f"BASE {base!r} is no safetensors file: {first_line(error)}") from error
-    for t in journal.header.tensors:
-        if t.name in tensors:  # the run may have trained it in another dtype than it is stored in
+    for t in header.tensors:
+        if t.name in tensors:
             tensors[t.name] = tensors[t.name].to(DTYPES[t.dtype])
-    made = replay(tensors, journal, step, progress=progress)
-    with saving():
-        save_file(tensors, part, about)
-    return made
+    return tensors, lambda path: save_file(tensors, path, about)

@@ -1,7 +1,5 @@
 """What people read about a run or a machine: versions, the findings of `zo-core doctor`, the summary table and the plot."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import importlib.util
 import os

@@ -1,7 +1,5 @@
 """Load and check a model, a tokenizer and data: the start of every run, sweep and evaluation."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import time

@@ -4,8 +4,6 @@ Zeroth-order methods are sensitive to both, and the right values depend on the m
 of steps. A run that falls far behind the best one is stopped early.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from pathlib import Path

@@ -5,8 +5,6 @@ prediction is the label whose word begins with the token of the largest next-tok
 over these tokens alone.
 """
 
-from __future__ import annotations
-
 import csv
 import inspect
 import json

@@ -1,7 +1,5 @@
 """Zeroth-order methods in transformers' Trainer, and in trainers built on it: their loop, with steps without a backward."""
 
-from __future__ import annotations
-
 import inspect
 import json
 import warnings

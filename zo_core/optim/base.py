@@ -206,14 +206,14 @@ class ZOOptimizer(Stateful):
         return engine, self._left_out() | frozen
 
     def _losses(self, engine: Engine, evaluation: Evaluation, left_out: set[int], seen: list[Tensor]) -> Losses:
-        """The function that a method calls to get the losses at points; it also appends them to ``seen``."""
+        """What gives a method the losses at the points that it asks for; they are added to ``seen``."""
         exchange, number = self._exchange, self._steps
 
         def evaluate(c: float, probe: Probe | None) -> Tensor:
             return engine.evaluate(evaluation, c, probe, left_out)
 
         def pass_by(c: float, probe: Probe | None) -> None:
-            if isinstance(engine, InPlaceEngine):  # other processes have moved there and back, which rounds the weights
+            if isinstance(engine, InPlaceEngine):  # going there and back rounds, as it does in other processes
                 engine.evaluate(lambda: engine.space.counters, c, probe, left_out)
 
         def losses(points: Sequence[tuple[float, Probe | None]]) -> Tensor:

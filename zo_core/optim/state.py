@@ -47,7 +47,7 @@ def on(device: torch.device, own: Any, copy: bool = False) -> Any:
 
 
 def to_save(own: Mapping[str, Any], hashes: Sequence[int | None]) -> dict[str, Any]:
-    """The state to save: its small tensors are copies, which later steps do not change; residuals and Hessians are not."""
+    """A state of now: its small tensors do not go on with the optimizer, as the residuals and Hessians do."""
     return {**own, **{name: x.clone() for name, x in own.items() if isinstance(x, Tensor)}, "hashes": hashes}
 
 
@@ -61,7 +61,7 @@ def refuse_meta(named: Iterable[tuple[str, Tensor]]) -> None:
 
 
 def check_saved(saved: Any, own: Mapping[str, Any]) -> None:
-    """ValueError unless an optimizer with the state ``own`` can continue from this saved state."""
+    """ValueError unless this is a state that an optimizer with the state ``own`` can go on with."""
     if not isinstance(saved, dict) or set(saved) != set(own):
         raise ValueError(
             f"state_dict: expected state[{KEY!r}] with {sorted(own)} as zo_core optimizers "
@@ -98,7 +98,7 @@ def names_of(groups: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 class Stateful(torch.optim.Optimizer):
-    """The part of ``ZOOptimizer`` that is not its step: a torch optimizer whose state is the dict that ``new`` makes."""
+    """A torch optimizer with such a state: what ``ZOOptimizer`` is beside its step."""
 
     module: nn.Module | None
     engine: str
@@ -272,7 +272,7 @@ class Stateful(torch.optim.Optimizer):
         raise NotImplementedError
 
     def _catch_up(self, play: Callable[[ParamSpace], Progress], steps: int) -> None:
-        """Let ``play`` make these steps on the weights, and count them."""
+        """Take steps that ``play`` makes again."""
         space, own = self._space(), self._own
         with uninterrupted(), torch.no_grad():
             stream, updates, skipped, own["carry"] = play(space)
