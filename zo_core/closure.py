@@ -132,7 +132,7 @@ class Buffers:
 
 
 def scalar(loss: object, device: torch.device) -> Tensor:
-    """What a closure returned as a tensor, (), float32 or float64. TypeError, ValueError if it is no real scalar."""
+    """The loss that a closure returned, as a tensor (), float32 or float64. TypeError, ValueError if it is no real scalar."""
     if not isinstance(loss, Tensor | float | int) and not hasattr(loss, "__float__"):
         raise TypeError(f"closure: expected it to return a scalar loss, got {type(loss).__name__}; return the loss")
     value = loss if isinstance(loss, Tensor) else torch.tensor(float(loss), dtype=torch.float64, device="cpu")  # type: ignore[arg-type]

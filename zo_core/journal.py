@@ -124,7 +124,7 @@ class Header(Identity):
         return header
 
     def text(self) -> bytes:
-        """As JSON."""
+        """The header as JSON."""
         return json.dumps(vars(self), separators=(",", ":")).encode()
 
     @property
@@ -151,7 +151,7 @@ def _whole(optimizer: Recorded) -> ParamSpace:
 
 
 def _sound(t: TensorInfo) -> bool:
-    """Whether shape, dtype and kind of a tensor in a header are such things, whatever the JSON text had."""
+    """Whether shape, dtype and kind of a tensor have the right types, which JSON does not guarantee."""
     shape = all(type(n) is int and n >= 0 for n in t.shape)
     return shape and isinstance(t.dtype, str) and t.dtype in DTYPES and type(t.rates) is int
 

@@ -25,7 +25,7 @@ class TensorInfo(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Identity:
-    """What an optimizer is from its first step to its last."""
+    """The properties of an optimizer that are the same for all its steps."""
 
     method: str
     seed: int
@@ -73,11 +73,11 @@ class Progress(NamedTuple):
 
 
 class Snapshot(NamedTuple):
-    """What must be the same in all processes of a run, between two steps."""
+    """Values that must be the same in all processes of a run, between two steps."""
 
     facts: dict[str, Any]  # options and state, by the name that an error gives them
     names: list[str]  # of the tensors
-    weights: list[tuple[int, int]]  # of each: which of its elements are here, and a checksum of them
+    weights: list[tuple[int, int]]  # of each tensor: which of its elements are here, and a checksum of them
 
 
 def carried(before: Tensor, now: Tensor | None, moved: Tensor | bool) -> Tensor:

@@ -197,7 +197,7 @@ class ParamSpace:
         return row
 
     def checksums(self) -> list[tuple[int, int]]:
-        """Of each tensor: which of its elements are here, and a checksum of them, of their residuals and Hessians."""
+        """For each tensor, which of its elements are here, and a checksum of them, their residuals and Hessians."""
         out = []
         for i, p in enumerate(self.tensors):
             where = zlib.crc32(str(self.pieces.runs[i]).encode()) if self.pieces else 0
@@ -268,7 +268,7 @@ def space_of(names: list[str], parameters: Sequence[Tensor], own: dict[str, Any]
 
 
 def modules_of(module: nn.Module | None) -> list[nn.Module]:
-    """As ``module.modules()``, without its generators, which take half a millisecond for 300 modules."""
+    """As ``module.modules()``, but faster: its nested generators take half a millisecond for 300 modules."""
     modules = [] if module is None else [module]
     seen = set(modules)
     for m in modules:

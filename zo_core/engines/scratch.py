@@ -36,7 +36,7 @@ class Buffer:
         return int(torch._C._storage_Use_Count(self.bytes.untyped_storage()._cdata))
 
     def in_use(self) -> bool:
-        """Whether somebody else still has a tensor in it, so that it must not be written."""
+        """Whether a tensor of this buffer is still in use elsewhere, so that it must not be overwritten."""
         return self._sharing() > self._own
 
     def lay_out(self, group: Hashable, keys: Sequence[Key], sources: Sequence[Tensor], space: ParamSpace) -> Layout:

@@ -1,4 +1,4 @@
-"""What all zeroth-order optimizers share: the step, and how it survives failure."""
+"""The step that all zeroth-order optimizers share, which happens as a whole or, after an error, not at all."""
 
 import math
 import operator
@@ -65,7 +65,7 @@ class ZOOptimizer(Stateful):
     _default: ClassVar[dict[str, Any]] = {"probes": 1, "distribution": "gaussian", "rho": 0.0, "hessian": None}
     _measures_curvature = False  # whether estimates have a curvature, which Hessian scaling needs
 
-    eps = Shared(1e-30, 1e30)  # what float32 arithmetic can carry
+    eps = Shared(1e-30, 1e30)  # the range in which float32 arithmetic neither overflows nor underflows
     probes = Shared(1, 1 << 20, Integral)
     rho = Shared(0.0, math.nextafter(1.0, 0.0))
 
@@ -73,7 +73,7 @@ class ZOOptimizer(Stateful):
     _units: Sequence[Any] = ()  # parts of the module that FSDP2 gathers
     _blocks: Sequence[set[int]] = ()
     _buffers = Buffers(None)  # of the module
-    _seen: list[tuple[object, ...]] | None = None  # what the engine was made for
+    _seen: list[tuple[object, ...]] | None = None  # the value of ``_look`` for which the engine was made
 
     def __init__(
         self,
@@ -257,7 +257,7 @@ class ZOOptimizer(Stateful):
     # ---- the tensors -------------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's; frozen tensors are left out. Ids of the noise count on from the groups before."""
+        """As torch's, without frozen tensors. The tensors' ids in the noise continue those of the groups before."""
         given = param_group["params"]
         given = [given] if isinstance(given, Tensor) else list(given)
         keep = [p for p in given if (p[1] if isinstance(p, tuple) else p).requires_grad]

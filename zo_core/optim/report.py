@@ -16,7 +16,7 @@ _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 def identity_of(
     own: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], names: Sequence[str], engine: str
 ) -> Identity:
-    """What does not change from step to step."""
+    """The identity of an optimizer with this state and these groups."""
     kinds: dict[tuple[int, bool], int] = {}
     left, tensors = iter(names), []
     for number, group in enumerate(groups):
