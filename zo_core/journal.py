@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from . import scaling
-from .kernels.reference import DISTRIBUTIONS
+from .kernels.reference import DISTRIBUTIONS, MAX_RANK
 from .locks import lock, unlock
 from .noise import VERSION as NOISE_VERSION
 from .noise import backend_of
@@ -113,6 +113,8 @@ class Header(Identity):
             ),
             "seed": type(header.seed) is int and 0 <= header.seed < 1 << 64,
             "distribution": header.distribution in list(DISTRIBUTIONS),
+            "rank": type(header.rank) is int
+            and 1 <= header.rank <= (MAX_RANK if header.distribution == "factored" else 1),
             "residual": type(header.residual) is int and header.residual in (0, *RESIDUALS),
             "hessian": header.hessian in ("", *scaling.KINDS),
             "options": isinstance(header.options, dict),
@@ -124,8 +126,9 @@ class Header(Identity):
         return header
 
     def text(self) -> bytes:
-        """The header as JSON."""
-        return json.dumps(vars(self), separators=(",", ":")).encode()
+        """The header as JSON. Only journals of factored noise have a rank, so that older versions can read all others."""
+        fields = {name: x for name, x in vars(self).items() if name != "rank" or self.distribution == "factored"}
+        return json.dumps(fields, separators=(",", ":")).encode()
 
     @property
     def kinds(self) -> int:
@@ -496,6 +499,7 @@ def replay(
         torch.zeros(1 + len(tensors), dtype=torch.int64, device=device),
         empty_residuals(tensors, bits) if bits else [],
         header.hessian or None, [scaling.identity(t, header.hessian) for t in tensors if header.hessian],
+        rank=header.rank,
     )  # fmt: skip
     with torch.no_grad():
         _replay(islice(journal, steps), space, header, lambda done: progress(done, steps))

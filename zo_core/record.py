@@ -30,6 +30,7 @@ class Identity:
     method: str
     seed: int
     distribution: str
+    rank: int = 1  # of factored noise
     residual: int  # bits, 0 for none
     hessian: str  # one of scaling.KINDS, "" for none
     engine: str

@@ -14,6 +14,7 @@ from torch import nn
 import zo_core
 from zo_core.integrations.assets import names
 from zo_core.integrations.errors import RunError
+from zo_core.kernels.reference import MAX_RANK
 
 
 class Method(NamedTuple):
@@ -124,8 +125,11 @@ class FinetuneConfig(BaseModel):
     eps: float = _option(1e-3, "Method", "Size of a perturbation.", gt=0)
     weight_decay: float = _option(0.0, "Method", "Weight decay.", ge=0)
     probes: int = _option(None, "Method", f"Random directions (probes) per step. Default: {_defaults('probes')}.", ge=1)
-    distribution: Literal["gaussian", "rademacher"] = _option(
+    distribution: Literal["gaussian", "rademacher", "factored"] = _option(
         None, "Method", f"Distribution of the directions. Default: {_defaults('distribution')}."
+    )
+    rank: int = _option(
+        1, "Method", "Rank of factored directions: how many products of signs they sum.", ge=1, le=MAX_RANK
     )
     rho: float = _option(
         0.0, "Method", "Fraction of the transformer blocks that a step leaves out. Default for lezo: 0.75.", ge=0, lt=1
@@ -198,7 +202,7 @@ class FinetuneConfig(BaseModel):
     def optimizer(self, model: nn.Module) -> zo_core.ZOOptimizer:
         """The optimizer of the trainable parameters of a model. RunError if it refuses an option."""
         method = METHODS[self.method]
-        own = ["lr", "eps", "weight_decay", "probes", "seed", "distribution", "rho", "engine"]
+        own = ["lr", "eps", "weight_decay", "probes", "seed", "distribution", "rank", "rho", "engine"]
         own += [name for name in ("smoothing", "alpha") if name in method.defaults]
         options: dict[str, Any] = {name: getattr(self, name) for name in own}
         options["residual"] = None if self.residual == "none" else int(self.residual)

@@ -24,8 +24,8 @@ def identity_of(
             rates = kinds.setdefault((number, bool(group["decay_vectors"] or p.ndim > 1)), len(kinds))
             tensors.append(TensorInfo(next(left), tuple(p.shape), _DTYPE_NAMES[p.dtype], rates))
     return Identity(
-        method=own["method"], seed=own["seed"], distribution=own["distribution"], residual=own["residual"] or 0,
-        hessian=own["hessian"] or "", engine=engine, tensors=tuple(tensors),
+        method=own["method"], seed=own["seed"], distribution=own["distribution"], rank=own.get("rank", 1),
+        residual=own["residual"] or 0, hessian=own["hessian"] or "", engine=engine, tensors=tuple(tensors),
     )  # fmt: skip
 
 
@@ -41,7 +41,7 @@ def options_of(groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def facts_of(own: Mapping[str, Any], names: Sequence[str], parameters: Sequence[Tensor]) -> dict[str, Any]:
     """The parts of the state and the properties of the tensors, apart from their values, that must be the same in all processes."""
-    facts = {k: own[k] for k in ("seed", "distribution", "residual", "hessian")}
+    facts = {k: own[k] for k in ("seed", "distribution", "residual", "hessian")} | {"rank": own.get("rank", 1)}
     facts |= {k: own[k].tolist() for k in ("stream", "updates", "skipped", "carry")}
     for i, (name, p) in enumerate(zip(names, parameters, strict=True)):
         facts[f"tensor {i}"] = f"{name}, {str(p.dtype).removeprefix('torch.')} {tuple(p.shape)}"
