@@ -335,7 +335,7 @@ class Journal:
                     "optimizer: expected one that has not stepped; Journal.resume goes on with its own steps"
                 )
             _warn_of_rounding(journal.header, optimizer._space().tensors[0].device, 3)
-            optimizer._catch_up(journal._play, len(journal))
+            optimizer._catch_up(lambda space: _replay(journal, space, journal.header), len(journal))
             journal._cut(len(journal))
             return journal
 
@@ -415,10 +415,6 @@ class Journal:
             unlock(self._file)
             self._file.close()
             self._file, self._closed = None, True
-
-    def _play(self, space: ParamSpace) -> Progress:
-        """Make all steps again on these weights, which are those from before the first step."""
-        return _replay(self, space, self.header)
 
     def _cut(self, steps: int) -> None:
         """Keep the first ``steps`` records and remove the others."""
