@@ -372,11 +372,6 @@ def test_two_processes_started_at_once_are_one_run(inputs: dict[str, object], tm
     assert same(tmp_path / "again", folder)
 
 
-def test_a_fault_of_the_journal_is_said_as_it_is(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"run.zoj: was cut by someone else"), own_folder(tmp_path):
-        raise JournalError("run.zoj: was cut by someone else since it was opened")
-
-
 @pytest.mark.parametrize("room", [6, 60, 90])
 def test_a_full_disk_is_one_message_and_loses_nothing(inputs: dict[str, object], tmp_path: Path, room: int) -> None:
     """Files may have so many kilobytes: too few for the config, for a checkpoint, and for the second half of one."""
@@ -608,3 +603,8 @@ def test_a_run_can_be_resumed_from_another_directory(
     finetune(FinetuneConfig(**options, output=tmp_path / "run"))
     monkeypatch.chdir(tmp_path)
     assert finetune(resumed_config(tmp_path / "run", {"steps": 3}), resume=True)["steps"] == 3
+
+
+def test_a_fault_of_the_journal_is_said_as_it_is(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"run.zoj: was cut by someone else"), own_folder(tmp_path):
+        raise JournalError("run.zoj: was cut by someone else since it was opened")

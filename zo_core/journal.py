@@ -126,8 +126,8 @@ class Header(Identity):
         return header
 
     def text(self) -> bytes:
-        """The header as JSON. Only journals of factored noise have a rank, so that older versions can read all others."""
-        fields = {name: x for name, x in vars(self).items() if name != "rank" or self.distribution == "factored"}
+        """The header as JSON. Fields that have their default are left out, so that older versions, which lack them, can read it."""
+        fields = {f.name: x for f in dataclasses.fields(self) if (x := getattr(self, f.name)) != f.default}
         return json.dumps(fields, separators=(",", ":")).encode()
 
     @property

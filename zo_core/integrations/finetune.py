@@ -155,23 +155,7 @@ class Run:
             RunError: the checkpoint or the metrics cannot be read, or the data has changed.
         """
         if resume:
-            try:
-                kept = torch.load(self.checkpoint / "state.pt", weights_only=True)
-                self.state = State(**kept["state"])
-                self.load_weights(self.state.step)
-                self.optimizer.load_state_dict(kept["optimizer"])
-            except Exception as error:
-                raise RunError(
-                    f"checkpoint in {str(self.checkpoint)!r} cannot be read: {first_line(error)}; "
-                    "--overwrite starts the run again"
-                ) from error
-            if self.state.data not in ("", self.session.facts["sha256"]):
-                raise RunError(
-                    f"--data {self.config.data!r} or the tokenizer of --model {self.config.model!r} is not as it was in "
-                    f"{str(self.folder)!r}: put them back, or choose another --output"
-                )
-            if self.config.dropout:
-                torch.set_rng_state(kept["rng"])
+            self._load_checkpoint()
             read_metrics(self.folder, self.state.metrics_bytes)
         self.optimizer.journal = self._journal()  # before all other files, as it fails if another run has it open
         write_json(self.folder / "config.json", self.config.model_dump(mode="json", exclude={"output"}))
@@ -179,6 +163,25 @@ class Run:
         self.metrics.truncate(self.state.metrics_bytes)
         self.metrics.seek(0, os.SEEK_END)
         self.saved_at = time.monotonic()
+
+    def _load_checkpoint(self) -> None:
+        try:
+            kept = torch.load(self.checkpoint / "state.pt", weights_only=True)
+            self.state = State(**kept["state"])
+            self.load_weights(self.state.step)
+            self.optimizer.load_state_dict(kept["optimizer"])
+        except Exception as error:
+            raise RunError(
+                f"checkpoint in {str(self.checkpoint)!r} cannot be read: {first_line(error)}; "
+                "--overwrite starts the run again"
+            ) from error
+        if self.state.data not in ("", self.session.facts["sha256"]):
+            raise RunError(
+                f"--data {self.config.data!r} or the tokenizer of --model {self.config.model!r} is not as it was in "
+                f"{str(self.folder)!r}: put them back, or choose another --output"
+            )
+        if self.config.dropout:
+            torch.set_rng_state(kept["rng"])
 
     def _journal(self) -> Journal | None:
         """The run's journal, at the step of the checkpoint; None for a run that has lost its journal."""
