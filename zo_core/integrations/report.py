@@ -48,12 +48,11 @@ def machine() -> dict[str, Any]:
 
 def diagnose() -> list[dict[str, str]]:
     """What is installed and what is missing: dicts of `state` ("ok", "slow" or "missing"), `what`, `found` and `advice`."""
-    found, backend, rows = versions(), zo_core.backend_info(), list[dict[str, str]]()
+    found, backend, rows = versions(), zo_core.backend_info(), list[tuple[str, str, str, str]]()
 
     def add(what: str, value: object, otherwise: str = "ok", advice: str = "") -> None:
         """A row whose state is "ok" if there is a value, and else ``otherwise``, with the advice."""
-        state = "ok" if value else otherwise
-        rows.append({"state": state, "what": what, "found": str(value or "none"), "advice": "" if value else advice})
+        rows.append(("ok" if value else otherwise, what, str(value or "none"), "" if value else advice))
 
     add("zo_core", found["zo_core"])
     add("Python", found["python"])
@@ -76,10 +75,10 @@ def diagnose() -> list[dict[str, str]]:
     writable = os.access(nearest, os.W_OK)
     add("cache folder", writable and str(folder), "missing", f"{folder} is read-only: set ZO_CORE_CACHE")
     add("cached assets", ", ".join(cached), advice=f"{', '.join(assets.ASSETS)} are fetched when first used")
-    return rows
+    return [dict(zip(("state", "what", "found", "advice"), row, strict=True)) for row in rows]
 
 
-def _kernels(device: torch.device) -> dict[str, str]:
+def _kernels(device: torch.device) -> tuple[str, str, str, str]:
     """A row about the kernels on a GPU: whether their check found them right, and how many are compiled already."""
     verdict = None if native.CHOICE == "reference" else cuda.check(device)
     if verdict is None:
@@ -92,7 +91,7 @@ def _kernels(device: torch.device) -> dict[str, str]:
 
         when = "found right by an earlier process" if verdict.remembered else f"found right in {verdict.seconds:.1f} s"
         state, found, advice = "ok", f"{when}; {cache.kept()} compiled forms in {cache.folder()}", ""
-    return {"state": state, "what": f"kernels on {device}", "found": found, "advice": advice}
+    return state, f"kernels on {device}", found, advice
 
 
 def peak_rss() -> int | None:
