@@ -27,7 +27,7 @@ from . import native
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the check of one GPU found."""
+    """The result of the check of one GPU."""
 
     wrong: dict[str, str]  # by the answer's name, what differed or was raised; empty: the kernels are right
     facts: dict[str, str]  # what the verdict holds for: GPU, driver, versions
@@ -35,7 +35,7 @@ class Verdict:
     seconds: float = 0.0
 
     def __str__(self) -> str:
-        """What is wrong, in one line, each finding once."""
+        """All findings in one line, each of them once, with the names of the answers that it concerns."""
         names: dict[str, list[str]] = {}
         for name, what in self.wrong.items():
             names.setdefault(what, []).append(name)
@@ -76,7 +76,7 @@ def backend_for(device: torch.device) -> ModuleType:
 
 
 def chosen() -> dict[str, str]:
-    """Of each CUDA device that a pass has run on in this process, which backend serves it."""
+    """The backend of each CUDA device that a pass has run on in this process."""
     return {str(device): backend.__name__.rpartition(".")[2] for device, backend in _chosen.items()}
 
 

@@ -223,7 +223,7 @@ def _check_factored(
 
 
 def _check_overlap(written: dict[str, Tensor], read: dict[str, Tensor]) -> None:
-    """What is written may share no memory with anything else; what is only read may, with what is only read."""
+    """ValueError if a tensor that is written shares memory with another tensor. Those that are only read may share it."""
     if any(isinstance(t, FakeTensor) or t.is_meta for t in (*written.values(), *read.values())):
         return
     spans = [(t.data_ptr(), t.data_ptr() + t.nbytes, name, name in written) for name, t in (written | read).items()]

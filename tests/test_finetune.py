@@ -26,14 +26,16 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
+from zo_core import JournalError
 from zo_core.integrations import finetune as runs
 from zo_core.integrations import tasks
 from zo_core.integrations.config import FinetuneConfig, RunError, resumed_config
+from zo_core.integrations.files import own_folder
 from zo_core.integrations.finetune import RunInterrupted, finetune
 from zo_core.integrations.replay import replay_model
 from zo_core.integrations.session import prepare
 from zo_core.integrations.sweep import sweep
-from zo_core.journal import _lock
+from zo_core.locks import lock
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -306,7 +308,7 @@ def test_what_a_resumed_run_needs_must_be_there(inputs: dict[str, object], tmp_p
         assert metrics.read_bytes() == damaged
     metrics.write_bytes(whole)
     with open(folder / "journal.zoj", "ab") as other:
-        _lock(other)
+        assert lock(other)
         with pytest.raises(RunError, match="is open for writing already"):
             finetune(resumed_config(folder, {"steps": 6}), resume=True)
     assert json.loads((folder / "config.json").read_text())["steps"] == 4
@@ -601,3 +603,8 @@ def test_a_run_can_be_resumed_from_another_directory(
     finetune(FinetuneConfig(**options, output=tmp_path / "run"))
     monkeypatch.chdir(tmp_path)
     assert finetune(resumed_config(tmp_path / "run", {"steps": 3}), resume=True)["steps"] == 3
+
+
+def test_a_fault_of_the_journal_is_said_as_it_is(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"run.zoj: was cut by someone else"), own_folder(tmp_path):
+        raise JournalError("run.zoj: was cut by someone else since it was opened")

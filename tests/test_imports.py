@@ -4,10 +4,10 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-LEVELS = [  # a room imports from rooms above it, never from below nor beside it
+LEVELS = [  # a part of the library imports from the levels above its own, never from its own level or below
     {"kernels"},
     {"bindings"},
-    {"record", "noise", "scaling", "sharding", "losses"},
+    {"record", "locks", "noise", "scaling", "sharding", "losses"},
     {"weights", "layers", "arrays"},
     {"engines", "closure", "estimators", "journal", "distributed"},
     {"optim"},
@@ -15,7 +15,7 @@ LEVELS = [  # a room imports from rooms above it, never from below nor beside it
     {"integrations"},
     {"cli"},
 ]
-LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
+LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}
 ONLY = {"triton": {"kernels"}, "transformers": {"integrations", "cli"}}  # who may import these packages
 
 
@@ -47,19 +47,19 @@ def imports(name: str, path: Path) -> set[str]:
     return found
 
 
-def room_of(name: str) -> str:
-    """The room of a dotted name below zo_core; names that are no modules are the package's own."""
+def part_of(name: str) -> str:
+    """The part of the library that has a dotted name below zo_core; names that are no modules are the package's own."""
     parts = name.split(".")
     return parts[1] if len(parts) > 1 and parts[1] in LEVEL else "zo_core"
 
 
-def test_every_room_imports_only_from_the_levels_above_it():
+def test_every_part_imports_only_from_the_levels_above_it():
     wrong = [
-        f"{name} ({room_of(name)}) imports {found}"
+        f"{name} ({part_of(name)}) imports {found}"
         for name, path in sources().items()
         for found in imports(name, path)
         if found.split(".")[0] == "zo_core" and found != "zo_core.__version__"
-        if room_of(found) != room_of(name) and LEVEL[room_of(found)] >= LEVEL[room_of(name)]
+        if part_of(found) != part_of(name) and LEVEL[part_of(found)] >= LEVEL[part_of(name)]
     ]
     assert not wrong
 
@@ -69,13 +69,13 @@ def test_heavy_packages_are_imported_only_where_they_are_needed():
         f"{name} imports {found}"
         for name, path in sources().items()
         for found in imports(name, path)
-        if room_of(name) not in ONLY.get(found.split(".")[0], {room_of(name)})
+        if part_of(name) not in ONLY.get(found.split(".")[0], {part_of(name)})
     ]
     assert not wrong
 
 
 def test_every_module_has_its_place():
-    assert {room_of(name) for name in sources()} == set(LEVEL)
+    assert {part_of(name) for name in sources()} == set(LEVEL)
 
 
 def test_no_module_imports_itself_through_others():

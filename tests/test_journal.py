@@ -25,6 +25,7 @@ from zo_core.bindings import ops
 import zo_core
 from zo_core import Journal, JournalError
 from zo_core import journal as format_of
+from zo_core.locks import lock
 
 
 def network(dtype: torch.dtype = torch.float32) -> nn.Sequential:
@@ -396,14 +397,14 @@ def test_one_writer_at_a_time_and_another_one_when_it_has_closed(tmp_path):
     opt.journal.close()
     Journal.resume(path, other).close()
     with open(tmp_path / "new.zoj.part", "ab") as part:  # somebody else makes the same one
-        format_of._lock(part)
+        assert lock(part)
         with pytest.raises(JournalError, match="is open for writing already"):
             Journal.create(tmp_path / "new.zoj", fresh)
     path.write_bytes(b"none")
     with pytest.raises(JournalError, match="the file is none") as error:
         Journal.resume(path, other)
     with open(path, "ab") as file:  # it was closed
-        format_of._lock(file)
+        assert lock(file)
     assert error.traceback
 
 

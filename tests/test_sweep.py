@@ -120,8 +120,8 @@ def test_hopeless_trials_are_stopped(inputs: dict[str, object], tmp_path: Path) 
     )
     assert trials.trial(2e-3, 1e-3) < math.inf
     assert trials.trial(3e-2, 1e-3) == math.inf
-    assert trials.kept["trials"][1]["end"] != "finished"
-    assert len(trials.kept["trials"][1]["at_quarters"]) < 4
+    assert trials.kept.trials[1].end != "finished"
+    assert len(trials.kept.trials[1].at_quarters) < 4
 
 
 def test_the_command(inputs: dict[str, object], tmp_path: Path) -> None:

@@ -1,9 +1,7 @@
-"""The command line: `zo-core finetune`, `zo-core sweep`, `zo-core evaluate`, `zo-core replay`, `zo-core doctor`.
+"""The command line: `zo-core finetune`, `sweep`, `evaluate`, `replay` and `doctor`.
 
-The options of the first three are the fields of `FinetuneConfig`: names, types, defaults and help are there.
+The options of the first three are made from the fields of `FinetuneConfig`, with their names, types, defaults and help.
 """
-
-from __future__ import annotations
 
 import inspect
 import json
@@ -27,7 +25,6 @@ from zo_core.integrations.config import FinetuneConfig, resumed_config, stored_c
 from zo_core.integrations.errors import RunError
 
 app = typer.Typer(
-    help="Fine-tune language models with forward passes only.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
@@ -35,64 +32,12 @@ app = typer.Typer(
 )
 out, err = Console(), Console(stderr=True)
 
-FINETUNE_HELP = """Fine-tune a causal language model on labelled text.
-
-Without options: SmolLM2-135M on movie-review sentences, for about eight minutes.
-
-[bold]Examples[/]
-
-  zo-core finetune --time-budget 20m --output runs/reviews
-
-  zo-core finetune --model ./my-model --data mine.csv --label-column stars \\
-      --template 'Review: {text}\\nRating:' --label '1= bad' --label '5= good'
-
-  zo-core finetune --output runs/reviews --resume --time-budget 40m
-"""
-
-SWEEP_HELP = """Choose a learning rate and eps on the validation part, by short runs.
-
-Values half a decade apart around --lr, then around --eps, further in the direction that is
-better; a run that falls behind the best one by two standard errors is stopped. A sweep that
-was stopped goes on in its --output.
-
-[bold]Examples[/]
-
-  zo-core sweep --method fzoo --steps 50
-
-  zo-core sweep --method mezo --steps 200 --no-eps --model ./my-model --data mine.csv
-"""
-
-EVALUATE_HELP = """Accuracy and loss of a model, or of a finished run, on labelled text.
-
-TARGET is a run's folder (then its model, data and options are the default),
-a model's folder, a name or a hub id.
-
-[bold]Examples[/]
-
-  zo-core evaluate runs/reviews
-
-  zo-core evaluate smollm2 --data mine.csv --part all --json
-"""
-
-REPLAY_HELP = """Make the weights of a run again, from the model it started with and its journal.
-
-BASE is that model: a folder, a name or a hub id, or a .safetensors file. JOURNAL is
-the run's folder or its journal.zoj. OUT, a new folder (or .safetensors file), gets
-the model as it was after the last step, or after --step steps.
-
-[bold]Examples[/]
-
-  zo-core replay smollm2 runs/reviews tuned
-
-  zo-core replay base.safetensors journal.zoj tuned.safetensors --step 400
-"""
-
 
 # ---- options from the configuration ----------------------------------------------------------------------
 
 
 def _parameters(groups: Sequence[str]) -> Iterator[inspect.Parameter]:
-    """One typer option for each field of `FinetuneConfig` in these groups."""
+    """A typer option for each field of `FinetuneConfig` in these groups."""
     for name, field in FinetuneConfig.model_fields.items():
         extra: Any = field.json_schema_extra
         if extra["group"] not in groups:
@@ -103,11 +48,11 @@ def _parameters(groups: Sequence[str]) -> Iterator[inspect.Parameter]:
         flags = [f"--{name.replace('_', '-')}"]
         if name == "output":
             flags.append("-o")
-        if name == "labels":
+        elif name == "labels":
             kind, flags = list[str], ["--label"]
-        if name == "time_budget":
+        elif name == "time_budget":
             kind = str
-        if kind is bool:
+        elif kind is bool:
             flags = [f"{flags[0]}/--no-{flags[0][2:]}"]
         option = typer.Option(
             *flags, help=field.description, rich_help_panel=extra["group"], show_default=shown is not None
@@ -116,7 +61,7 @@ def _parameters(groups: Sequence[str]) -> Iterator[inspect.Parameter]:
 
 
 def _with_options(*groups: str, without: str = "") -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Replace a command's `**options` by the options of these groups; it gets only those that were given."""
+    """Give a command the options of these groups in place of its `**options`, where it finds those that the user gave."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = inspect.signature(command, eval_str=True).parameters.values()
@@ -127,7 +72,7 @@ def _with_options(*groups: str, without: str = "") -> Callable[[Callable[..., No
                 source = ctx.get_parameter_source(name)
                 if source is None or source.name != "COMMANDLINE":
                     del values[name]
-            if "template" in values:  # a shell passes \n as two characters
+            if "template" in values:  # in which \\n is two characters on the command line
                 values["template"] = values["template"].replace("\\n", "\n")
             with _readable_errors():
                 command(ctx, **values)
@@ -135,7 +80,7 @@ def _with_options(*groups: str, without: str = "") -> Callable[[Callable[..., No
         first = [p for p in own if p.default is p.empty and p.kind != p.VAR_KEYWORD]
         last = [p.replace(kind=p.KEYWORD_ONLY) for p in own if p.default is not p.empty]
         signature = inspect.Signature([*first, *added, *last])
-        run.__name__ = command.__name__
+        run.__name__, run.__doc__ = command.__name__, command.__doc__
         run.__signature__ = signature  # type: ignore[attr-defined]
         return run
 
@@ -144,7 +89,7 @@ def _with_options(*groups: str, without: str = "") -> Callable[[Callable[..., No
 
 @contextmanager
 def _readable_errors() -> Iterator[None]:
-    """Turn a user's mistake into one line and exit code 2, and a stopped run into 128 + the signal."""
+    """Turn a mistake of the user into a line and exit code 2, and a run stopped by a signal into 128 + its number."""
     from zo_core.integrations.assets import AssetError
     from zo_core.integrations.finetune import RunInterrupted
     from zo_core.integrations.tasks import TaskError
@@ -154,7 +99,7 @@ def _readable_errors() -> Iterator[None]:
     except ValidationError as error:
         for problem in error.errors():
             message = problem["msg"].removeprefix("Value error, ")
-            if not problem["loc"]:  # of no one option
+            if not problem["loc"]:  # it concerns several options
                 _complain(message)
                 continue
             name = "label" if problem["loc"] == ("labels",) else "-".join(map(str, problem["loc"]))
@@ -181,25 +126,46 @@ def _complain(message: str) -> None:
 
 @app.callback()
 def main_options() -> None:
-    """Fine-tune language models with forward passes only."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    """Fine-tune language models with forward passes only (zeroth-order methods).
+
+    [bold]Examples[/]
+
+      zo-core finetune --time-budget 20m --output runs/reviews   # fetches a small model and reviews
+
+      zo-core evaluate runs/reviews
+
+      zo-core doctor
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # messages of libraries would mix with ours
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("HF_HUB_VERBOSITY", "critical")  # its retries; what fails in the end is an error here
+    os.environ.setdefault("HF_HUB_VERBOSITY", "critical")  # no messages about retries; a final failure is an error here
 
 
-@app.command(help=FINETUNE_HELP)
+@app.command()
 @_with_options("Model", "Data", "Method", "Run")
 def finetune(
     ctx: typer.Context,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run in --output.", rich_help_panel="Run")
+        bool, typer.Option("--resume", help="Continue the run in --output.", rich_help_panel="Run")
     ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the run in --output.", rich_help_panel="Run")
     ] = False,
     **options: Any,
 ) -> None:
-    """Run the command; its help is `FINETUNE_HELP`."""
+    r"""Fine-tune a causal language model on labelled text.
+
+    Without options: SmolLM2-135M on sentences of movie reviews, for about eight minutes.
+
+    [bold]Examples[/]
+
+      zo-core finetune --time-budget 20m --output runs/reviews
+
+      zo-core finetune --model ./my-model --data mine.csv --label-column stars \
+          --template 'Review: {text}\nRating:' --label '1= bad' --label '5= good'
+
+      zo-core finetune --output runs/reviews --resume --time-budget 40m
+    """
     from zo_core.integrations import finetune as runs
 
     if resume and overwrite:
@@ -211,40 +177,63 @@ def finetune(
     runs.finetune(config, resume=resume, overwrite=overwrite, console=out)
 
 
-@app.command(help=SWEEP_HELP)
+@app.command()
 @_with_options("Model", "Data", "Method")
 def sweep(
     ctx: typer.Context,
-    steps: Annotated[int, typer.Option(help="Of a trial.", min=4, rich_help_panel="Sweep")] = 100,
-    tries: Annotated[int, typer.Option(help="Values on a ladder, at most.", min=3, rich_help_panel="Sweep")] = 6,
+    steps: Annotated[int, typer.Option(help="Steps of each short run.", min=4, rich_help_panel="Sweep")] = 100,
+    tries: Annotated[
+        int, typer.Option(help="Values of lr, and of eps, to try at most.", min=3, rich_help_panel="Sweep")
+    ] = 6,
     eps_too: Annotated[
-        bool, typer.Option("--eps-too/--no-eps", help="Look for eps too.", rich_help_panel="Sweep")
+        bool, typer.Option("--eps-too/--no-eps", help="Also search for eps.", rich_help_panel="Sweep")
     ] = True,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder.", rich_help_panel="Sweep")] = Path(
-        "runs/sweep"
-    ),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder of the sweep.", rich_help_panel="Sweep")
+    ] = Path("runs/sweep"),
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Forget the sweep in --output.", rich_help_panel="Sweep")
+        bool, typer.Option("--overwrite", help="Delete the sweep in --output and start again.", rich_help_panel="Sweep")
     ] = False,
     **options: Any,
 ) -> None:
-    """Run the command; its help is `SWEEP_HELP`."""
+    """Choose a learning rate and eps by short runs, which are compared on the validation part.
+
+    The sweep tries learning rates half a decade apart, first around --lr and then further in the
+    better direction, and after that values of eps in the same way. A run that falls behind the best
+    one by two standard errors is stopped. A sweep that was stopped continues in its --output.
+
+    [bold]Examples[/]
+
+      zo-core sweep --method fzoo --steps 50
+
+      zo-core sweep --method mezo --steps 200 --no-eps --model ./my-model --data mine.csv
+    """
     from zo_core.integrations import sweep as sweeps
 
     config = FinetuneConfig(**{**options, "steps": steps, "output": output})
     sweeps.sweep(config, tries=tries, eps_too=eps_too, overwrite=overwrite, console=out)
 
 
-@app.command(help=EVALUATE_HELP)
+@app.command()
 @_with_options("Model", "Data", without="model")
 def evaluate(
     ctx: typer.Context,
-    target: Annotated[str, typer.Argument(help="Run folder, model folder, name or hub id.")],
-    part: Annotated[str, typer.Option(help="train, validation, test, or all of the data as it is.")] = "test",
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="Run folder, model folder, name or hub id.")],
+    part: Annotated[str, typer.Option(help="Part of the data: train, validation, test or all.")] = "test",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     **options: Any,
 ) -> None:
-    """Run the command; its help is `EVALUATE_HELP`."""
+    """Measure the accuracy and loss of a model, or of a finished run, on labelled text.
+
+    TARGET is the folder of a run, whose model, data and options are then the defaults,
+    the folder of a model, the name of a model, or a hub id.
+
+    [bold]Examples[/]
+
+      zo-core evaluate runs/reviews
+
+      zo-core evaluate smollm2 --data mine.csv --part all --json
+    """
     from zo_core.integrations.session import evaluate as measure
 
     if part not in (known := ("train", "validation", "test", "all")):
@@ -267,14 +256,25 @@ def evaluate(
     out.print(table)
 
 
-@app.command(help=REPLAY_HELP)
+@app.command()
 def replay(
-    base: Annotated[str, typer.Argument(help="What the run started with.")],
-    journal: Annotated[Path, typer.Argument(help="The run's folder, or its journal.zoj.")],
-    output: Annotated[Path, typer.Argument(metavar="OUT", help="Where the weights go.")],
-    step: Annotated[int | None, typer.Option(help="Steps to make. Without: all.")] = None,
+    base: Annotated[str, typer.Argument(metavar="BASE", help="The model that the run started with.")],
+    journal: Annotated[Path, typer.Argument(metavar="JOURNAL", help="The run's folder, or its journal.zoj.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="Where the result is written.")],
+    step: Annotated[int | None, typer.Option(help="Number of steps to make. Default: all.")] = None,
 ) -> None:
-    """Run the command; its help is `REPLAY_HELP`."""
+    """Compute the weights of a run again, from the model it started with and its journal.
+
+    BASE is that model: a folder, a name, a hub id, or a .safetensors file. JOURNAL is
+    the run's folder or its journal.zoj. OUT, a new folder (a .safetensors file if BASE is
+    one), gets the model as it was after the last step, or after --step steps.
+
+    [bold]Examples[/]
+
+      zo-core replay smollm2 runs/reviews tuned
+
+      zo-core replay base.safetensors journal.zoj tuned.safetensors --step 400
+    """
     with _readable_errors(), Progress(console=err, transient=True, disable=not err.is_terminal) as bar:
         from zo_core.integrations.replay import replay_model
 
@@ -289,7 +289,7 @@ def replay(
 
 
 def _run_folder(target: Path) -> Path | None:
-    """The run whose folder, or whose `model` folder, `target` is."""
+    """The folder of the finished run that `target` is, or whose `model` folder it is; None if it is neither."""
     for run in (target, target.parent):
         if target in (run, run / "model") and (run / "model").is_dir():
             with suppress(RunError):
@@ -302,7 +302,13 @@ def _run_folder(target: Path) -> Path | None:
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """Show what zo_core found on this machine, and what to do about what is missing.
 
-    Exit code 0 when everything needed is there, even if something makes it slow; 1 when not.
+    The exit code is 0 if everything that is needed was found, even if something makes it slow, and else 1.
+
+    [bold]Examples[/]
+
+      zo-core doctor
+
+      zo-core doctor --json
     """
     from zo_core.integrations.report import diagnose
 

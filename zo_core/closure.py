@@ -81,11 +81,11 @@ class _Saved(NamedTuple):
 
 
 class Buffers:
-    """The buffers of a module, which every evaluation of a step finds as the step found them.
+    """The buffers of a module, which have the same values at the start of every evaluation of a step.
 
-    All are copied at the first step, and at the next one after a module was switched between training and evaluation, to
-    see which of them a forward writes; at other steps only those that were written before. Where all are copied,
-    values are compared, as torch's batch norm writes its statistics without counting it as a write.
+    The first step copies all buffers, to find out which of them a forward writes, and so does the next step after a module
+    was switched between training and evaluation. Other steps copy only the buffers that were written before. Where all are
+    copied, their values are compared as well, as torch's batch norm writes its statistics without a change of ``_version``.
     """
 
     def __init__(self, module: nn.Module | None) -> None:
@@ -96,7 +96,7 @@ class Buffers:
         self.all = False  # whether all are saved
 
     def begin(self) -> None:
-        """Keep the values of those that may be written."""
+        """Save the values of the buffers that a closure may write."""
         modules = modules_of(self.module)
         before, self.mode = self.mode, [m.training for m in modules]
         self.saved, self.all = [], before != self.mode
@@ -108,7 +108,7 @@ class Buffers:
                     self.saved.append(_Saved(m._buffers, name, b, b._version, b.clone()))
 
     def look(self) -> None:
-        """See which were written, or replaced."""
+        """Find out which of the saved buffers have been written or replaced."""
         for s in self.saved:
             if s.key not in self.moving:
                 written = s.owner.get(s.name) is not s.buffer or s.buffer._version != s.version
@@ -116,14 +116,14 @@ class Buffers:
                     self.moving.add(s.key)
 
     def put_back(self) -> None:
-        """Let them be as the step found them."""
+        """Give the buffers that were written their values from before the step."""
         for s in self.saved:
             if s.key in self.moving:
                 s.owner[s.name] = s.buffer
                 s.buffer.copy_(s.value)
 
     def end(self, moved: Tensor) -> None:
-        """After the last evaluation, whose values stay: put them back if the step did not move the weights."""
+        """After the step: buffers keep the values of the last evaluation if it moved the weights, and else those from before."""
         for s in self.saved:
             now = s.owner.get(s.name)
             if s.key in self.moving and now is not None and (now.shape, now.dtype) == (s.value.shape, s.value.dtype):
@@ -132,7 +132,7 @@ class Buffers:
 
 
 def scalar(loss: object, device: torch.device) -> Tensor:
-    """What a closure returned as a tensor, (), float32 or float64. TypeError, ValueError if it is no real scalar."""
+    """The loss that a closure returned, as a tensor (), float32 or float64. TypeError, ValueError if it is no real scalar."""
     if not isinstance(loss, Tensor | float | int) and not hasattr(loss, "__float__"):
         raise TypeError(f"closure: expected it to return a scalar loss, got {type(loss).__name__}; return the loss")
     value = loss if isinstance(loss, Tensor) else torch.tensor(float(loss), dtype=torch.float64, device="cpu")  # type: ignore[arg-type]

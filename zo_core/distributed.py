@@ -1,6 +1,4 @@
-"""Several processes: losses and checksums are all that is exchanged, and each process makes the same step by itself."""
-
-from __future__ import annotations
+"""Several processes share a step: they exchange losses and checksums, never weights, and each makes the same step itself."""
 
 import json
 import weakref
@@ -21,8 +19,8 @@ from . import sharding
 from .record import Snapshot
 from .weights import Probe, some
 
-_FAILED, _FLOAT32, _FLOAT64, _COMPARES = range(4)  # what a message is
-_FRAME = 8  # numbers in the first part of a message: step, kind, points, checksum of the options, and values
+_FAILED, _FLOAT32, _FLOAT64, _COMPARES = range(4)  # kinds of messages; losses are sent as one of two dtypes
+_FIRST = 8  # numbers in the first part of a message: step, kind, number of points, checksum of the options, then values
 
 
 class RankError(RuntimeError):
@@ -31,21 +29,22 @@ class RankError(RuntimeError):
 
 @dataclass(frozen=True)
 class Parallel:
-    """How the processes of ``torch.distributed`` share a step: on a grid of ``data`` x ``probes`` ranks.
+    """How the processes of ``torch.distributed`` share a step: they form a grid of ``data`` x ``probes`` ranks.
 
-    Rank r takes part r % data of each batch and share r // data of the points that a step evaluates at. ``data`` is 1 for
-    processes that all see the whole batch and share its probes, ``probes`` is 1 (default) where all evaluate at every
-    point. Of the two, None is what remains of the ranks.
+    Each batch is divided into ``data`` parts and the points of a step (where it evaluates the loss) into ``probes`` shares;
+    rank r evaluates part r % data at the points of share r // data. With ``data=1`` all ranks see the whole batch, with
+    ``probes=1``, the default, all evaluate at every point. If one of the two is None, it follows from the other one and the
+    number of ranks.
 
-    Losses of the parts are averaged, each with the same weight: where the closure returns a mean, parts must have
-    equal sizes (else multiply it by its size over the mean size). Losses travel over gloo, through the CPU: NCCL ends the
-    process where gloo raises.
+    The losses of the parts are averaged with equal weights. So where the closure returns a mean, parts must have equal sizes,
+    or the closure must multiply its loss by its part's size over the mean size. Losses are sent through the CPU by gloo, as
+    NCCL ends the process in cases where gloo raises an error.
 
     Args:
-        data: parts of a batch.
-        probes: shares of the points.
-        check_every: steps between two comparisons of all weights and numbers; the first step always compares.
-        timeout: seconds to wait for the other processes: for their evaluations, and what they do between steps.
+        data: number of parts of a batch.
+        probes: number of shares of the points.
+        check_every: steps between two comparisons of all weights and options; the first step always compares.
+        timeout: seconds to wait for the other processes, for their evaluations and for what they do between steps.
 
     Raises:
         ValueError: a number out of its range.
@@ -57,7 +56,7 @@ class Parallel:
     timeout: float = 300.0
 
     def __post_init__(self) -> None:
-        """Check the numbers."""
+        """Check the ranges."""
         for name in ("data", "probes", "check_every"):
             value = getattr(self, name)
             if not ((type(value) is int and value > 0) or (value is None and name != "check_every")):
@@ -66,7 +65,7 @@ class Parallel:
             raise ValueError(f"timeout: expected a positive number of seconds, got {self.timeout!r}")
 
     def grid(self) -> tuple[int, int]:
-        """Data and probes as numbers.
+        """The numbers of parts and of shares.
 
         Raises:
             RuntimeError: ``torch.distributed`` has not been initialised.
@@ -85,17 +84,21 @@ class Parallel:
 
     @property
     def parts(self) -> int:
-        """Into how many equal parts each batch goes."""
+        """Number of parts that each batch is divided into."""
         return self.grid()[0]
 
     @property
     def part(self) -> int:
-        """Which of them, from 0 on, the closure of this process evaluates."""
+        """Number, from 0, of the part that the closure of this process evaluates."""
         return dist.get_rank() % self.parts
 
 
 class Exchange:
-    """What goes between the processes of one optimizer, over a group of their own; made by all of them at once."""
+    """The messages between the processes of one optimizer, in a process group of its own; all processes must make it together.
+
+    A message has a first part of fixed size, and a second one whose size all ranks know from the first: where the sizes
+    that ranks send differ, gloo ends the process without an error in Python.
+    """
 
     def __init__(self, parallel: Parallel) -> None:
         self.parallel, self.rank, self.ranks = parallel, dist.get_rank(), dist.get_world_size()
@@ -103,8 +106,9 @@ class Exchange:
         self.group = self._call(dist.new_group, backend="gloo", timeout=timedelta(seconds=parallel.timeout))
         weakref.finalize(self, _leave, self.group).atexit = False
         self.step = self.total = 0  # bytes sent and received: in the last step, and in all
-        self.compared, self.broken = False, False
-        self.options = ""  # of this step
+        self.compared = False  # whether the weights have been compared since the start, or since a state was loaded
+        self.broken = False  # whether some rank left a message half way, so that no further one can be understood
+        self.options = ""  # of this step, as JSON
 
     # ---- losses ------------------------------------------------------------------------------------------------
 
@@ -115,7 +119,7 @@ class Exchange:
         points: Sequence[tuple[float, Probe | None]],
         number: int,
     ) -> Tensor:
-        """Losses at all points, (n,), to the same bits in all processes.
+        """Losses at all points, (n,), with the same bits in all processes.
 
         Args:
             evaluate: the loss of this process's part of the batch at a point.
@@ -144,31 +148,31 @@ class Exchange:
         with self._message():
             codes, everyone = self._post(code, number, values, points=len(points))
         parts = everyone.view(self.probes, self.data, -1).unbind(1)
-        mean = reduce(torch.add, parts) / self.data  # one after the other: the same bits on any machine
+        mean = reduce(torch.add, parts) / self.data  # in the order of the ranks: the same bits on every machine
         dtype = torch.float64 if _FLOAT64 in codes else torch.float32
         return mean.T.reshape(-1)[: len(points)].to(losses.device, dtype)
 
     # ---- checks ------------------------------------------------------------------------------------------------
 
     def start(self, number: int, options: Mapping[str, Any], snapshot: Callable[[], Snapshot]) -> None:
-        """Begin a step: ``compare``, if this is a step that does.
+        """Begin a step, and ``compare`` every ``check_every`` steps.
 
         Args:
             number: of the step.
-            options: those that may be set anew between steps, by name.
-            snapshot: makes what ``compare`` compares.
+            options: those that users may change between steps, by name.
+            snapshot: returns what ``compare`` compares.
         """
         self.step, self.options = 0, json.dumps(options, default=str)
         if not self.compared or number % self.parallel.check_every == 0:
             self.compare(number, snapshot)
 
     def compare(self, number: int, snapshot: Callable[[], Snapshot]) -> None:
-        """Compare options, numbers and weights of all processes.
+        """Compare options, state and weights of all processes.
 
         Raises:
             RankError: they differ, or a process is gone.
         """
-        try:  # all of it before the first message: a rank that fails here tells the others
+        try:  # before the first message, so that a rank that fails here can tell the others
             facts, names, weights = snapshot()
             mine = json.dumps({"facts": facts, "weights": weights}, default=str)
         except BaseException as error:
@@ -181,7 +185,7 @@ class Exchange:
                 everyone = [json.loads(text) for text in self._texts(mine)]
                 _same([x["facts"] for x in everyone])
                 for name, *pairs in zip(names, *[x["weights"] for x in everyone], strict=True):
-                    for where in {at for at, _ in pairs}:  # those that have the same elements of a tensor
+                    for where in {at for at, _ in pairs}:  # compare the ranks that have the same elements of a tensor
                         values = {r: crc for r, (at, crc) in enumerate(pairs) if at == where}
                         if len(set(values.values())) > 1:
                             raise RankError(
@@ -194,35 +198,32 @@ class Exchange:
 
     @contextmanager
     def _message(self) -> Iterator[None]:
-        """All that belongs to one message: when that is interrupted in one rank, none may follow it."""
+        """Surrounds one message. After a message that was interrupted in some rank, none may follow."""
         if self.broken:
             raise RankError("step: a message between the processes was broken off before: start all of them again")
         self.broken = True
         try:
             yield
         except RankError as error:
-            self.broken = error.__cause__ is not None  # the others are lost; without a cause, all ranks raise it
+            # An error with a cause is from ``_call``: other ranks are gone. Without one, all ranks raise it.
+            self.broken = error.__cause__ is not None
             raise
         self.broken = False
 
     def _fail(self, number: int, error: BaseException) -> None:
         """Tell the others that this rank has failed."""
         none = torch.zeros(0, dtype=torch.float64, device="cpu")
-        with suppress(RankError), self._message():  # which says just that
+        with suppress(RankError), self._message():  # this rank raises ``error`` itself
             self._post(_FAILED, number, none, text=f"{type(error).__name__}: {error}")
 
     def _post(
         self, code: int, number: int, values: Tensor, points: int = 0, text: str = ""
     ) -> tuple[list[int], Tensor]:
-        """Codes and values, float64 (ranks, n), of all ranks, if they have sent the same kind of message.
-
-        It goes in a frame, which has one size, and a rest, whose size has been agreed on: gloo ends the process, and says
-        nothing in Python, where sizes differ.
-        """
+        """Send a message, and return the kinds and the values, float64 (ranks, n), of all ranks. RankError if they do not match."""
         head = [number, code, points, zlib.crc32(self.options.encode())]
-        whole = torch.cat([torch.tensor(head, dtype=torch.float64, device="cpu"), values])
-        frames = self._gather(pad(whole[:_FRAME], (0, max(0, _FRAME - len(whole)))))
-        steps, codes, counts, options = frames[:, : len(head)].long().T.tolist()
+        mine = torch.cat([torch.tensor(head, dtype=torch.float64, device="cpu"), values])
+        everyone = self._gather(pad(mine[:_FIRST], (0, max(0, _FIRST - len(mine)))))
+        steps, codes, counts, options = everyone[:, : len(head)].long().T.tolist()
         if _FAILED in codes:
             texts = self._texts(text)
             failed = "; ".join(f"rank {r} failed: {texts[r]}" for r, code in enumerate(codes) if code == _FAILED)
@@ -239,11 +240,12 @@ class Exchange:
                 )
         if len(set(options)) > 1 and _COMPARES not in codes:
             _same([json.loads(x) for x in self._texts(self.options)])
-        rest = [self._gather(whole[_FRAME:])] if len(whole) > _FRAME else []
-        return codes, torch.cat([frames, *rest], dim=1)[:, len(head) : len(whole)]
+        if len(mine) > _FIRST:
+            everyone = torch.cat([everyone, self._gather(mine[_FIRST:])], dim=1)
+        return codes, everyone[:, len(head) : len(mine)]
 
     def _gather(self, message: Tensor) -> Tensor:
-        """The messages of all ranks, which have the same size, (ranks, n)."""
+        """The tensors (n,) of all ranks, (ranks, n)."""
         out = [torch.empty_like(message) for _ in range(self.ranks)]
         self._call(dist.all_gather, out, message, group=self.group)
         self.step += message.nbytes * self.ranks
@@ -251,13 +253,14 @@ class Exchange:
         return torch.stack(out)
 
     def _texts(self, text: str) -> list[str]:
-        """The texts of all ranks."""
+        """The texts of all ranks, which may have different lengths."""
         data = torch.tensor(list(text.encode()), dtype=torch.uint8, device="cpu")
         sizes = self._gather(torch.tensor([len(data)], device="cpu")).view(-1).tolist()
         everyone = self._gather(pad(data, (0, max(sizes) - len(data))))
         return [bytes(x[:n].tolist()).decode() for x, n in zip(everyone, sizes, strict=True)]
 
     def _call(self, collective: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """Call a function of ``torch.distributed``. RankError in place of its error."""
         try:
             return collective(*args, **options)
         except RuntimeError as error:
@@ -268,7 +271,7 @@ class Exchange:
 
 
 def _by_value(values: Mapping[int, object] | Sequence[object]) -> str:
-    """'1 in ranks 0, 2; 5 in ranks 1' of what each rank has."""
+    """What each rank has, as in '1 in ranks 0, 2; 5 in rank 1'."""
     ranks: dict[str, list[str]] = {}
     for rank, value in values.items() if isinstance(values, Mapping) else enumerate(values):
         ranks.setdefault(str(value), []).append(str(rank))
@@ -276,7 +279,7 @@ def _by_value(values: Mapping[int, object] | Sequence[object]) -> str:
 
 
 def _same(everyone: Sequence[Mapping[str, Any]]) -> None:
-    """RankError if what the ranks told is not the same, with what differs first."""
+    """RankError that names what differs between the ranks, if anything does."""
     told = {k: [str(x.get(k, "nothing")) for x in everyone] for k in dict.fromkeys(k for x in everyone for k in x)}
     if names := [k for k, values in told.items() if len(set(values)) > 1]:
         raise RankError(f"{some(names)}: expected the same in all ranks, got {names[0]} of {_by_value(told[names[0]])}")
@@ -292,7 +295,7 @@ def check(
     processes: Parallel | None, names: Sequence[str], parameters: Sequence[Tensor], module: nn.Module | None, engine: str,
     hessian: str | None,
 ) -> None:  # fmt: skip
-    """Raise TypeError, ValueError or RuntimeError unless these options can serve these parameters in several processes."""
+    """TypeError, ValueError or RuntimeError if a step over these parameters cannot be shared, or not with these options."""
     if not isinstance(processes, Parallel | None):
         raise TypeError(f"processes: expected zo_core.distributed.Parallel(), got {processes!r}")
     if sharded := is_sharded(parameters, module):
@@ -320,5 +323,5 @@ def check(
 
 
 def is_sharded(parameters: Sequence[Tensor], module: nn.Module | None) -> bool:
-    """Whether a weight is, trained or frozen: then forwards exchange weights, and all processes must make the same ones."""
+    """Whether any weight is sharded, also a frozen one: forwards then gather weights, and all processes must run the same ones."""
     return any(map(sharding.is_sharded, (*parameters, *(module.parameters() if module is not None else ()))))

@@ -1,4 +1,4 @@
-"""What methods make of losses: where a step evaluates, and the numbers that come of it."""
+"""What methods compute from losses: the points where a step evaluates, and the coefficients that follow from the losses."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -33,7 +33,7 @@ class Update(NamedTuple):
 
 
 def update_of(found: Estimate, lr: Tensor, decay: Tensor, trains: Tensor, smoothing: float | None) -> Update:
-    """Theta <- (1 - decay) theta - lr sum_k coeffs[k] z_k; a loss or a number that is not finite makes it nothing.
+    """Theta <- (1 - decay) theta - lr sum_k coeffs[k] z_k, or nothing if the loss or another number is not finite.
 
     Args:
         found: where the step goes.

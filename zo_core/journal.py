@@ -1,7 +1,7 @@
-"""The journal of a run: an append-only file of the scalars from which all its weights can be made again.
+"""The journal of a run: an append-only file of scalars, from which all weights of the run can be computed again.
 
-The bytes are described in docs/journal.md. Nothing is ever unpickled, and a reader believes no length that it has not
-compared with the size of the file.
+docs/journal.md describes the bytes. A journal may come from anywhere, so reading one unpickles nothing and compares every
+length in it with the size of the file before that length is used.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import warnings
 import zlib
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -27,15 +27,11 @@ from torch import Tensor, nn
 
 from . import scaling
 from .kernels.reference import DISTRIBUTIONS, MAX_RANK
+from .locks import lock, unlock
 from .noise import VERSION as NOISE_VERSION
 from .noise import backend_of
 from .record import DTYPES, Identity, Progress, Record, TensorInfo, carried
 from .weights import RESIDUALS, ParamSpace, empty_residuals, some
-
-try:
-    import fcntl
-except ImportError:  # a system without such locks: two writers are not found there
-    fcntl = None  # type: ignore[assignment]
 
 FORMAT_VERSION = 1
 MAGIC = b"\x89ZOJ\r\n\x1a\n"
@@ -46,8 +42,9 @@ _CRC = struct.Struct("<I")
 _CARRY_START = struct.Struct("<II")  # how many numbers, bytes of each
 _MOVED, _STOCHASTIC, _LEFT_OUT, _CURVATURE, _CARRY, _UNKNOWN = (1 << bit for bit in range(6))  # flags
 _FLOATS = np.dtype("<f4")
-_HASHED, _REPLAYED = 1 << 26, 1 << 22  # bytes hashed at once; coefficients in one call of replay_
-_STEPS = 64  # most steps in one call: by then memory traffic is a small part, and Ctrl-C waits a second, not a minute
+_HASHED = 1 << 26  # bytes that are hashed at a time
+# Steps that replay makes in one pass: memory traffic is a small part of the time of 64, and Ctrl-C waits a second for them.
+_STEPS, _COEFFICIENTS = 64, 1 << 22  # at most, and coefficients (steps x probes x tensors)
 
 
 class JournalError(ValueError):
@@ -55,48 +52,32 @@ class JournalError(ValueError):
 
 
 class Recorded(Protocol):
-    """What a journal asks of the optimizer whose steps it has; ``ZOOptimizer`` is one."""
+    """What a journal asks of the optimizer whose steps it records; ``ZOOptimizer`` is one."""
 
     @property
-    def _steps(self) -> int:
-        """How many steps it has taken, skipped ones too."""
-        ...
+    def _steps(self) -> int: ...  # how many steps it has made, skipped ones too
 
     def _identity(self) -> Identity: ...
 
-    def _settings(self) -> dict[str, Any]:
-        """Its options as they are now."""
-        ...
+    def _settings(self) -> dict[str, Any]: ...  # its options as they are now
 
-    def _space(self) -> ParamSpace:
-        """Its tensors as they are now."""
-        ...
+    def _space(self) -> ParamSpace: ...  # its tensors as they are now
 
-    def _catch_up(self, play: Callable[[ParamSpace], Progress], steps: int) -> None:
-        """Take steps that ``play`` makes again."""
-        ...
+    def _catch_up(self, play: Callable[[ParamSpace], Progress], steps: int) -> None: ...  # let ``play`` make its steps
 
 
-# ---- what is in it -----------------------------------------------------------------------------------------------
+# ---- the header --------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Header:
-    """What holds for all records. ``base`` is the SHA-256 of the weights' bytes before the first step."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Header(Identity):
+    """What holds for all records: the optimizer's identity, and where and from what the run started."""
 
-    library: str
-    noise: int
+    library: str  # version of zo_core
+    noise: int  # version of the noise
     backend: str
-    method: str
-    seed: int
-    distribution: str
-    residual: int  # bits, 0 for none
-    hessian: str  # one of scaling.KINDS, "" for none
-    engine: str
-    options: dict[str, Any]  # of the method, as they were at the start; for the reader, replay needs none
-    base: str
-    tensors: tuple[TensorInfo, ...]
-    rank: int = 1  # of factored noise, whose journals alone have it
+    options: dict[str, Any]  # of the method, at the start; for people, as replay needs none of them
+    base: str  # SHA-256 of the weights' bytes before the first step
 
     @classmethod
     def of(cls, optimizer: Recorded) -> Header:
@@ -108,12 +89,12 @@ class Header:
             raise JournalError(f"tensors: {some(twice)} are names of several tensors: give each one of its own")
         return cls(
             library=__version__, noise=NOISE_VERSION, backend=backend_of(tensors[0].device), base=hash_of(tensors),
-            options=optimizer._settings(), **identity._asdict(),
+            options=optimizer._settings(), **vars(identity),
         )  # fmt: skip
 
     @classmethod
     def parse(cls, text: bytes) -> Header:
-        """The header in this JSON text. JournalError unless every field is there and what it should be."""
+        """The header in this JSON text. JournalError unless every field is there and has a value that it can have."""
         try:
             found = json.loads(text)
             found["tensors"] = tuple(TensorInfo(n, tuple(s), d, r) for n, s, d, r in found["tensors"])
@@ -145,10 +126,8 @@ class Header:
         return header
 
     def text(self) -> bytes:
-        """As JSON."""
-        fields = dataclasses.asdict(self)
-        if self.distribution != "factored":
-            del fields["rank"]
+        """The header as JSON. Fields that have their default are left out, so that older versions, which lack them, can read it."""
+        fields = {f.name: x for f in dataclasses.fields(self) if (x := getattr(self, f.name)) != f.default}
         return json.dumps(fields, separators=(",", ":")).encode()
 
     @property
@@ -157,7 +136,7 @@ class Header:
         return 1 + max(t.rates for t in self.tensors)
 
     def compare(self, fields: Mapping[str, Any]) -> None:
-        """JournalError that names the first of these fields, which are what is at hand, that differs from here."""
+        """JournalError that names the first of these fields whose value, which is what is at hand, differs from the header's."""
         for name, theirs in fields.items():
             mine = getattr(self, name)
             if name == "tensors" and mine != theirs:
@@ -167,7 +146,7 @@ class Header:
 
 
 def _whole(optimizer: Recorded) -> ParamSpace:
-    """The space of an optimizer's weights. JournalError if they are shards."""
+    """The space of an optimizer's weights. JournalError if they are sharded."""
     space = optimizer._space()
     if space.pieces:
         raise JournalError("optimizer: expected whole weights, its are sharded (DTensors): save its state_dict instead")
@@ -175,11 +154,13 @@ def _whole(optimizer: Recorded) -> ParamSpace:
 
 
 def _sound(t: TensorInfo) -> bool:
+    """Whether shape, dtype and kind of a tensor have the right types, which JSON does not guarantee."""
     shape = all(type(n) is int and n >= 0 for n in t.shape)
     return shape and isinstance(t.dtype, str) and t.dtype in DTYPES and type(t.rates) is int
 
 
 def _compare_tensors(mine: Sequence[TensorInfo], theirs: Sequence[TensorInfo]) -> None:
+    """JournalError that names the tensors which the journal has and the optimizer has not, or the other way round."""
     ours, others = [t.name for t in mine], [t.name for t in theirs]
     if missing := [n for n in ours if n not in set(others)]:
         raise JournalError(f"tensors: {some(missing)} of the journal are not there: pass the model it was made with")
@@ -191,7 +172,7 @@ def _compare_tensors(mine: Sequence[TensorInfo], theirs: Sequence[TensorInfo]) -
 
 
 def hash_of(tensors: Sequence[Tensor]) -> str:
-    """SHA-256, in hexadecimal, of the bytes of the tensors in order, as if they were one."""
+    """SHA-256, in hexadecimal, of the bytes of all tensors, one after the other."""
     digest = hashlib.sha256()
     for t in tensors:
         flat = t.detach().reshape(-1).view(torch.uint8)
@@ -200,8 +181,11 @@ def hash_of(tensors: Sequence[Tensor]) -> str:
     return digest.hexdigest()
 
 
+# ---- records -----------------------------------------------------------------------------------------------------
+
+
 def _encode(record: Record, header: Header, chain: int) -> bytes:
-    """The record's bytes. ``chain`` is the checksum before it."""
+    """A record's bytes. ``chain`` is the checksum of what comes before it, which its own checksum continues."""
     flags = _MOVED * record.moved | _STOCHASTIC * record.stochastic
     flags |= _LEFT_OUT * bool(record.left_out) | _CURVATURE * (record.curvature is not None)
     flags |= _CARRY * (record.carry is not None)
@@ -221,7 +205,7 @@ def _encode(record: Record, header: Header, chain: int) -> bytes:
 
 
 def _decode(data: memoryview, at: int, header: Header, chain: int) -> tuple[Record, int] | None:
-    """The record at this place and its end; None if there is none that is whole."""
+    """The record that starts at byte ``at``, and its end. None unless a whole and undamaged one is there."""
     if len(data) - at < _FIXED.size:
         return None
     flags, k, step, stream, loss = _FIXED.unpack_from(data, at)
@@ -256,9 +240,9 @@ class Journal:
 
         opt.journal = zo_core.Journal.create("run.zoj", opt)
 
-    Each step is then one write to the file, made before the step moves a weight: a process that is killed loses nothing
-    of it, and where writing fails (a full disk) the step does not happen. ``sync`` and ``close`` have the disk store
-    it; what the machine itself loses between them is a tail, which is dropped.
+    Each step then writes one record, before it moves a weight: a process that is killed loses no record, and where writing
+    fails (a full disk) the step does not happen. Only ``sync`` and ``close`` wait for the disk, so a machine that loses
+    power may lose the last records; a record that is left in part is ignored when the file is opened.
 
     Attributes:
         header: what holds for all records.
@@ -276,7 +260,7 @@ class Journal:
         except BaseException:
             self.close()
             raise
-        self._ends = array("Q", [start])  # of the header and of each record; the checksum is before it
+        self._ends = array("Q", [start])  # where the header and each record end; the last four bytes are the checksum
         while found := _decode(data, self._ends[-1], self.header, _crc_before(data, self._ends[-1])):
             if found[0].step != len(self):
                 break
@@ -285,7 +269,7 @@ class Journal:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Journal:
-        """For reading. JournalError if the file is no journal; a torn record at its end is left out (``dropped``)."""
+        """For reading. JournalError if the file is no journal; an incomplete record at its end is left out (``dropped``)."""
         return cls(path)
 
     @classmethod
@@ -293,8 +277,8 @@ class Journal:
         """A new journal of an optimizer that has not stepped yet.
 
         Raises:
-            JournalError: the optimizer has stepped, or two of its tensors have one name.
-            FileExistsError: the file is there.
+            JournalError: the optimizer has stepped, two of its tensors have one name, or another process is creating the file.
+            FileExistsError: the file exists.
         """
         path = Path(path)
         if steps := optimizer._steps:
@@ -303,10 +287,12 @@ class Journal:
             raise FileExistsError(f"{path} exists: Journal.resume goes on with it, or remove it")
         text = Header.of(optimizer).text()
         start = _START.pack(MAGIC, FORMAT_VERSION, len(text)) + text
-        part = path.with_name(path.name + ".part")  # it appears under its name whole or not at all
+        part = path.with_name(
+            path.name + ".part"
+        )  # renamed when it is complete, so that ``path`` is never half a journal
         with open(part, "ab") as file:
             _lock(file)
-            if path.exists():  # now: somebody else's
+            if path.exists():  # created by somebody else while this one waited for the lock
                 raise FileExistsError(f"{path} exists: another writer has just made it")
             file.truncate(0)
             file.write(start + _CRC.pack(zlib.crc32(start)))
@@ -317,7 +303,7 @@ class Journal:
 
     @classmethod
     def resume(cls, path: str | os.PathLike[str], optimizer: Recorded) -> Journal:
-        """Go on with a journal where this optimizer, with its state loaded, stands; records beyond that are cut off.
+        """Continue a journal after the last step of this optimizer, whose state has been loaded; later records are cut off.
 
         Raises:
             JournalError: the journal is of other tensors, another method, seed or noise, ends before this step, or is open
@@ -334,11 +320,11 @@ class Journal:
 
     @classmethod
     def recover(cls, path: str | os.PathLike[str], optimizer: Recorded, writable: bool = True) -> Journal:
-        """Go on after the last record without a checkpoint: an optimizer that has not stepped makes all steps at once.
+        """Continue a journal after its last record, without a checkpoint: all its steps are made again first.
 
-        It and its weights are then as they were after that step, bit for bit where ``replay`` is. What is neither's, the
-        learning rate of a scheduler say, is the caller's to set. With ``writable=False`` the journal is only read, also
-        while another process has it open for writing.
+        The optimizer, which must not have stepped, and its weights are then as they were after that step, bit for bit where
+        ``replay`` is. What belongs to neither (a scheduler's learning rate, say) must be set by the caller. With
+        ``writable=False`` the journal is only read, which is possible while another process has it open for writing.
 
         Raises:
             JournalError: the optimizer has stepped, or as ``resume``.
@@ -349,18 +335,18 @@ class Journal:
                     "optimizer: expected one that has not stepped; Journal.resume goes on with its own steps"
                 )
             _warn_of_rounding(journal.header, optimizer._space().tensors[0].device, 3)
-            optimizer._catch_up(journal._play, len(journal))
+            optimizer._catch_up(lambda space: _replay(journal, space, journal.header), len(journal))
             journal._cut(len(journal))
             return journal
 
     @classmethod
     @contextmanager
     def _for(cls, path: str | os.PathLike[str], optimizer: Recorded, writable: bool = True) -> Iterator[Journal]:
-        """The journal, open for writing if it is this optimizer's; closed again after an error."""
+        """The journal at this path, which must be one of this optimizer's; closed again after an error."""
         tensors = _whole(optimizer).tensors
         journal = cls(path, writable)
         try:
-            journal.header.compare(optimizer._identity()._asdict())
+            journal.header.compare(vars(optimizer._identity()))
             if not optimizer._steps:
                 journal.header.compare({"base": hash_of(tensors)})
             yield journal
@@ -369,7 +355,7 @@ class Journal:
             raise
 
     def __len__(self) -> int:
-        """Number of records: steps from 0 on, skipped ones too."""
+        """Number of records, one for each step from 0 on, skipped steps too."""
         return len(self._ends) - 1
 
     def __iter__(self) -> Iterator[Record]:
@@ -413,62 +399,44 @@ class Journal:
         self._ends.append(end + len(data))
 
     def write_step(self, identity: Identity, record: Record) -> None:
-        """``write``, if the optimizer is what the header says. JournalError if it no longer is, or never was."""
-        self.header.compare(identity._asdict())
+        """``write``, for a step of the optimizer with this identity. JournalError if it is not the one in the header."""
+        self.header.compare(vars(identity))
         self.write(record)
 
     def sync(self) -> None:
-        """Return when all records are on the disk, whatever happens to the machine."""
+        """Wait until all records are on the disk, where they survive a loss of power."""
         if self._file is not None:
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """``sync``, and no more writing."""
+        """``sync``, then close the file and free its lock."""
         if self._file is not None:
             self.sync()
-            _lock(self._file, free=True)  # closing is not enough where a child was forked, which has the file too
+            unlock(self._file)
             self._file.close()
             self._file, self._closed = None, True
 
-    def _play(self, space: ParamSpace) -> Progress:
-        """Make all steps again in these weights, from those before the first one."""
-        player, device = _Player(self.header, space), space.counters.device
-        stream, moved, carry = 0, 0, torch.zeros(0, device=device)
-        for record in self:
-            player.add(record)
-            stream, moved = record.stream + len(record.coeffs), moved + record.moved
-            now = None if record.carry is None else torch.from_numpy(record.carry.copy()).to(device)
-            carry = carried(carry, now, record.moved)
-        player.play()
-        return Progress(stream, moved, len(self) - moved, carry)
-
     def _cut(self, steps: int) -> None:
-        """Leave the first so many records."""
+        """Keep the first ``steps`` records and remove the others."""
         del self._ends[steps + 1 :]
         if self._file is not None and os.fstat(self._file.fileno()).st_size > self._ends[-1]:
             self._file.truncate(self._ends[-1])
 
 
-def _lock(file: IO[bytes], free: bool = False) -> None:
-    """Keep other writers out until it is freed or the file is closed; JournalError if there is one."""
-    if fcntl is None:
-        return
-    try:
-        fcntl.flock(file.fileno(), fcntl.LOCK_UN if free else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+def _lock(file: IO[bytes]) -> None:
+    if not lock(file):
         raise JournalError(
             f"{file.name}: is open for writing already, here or in another process: close that journal first"
-        ) from None
-    except OSError:  # a file system without locks
-        return
+        )
 
 
 def _crc_before(data: memoryview, end: int) -> int:
+    """The checksum in the last four bytes before ``end``."""
     return int(_CRC.unpack_from(data, end - _CRC.size)[0])
 
 
 def _read_start(data: memoryview) -> tuple[Header, int]:
-    """The header and its end."""
+    """The header at the start of a file, and its end. JournalError if there is none."""
     if len(data) < _START.size or data[: len(MAGIC)] != MAGIC:
         raise JournalError("journal: the file is none, it does not start as one")
     _, version, length = _START.unpack_from(data)
@@ -492,16 +460,16 @@ def replay(
     *,
     progress: Callable[[int, int], None] = lambda done, steps: None,
 ) -> int:
-    """Make the weights of a run again, in place, from those it started with.
+    """Compute the weights of a run again, in place, from the weights that it started with.
 
-    On the backend of the run they are the run's bit for bit; on another one, and where the in-place engine was used, whose
-    probes round the weights, they agree to rounding, and a warning says so. Residuals are made anew beside the weights
-    and dropped at the end.
+    On the backend of the run the result has the bits of the run. On another backend, and where the run used the in-place
+    engine, whose probes round the weights, the two agree to rounding, and a warning says so. Residuals start at zero and are
+    dropped at the end.
 
     Args:
         base: the weights before the first step: the module, its tensors by name, or in order.
         journal: the journal or its path.
-        upto: how many steps to make, skipped ones counted; None: all.
+        upto: number of steps to make, skipped ones counted; None makes all.
         progress: called with the steps done and the steps to do, at least every 64 steps.
 
     Returns:
@@ -529,13 +497,8 @@ def replay(
         header.hessian or None, [scaling.identity(t, header.hessian) for t in tensors if header.hessian],
         rank=header.rank,
     )  # fmt: skip
-    player = _Player(header, space)
     with torch.no_grad():
-        for done, record in enumerate(islice(journal, steps)):
-            if player.add(record):
-                progress(done, steps)
-        player.play()
-    progress(steps, steps)
+        _replay(islice(journal, steps), space, header, lambda done: progress(done, steps))
     return steps
 
 
@@ -549,56 +512,67 @@ def _warn_of_rounding(header: Header, device: torch.device, stacklevel: int) -> 
         )
 
 
-class _Player:
-    """Makes steps, many in one pass where there is no Hessian."""
+def _replay(
+    records: Iterable[Record], space: ParamSpace, header: Header, progress: Callable[[int], None] = lambda done: None
+) -> Progress:
+    """Make steps on the weights. ``progress`` is called with the number of steps that are made, after each pass."""
+    stream, made, moved, carry = 0, 0, 0, torch.zeros(0, device=space.counters.device)
+    rates = torch.tensor([t.rates for t in header.tensors], device=carry.device)
+    for together in _passes(records, len(rates), 1 if space.hessian else _STEPS):
+        _pass([r for r in together if r.moved], space, rates)
+        for r in together:
+            now = None if r.carry is None else torch.from_numpy(r.carry.copy()).to(carry.device)
+            stream, moved, carry = r.stream + len(r.coeffs), moved + r.moved, carried(carry, now, r.moved)
+        made += len(together)
+        progress(made)
+    return Progress(stream, moved, made - moved, carry)
 
-    def __init__(self, header: Header, space: ParamSpace) -> None:
-        self.space = space
-        self.waiting: list[Record] = []
-        self.rates = torch.tensor([t.rates for t in header.tensors], device=space.counters.device)
 
-    def add(self, record: Record) -> bool:
-        """Take one more step; whether those before it were made."""
-        first = self.waiting[0] if self.waiting else record
-        most = 1 if self.space.hessian else min(_STEPS, _REPLAYED // (len(self.rates) * max(1, len(first.coeffs))))
-        alike = len(first.coeffs) == len(record.coeffs) and first.stochastic == record.stochastic
-        full = not alike or len(self.waiting) >= max(1, most)
-        if full:
-            self.play()
-        if record.moved:
-            self.waiting.append(record)
-        return full
+def _passes(records: Iterable[Record], tensors: int, most: int) -> Iterator[list[Record]]:
+    """The records in lists of at most ``most`` steps that one pass can make: all round alike and have as many probes."""
+    together: list[Record] = []
+    for record in records:
+        if together:
+            first, room = together[0], min(most, _COEFFICIENTS // (tensors * max(1, len(record.coeffs))))
+            alike = (len(first.coeffs), first.stochastic) == (len(record.coeffs), record.stochastic)
+            if not alike or len(together) >= room:
+                yield together
+                together = []
+        together.append(record)
+    if together:
+        yield together
 
-    def play(self) -> None:
-        """Make the steps that wait."""
-        if not self.waiting:
-            return
-        records, self.waiting, device = self.waiting, [], self.rates.device
 
-        def stacked(rows: list[np.ndarray]) -> Tensor:
-            return torch.from_numpy(np.stack(rows)).to(device)
+def _pass(records: Sequence[Record], space: ParamSpace, rates: Tensor) -> None:
+    """Make steps that move the weights in one pass; with a Hessian there may be only one."""
+    if not records:
+        return
+    device = rates.device
 
-        lr, decay = stacked([r.lr for r in records]), stacked([r.decay for r in records])
-        moves = torch.ones(len(records), len(self.rates), dtype=torch.bool, device=device)
-        for row, record in zip(moves, records, strict=True):
-            row[list(record.left_out)] = False
-        coeffs = stacked([r.coeffs for r in records]).unsqueeze(2) * -lr[:, None, self.rates]
-        coeffs, decay = coeffs.where(moves.unsqueeze(1), 0.0), decay[:, self.rates].where(moves, 0.0)
-        streams = torch.tensor([[r.stream] for r in records], device=device)
-        streams = streams + torch.arange(coeffs.shape[1], device=device)
-        updates = torch.tensor([r.step for r in records], device=device) if records[0].stochastic else None
-        if not self.space.hessian:
-            self.space.replay_(streams, coeffs, decay, updates)
-            return
-        learns: list[Tensor] = []
-        if (record := records[0]).curvature is not None:
-            learns = [torch.from_numpy(record.curvature.copy()).to(device).unsqueeze(1) * moves,
-                      torch.full_like(decay[0], record.smoothing) * moves[0]]  # fmt: skip
-        self.space.update_(list(torch.split(streams[0], 1)), coeffs[0], decay[0], updates, None, *learns)
+    def stacked(rows: list[np.ndarray]) -> Tensor:
+        return torch.from_numpy(np.stack(rows)).to(device)
+
+    lr, decay = stacked([r.lr for r in records]), stacked([r.decay for r in records])
+    moves = torch.ones(len(records), len(rates), dtype=torch.bool, device=device)
+    for row, record in zip(moves, records, strict=True):
+        row[list(record.left_out)] = False
+    coeffs = stacked([r.coeffs for r in records]).unsqueeze(2) * -lr[:, None, rates]
+    coeffs, decay = coeffs.where(moves.unsqueeze(1), 0.0), decay[:, rates].where(moves, 0.0)
+    streams = torch.tensor([[r.stream] for r in records], device=device)
+    streams = streams + torch.arange(coeffs.shape[1], device=device)
+    updates = torch.tensor([r.step for r in records], device=device) if records[0].stochastic else None
+    if not space.hessian:
+        space.replay_(streams, coeffs, decay, updates)
+        return
+    learns: list[Tensor] = []
+    if (record := records[0]).curvature is not None:
+        learns = [torch.from_numpy(record.curvature.copy()).to(device).unsqueeze(1) * moves,
+                  torch.full_like(decay[0], record.smoothing) * moves[0]]  # fmt: skip
+    space.update_(list(torch.split(streams[0], 1)), coeffs[0], decay[0], updates, None, *learns)
 
 
 def _tensors_of(base: nn.Module | Mapping[str, Tensor] | Sequence[Tensor], header: Header) -> list[Tensor]:
-    """The tensors of the journal in ``base``, checked."""
+    """The tensors of ``base`` in the journal's order. JournalError unless all are there, with their shapes and dtypes."""
     if isinstance(base, nn.Module):
         base = dict(base.named_parameters())
     if not isinstance(base, Mapping):

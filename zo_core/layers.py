@@ -48,9 +48,9 @@ def find_blocks(module: nn.Module | None, blocks: Blocks | None = None) -> list[
 
 
 def tensors_of(blocks: Sequence[nn.Module], tensors: Sequence[Tensor], module: nn.Module | None) -> list[set[int]]:
-    """Numbers of the tensors in each block; those that are used outside the blocks too are in none.
+    """Numbers of the tensors in each block, without those that are also used outside the blocks.
 
-    A tensor that several blocks share (ALBERT) is in each of them, and left out when all of them are.
+    A tensor that several blocks share (ALBERT) is in each of them, and is left out when all of these are.
 
     Raises:
         ValueError: none of the tensors is in any block.

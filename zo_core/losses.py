@@ -47,5 +47,6 @@ def causal_lm_loss(logits: Tensor, labels: Tensor, *, ignore_index: int = -100) 
         labels: int64 (batch, length), the input tokens; those that are ``ignore_index`` do not count.
         ignore_index: as in ``cross_entropy``.
     """
-    following = functional.pad(labels[..., 1:], (0, 1), value=ignore_index)  # no copy of logits without the last
+    # Padding the labels takes no memory; leaving out the last logits would copy all others.
+    following = functional.pad(labels[..., 1:], (0, 1), value=ignore_index)
     return cross_entropy(logits, following, ignore_index=ignore_index)

@@ -1,9 +1,10 @@
-"""The plain data of a step: the optimizer fills it, the journal writes it, the processes compare it.
+"""The data of a step: the optimizer makes it, the journal writes it, and the processes of a run compare it.
 
-It imports none of them, so that imports go one way.
+This file imports none of them, so that imports go one way.
 """
 
 import math
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +15,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class TensorInfo(NamedTuple):
-    """A trained tensor; ``rates`` says which of a record's pairs of learning rate and decay are its own."""
+    """A trained tensor; ``rates`` is the number of its kind: tensors of one kind have the same learning rate and decay."""
 
     name: str
     shape: tuple[int, ...]
@@ -22,13 +23,14 @@ class TensorInfo(NamedTuple):
     rates: int
 
 
-class Identity(NamedTuple):
-    """What an optimizer is from its first step to its last."""
+@dataclass(frozen=True, kw_only=True)
+class Identity:
+    """The properties of an optimizer that are the same for all its steps."""
 
     method: str
     seed: int
     distribution: str
-    rank: int  # of factored noise, 1 of other
+    rank: int = 1  # of factored noise
     residual: int  # bits, 0 for none
     hessian: str  # one of scaling.KINDS, "" for none
     engine: str
@@ -36,7 +38,7 @@ class Identity(NamedTuple):
 
     @property
     def rates(self) -> list[int]:
-        """For each kind of rates, the number of the first tensor that has them."""
+        """For each kind of tensor, the number of the first tensor of that kind."""
         numbers = [t.rates for t in self.tensors]
         return [numbers.index(kind) for kind in range(1 + max(numbers))]
 
@@ -63,7 +65,7 @@ class Record(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """Where a run stands after some of its steps."""
+    """The counters of a run after some of its steps, and what the last of them left for the next one."""
 
     stream: int  # of the next probe
     updates: int
@@ -72,15 +74,15 @@ class Progress(NamedTuple):
 
 
 class Snapshot(NamedTuple):
-    """What must be the same in all processes of a run, between two steps."""
+    """Values that must be the same in all processes of a run, between two steps."""
 
     facts: dict[str, Any]  # options and state, by the name that an error gives them
     names: list[str]  # of the tensors
-    weights: list[tuple[int, int]]  # of each: which of its elements are here, and a checksum of them
+    weights: list[tuple[int, int]]  # of each tensor: which of its elements are here, and a checksum of them
 
 
 def carried(before: Tensor, now: Tensor | None, moved: Tensor | bool) -> Tensor:
-    """What the step after one finds in ``optimizer.carry``: of a step that did not move the weights, what there was before."""
+    """The ``optimizer.carry`` after a step: what its estimate left (``now``), or ``before`` if it did not move the weights."""
     if now is None:
         return before
     return torch.where(torch.as_tensor(moved), now, before if len(before) == len(now) else now * math.nan)

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 def is_sharded(p: Tensor) -> bool:
     """Whether p is a DTensor."""
-    module = sys.modules.get("torch.distributed.tensor")  # takes a second to import, and who has a DTensor has done so
+    module = sys.modules.get(
+        "torch.distributed.tensor"
+    )  # a slow import, which whoever has made a DTensor has done already
     return module is not None and isinstance(p, module.DTensor)
 
 

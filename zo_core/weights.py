@@ -199,7 +199,7 @@ class ParamSpace:
         return row
 
     def checksums(self) -> list[tuple[int, int]]:
-        """Of each tensor: which of its elements are here, and a checksum of them, of their residuals and Hessians."""
+        """For each tensor, which of its elements are here, and a checksum of them, their residuals and Hessians."""
         out = []
         for i, p in enumerate(self.tensors):
             where = zlib.crc32(str(self.pieces.runs[i]).encode()) if self.pieces else 0
@@ -279,7 +279,7 @@ def space_of(names: list[str], parameters: Sequence[Tensor], own: dict[str, Any]
 
 
 def modules_of(module: nn.Module | None) -> list[nn.Module]:
-    """As ``module.modules()``, without its generators, which take half a millisecond for 300 modules."""
+    """As ``module.modules()``, but faster: its nested generators take half a millisecond for 300 modules."""
     modules = [] if module is None else [module]
     seen = set(modules)
     for m in modules:
@@ -291,7 +291,7 @@ def modules_of(module: nn.Module | None) -> list[nn.Module]:
 
 
 def inside(module: nn.Module | None, parameters: Sequence[Tensor]) -> set[int]:
-    """Numbers of those that are parameters of the module."""
+    """Numbers of the tensors that are parameters of the module."""
     numbers = {id(p): i for i, p in enumerate(parameters)}
     return {numbers[id(p)] for m in modules_of(module) for p in m._parameters.values() if id(p) in numbers}
 
@@ -325,7 +325,7 @@ def empty_residuals(tensors: Sequence[Tensor], bits: int) -> list[Tensor]:
 
 
 def versions_of(tensors: Sequence[Tensor]) -> list[tuple[object, ...]]:
-    """What changes when somebody writes a tensor or replaces its memory, for each of them."""
+    """For each tensor, values that change when somebody writes it or replaces its memory."""
     return [(p.data_ptr(), p.dtype, -1 if p.is_inference() else p._version) for p in tensors]
 
 

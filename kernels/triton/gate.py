@@ -49,7 +49,7 @@ def gate(
     coeffs: Tensor, counters: Tensor, *, moves: bool, decay: Tensor | None = None, restore: Tensor | None = None,
     curvature: Tensor | None = None, smoothing: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """What passes with these scalars (K, T) ask before they do anything; ``moves``: they write even without work."""
+    """The flags, int32 (1 + T,), that programs of a pass read first. ``moves``: it writes all tensors, even with scalars of 0."""
     k, count = coeffs.shape
     go = torch.empty(1 + count, dtype=torch.int32, device=coeffs.device)
     unread = coeffs

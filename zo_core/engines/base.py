@@ -1,4 +1,4 @@
-"""What an optimizer asks of an engine, and what engines share."""
+"""The interface of engines, and how they hold back signals while weights change."""
 
 import signal
 import threading
@@ -33,7 +33,7 @@ class Engine(Protocol):
         ...
 
     def restore(self) -> None:
-        """Go back to theta, wherever an evaluation was left."""
+        """Give the weights their values theta again, whatever evaluation was interrupted."""
         ...
 
     def memory(self) -> dict[str, int]:
@@ -64,7 +64,7 @@ _Handlers = dict[int, Callable[[int, FrameType | None], Any]]
 
 
 def _put_back(handlers: _Handlers) -> None:
-    """All of them, whatever one that is back already raises meanwhile."""
+    """Set all handlers again, also if one that is set already is called meanwhile and raises."""
     try:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -74,7 +74,7 @@ def _put_back(handlers: _Handlers) -> None:
 
 
 def _deliver(arrived: list[tuple[int, FrameType | None]], handlers: _Handlers) -> None:
-    """Every signal that was held back, also after one whose handler raises."""
+    """Call the handlers of all signals that were held back, also after one of them has raised."""
     if arrived:
         number, frame = arrived.pop(0)
         try:

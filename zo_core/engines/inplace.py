@@ -1,4 +1,4 @@
-"""The papers' way: the weights are written to be probed, in one fused pass where they walk to and fro."""
+"""The published way: a probe is added to the weights; from one probe to the next is a single pass over them."""
 
 from collections.abc import Callable, Collection, Sequence
 
@@ -29,7 +29,7 @@ class InPlaceEngine:
         return closure()
 
     def restore(self) -> None:
-        """Go back to theta."""
+        """Give the weights their values theta again."""
         self._move(None)
 
     def _move(self, to: tuple[Probe, Tensor] | None) -> None:
@@ -60,5 +60,5 @@ class InPlaceEngine:
             self.at = None
 
     def memory(self) -> dict[str, int]:
-        """Nothing."""
+        """Nothing: the engine needs no memory beside the weights."""
         return {}

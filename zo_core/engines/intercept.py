@@ -37,7 +37,7 @@ WRITTEN = "weights change in opt.step only: write them outside of it"
 
 
 class Values(Protocol):
-    """What an engine says of parameters during an evaluation."""
+    """The engine's values of parameters during an evaluation."""
 
     def read(self, i: int, dtype: torch.dtype | None, keep: bool) -> Tensor:
         """Values of tensor i, in this dtype or its own; ``keep``: at an address that is theirs until the evaluation ends."""
@@ -49,7 +49,7 @@ class Values(Protocol):
 
 
 class Intercepted(Tensor):
-    """What parameters are during an evaluation. Each ``Interception`` has a subclass of its own."""
+    """The class of parameters during an evaluation. Each ``Interception`` has a subclass of its own."""
 
     interception: ClassVar["Interception"]
     _is_param = True  # isinstance(x, nn.Parameter)
@@ -67,7 +67,7 @@ class Intercepted(Tensor):
 
 @lru_cache(4096)
 def _asks(func: Callable[..., Any]) -> str:
-    """What a torch function asks of a tensor: what is known "about" it, its "address", to "write" it, or its "values"."""
+    """What a torch function needs of a tensor: facts "about" it, its "address", its "values", or to "write" it."""
     name = getattr(func, "__name__", "")
     if (func.__self__.__name__ in _PROPERTIES) if name in ("__get__", "__set__") else (name in _METHODS):  # type: ignore[attr-defined]
         return "about"

@@ -36,7 +36,7 @@ class Buffer:
         return int(torch._C._storage_Use_Count(self.bytes.untyped_storage()._cdata))
 
     def in_use(self) -> bool:
-        """Whether somebody else still has a tensor in it, so that it must not be written."""
+        """Whether a tensor of this buffer is still in use elsewhere, so that it must not be overwritten."""
         return self._sharing() > self._own
 
     def lay_out(self, group: Hashable, keys: Sequence[Key], sources: Sequence[Tensor], space: ParamSpace) -> Layout:
@@ -56,16 +56,16 @@ class Buffer:
         return found
 
     def filled(self, group: Hashable) -> None:
-        """The copies of this group are in it from now on, as they should be."""
+        """Note that the buffer now holds the copies of this group."""
         self.group, self._version = group, self.bytes._version
 
     def written(self) -> bool:
-        """Whether somebody else has written to a tensor in it."""
+        """Whether a tensor in this buffer has been written since then."""
         return self.group is not None and self.bytes._version != self._version
 
 
 def aligned(nbytes: int) -> int:
-    """What so many bytes take up."""
+    """This number of bytes, rounded up to the alignment."""
     return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
 
 
@@ -95,7 +95,7 @@ class Scratch:
         return free
 
     def empty(self) -> None:
-        """What the buffers hold is of no use any more."""
+        """Forget which groups the buffers hold."""
         for buffer in self.buffers:
             buffer.group = None
 

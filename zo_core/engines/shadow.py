@@ -126,7 +126,7 @@ class ShadowEngine:
         return self._run(closure, c, probe, leave_out, hide)
 
     def _begin(self, c: float, probe: Probe, leave_out: Collection[int], hide: bool) -> None:
-        """Let parameters answer with theta + c z."""
+        """From now on, functions that read parameters get theta + c z."""
         tensors = self.space.tensors
         refuse_nested(self.space.names, tensors)
         self._sources = [p.data for p in tensors]
@@ -188,7 +188,7 @@ class ShadowEngine:
 
     def _fill(self, group: Hashable, keys: list[Key]) -> dict[Key, Tensor]:
         """Copies of a group's tensors, made in one pass."""
-        self._refuse_writes()  # as a buffer that is taken forgets what was in it
+        self._refuse_writes()  # before a buffer is taken, which forgets its copies
         which, sources = [i for i, _ in keys], [self._sources[i] for i, _ in keys]
         buffer = self._scratch.take(sum(aligned(s.numel() * k[1].itemsize) for k, s in zip(keys, sources, strict=True)))
         layout = buffer.lay_out(group, keys, sources, self.space)
@@ -221,7 +221,7 @@ class ShadowEngine:
             return region.code(*args, **kwargs)
 
     def _serve_compiled(self) -> bool:
-        """Whether there is something to do about compiled code that was met: new regions, or an exchange of all parameters."""
+        """Prepare for compiled code that was met, by new regions or by exchanging all parameters. False if both were done before."""
         regions, before = compiled_regions(self.module, self._numbers), [r.owner for r in self._regions]
         self._regions, new = regions, [r for r in regions if r.owner not in before]
         rest = [i for i in range(len(self.space.tensors)) if i not in self._exchanged]
@@ -243,7 +243,7 @@ class ShadowEngine:
             )
 
     def _hide(self, which: Sequence[int]) -> None:
-        """Let the parameters' own values be NaN."""
+        """Set the data of these parameters to NaN, until ``restore``."""
         largest: dict[torch.dtype, int] = {}
         for i in which:
             largest[self._sources[i].dtype] = max(largest.get(self._sources[i].dtype, 0), self._sources[i].numel())
@@ -254,7 +254,7 @@ class ShadowEngine:
             self.space.tensors[i].data = nan[source.dtype][: source.numel()].view(source.shape)
 
     def _finds_reads_elsewhere(self, run: Callable[..., Tensor], result: Tensor) -> bool:
-        """Whether the closure reads parameters where interception does not see it; they are exchanged from now on."""
+        """Whether the closure reads parameters without interception; if so, they are exchanged from now on."""
         if not result.isfinite():
             return False
         if self._result is not None and result != self._result:  # the closure tells probes apart:
@@ -276,7 +276,7 @@ class ShadowEngine:
         return found
 
     def _shows(self, run: Callable[..., Tensor], result: Tensor) -> bool:
-        """Whether the result is another where parameters themselves are not numbers."""
+        """Whether the closure's result changes when the data of parameters are NaN."""
         try:
             seen = run(hide=True)
         except Exception as error:

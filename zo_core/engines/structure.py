@@ -1,4 +1,4 @@
-"""What the structure of a module says about how its parameters are read."""
+"""Groups of parameters, aliases of them and compiled parts, found in the structure of a module."""
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence

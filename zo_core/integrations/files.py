@@ -1,6 +1,4 @@
-"""What a run writes: files that appear under their names whole and on disk, or not at all, in a folder that is its own."""
-
-from __future__ import annotations
+"""How a run writes: each file appears under its name only when it is complete and on disk, in a folder that no other run uses."""
 
 import json
 import os
@@ -13,14 +11,15 @@ import torch
 from safetensors import SafetensorError
 
 from zo_core.integrations.errors import RunError, first_line
-from zo_core.journal import JournalError, _lock
+from zo_core.journal import JournalError
+from zo_core.locks import lock
 
 LOCK = ".lock"
 
 
 @contextmanager
 def atomic(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write, which takes the place of what is at ``path`` when the block ends without an error."""
+    """A file to write, which is renamed to ``path`` if the block ends without an error."""
     part = path.with_name(path.name + ".part")
     try:
         with open(part, "wb") as file:
@@ -29,13 +28,13 @@ def atomic(path: Path) -> Iterator[IO[bytes]]:
             os.fsync(file.fileno())
         os.replace(part, path)
     except BaseException:
-        part.unlink(missing_ok=True)  # on a full disk it takes the room that others need
+        part.unlink(missing_ok=True)  # on a full disk, others need its space
         raise
 
 
 @contextmanager
 def saving() -> Iterator[None]:
-    """Within, a file that cannot be written is an OSError, also where torch and safetensors raise errors of their own."""
+    """Turn the errors that torch and safetensors raise for a file that cannot be written into OSError."""
     try:
         yield
     except (SafetensorError, RuntimeError) as error:
@@ -43,37 +42,32 @@ def saving() -> Iterator[None]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """This value at ``path``, as JSON."""
+    """Write a value to ``path`` as JSON."""
     with atomic(path) as file:
         file.write((json.dumps(value, indent=2) + "\n").encode())
 
 
 def write_tensors(path: Path, value: Any) -> None:
-    """This value at ``path``, by ``torch.save``."""
+    """Write a value to ``path`` by ``torch.save``."""
     with saving(), atomic(path) as file:
         torch.save(value, file)
 
 
 @contextmanager
 def own_folder(folder: Path) -> Iterator[None]:
-    """Make the folder of a run and keep other runs out of it.
-
-    The operating system holds the lock, on the file ``LOCK``, for as long as the block lasts and this process lives: what
-    a killed process leaves behind locks nothing.
+    """Make the folder of a run and keep other runs out of it while the block runs, by a lock on the file ``LOCK`` in it.
 
     Raises:
         RunError: another run is at work there, or, within the block too, something cannot be written.
-
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / LOCK, "ab") as file:
-            _lock(file)
+            if not lock(file):
+                raise RunError(f"--output {str(folder)!r}: another run is at work there; let it end, or choose another")
             yield
     except JournalError as error:
-        raise RunError(
-            f"--output {str(folder)!r}: another run is at work there; let it end, or choose another"
-        ) from error
+        raise RunError(f"--output {str(folder)!r}: {error}") from error
     except OSError as error:
         raise RunError(
             f"--output {str(folder)!r} cannot be written: {first_line(error)}; make room there and --resume the run if it "

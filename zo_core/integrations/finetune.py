@@ -1,20 +1,18 @@
 """Fine-tune a causal language model on labelled text with forward passes only.
 
-`finetune(FinetuneConfig(...))` is the whole of the `zo-core finetune` command. A run lives in one folder:
+`finetune(FinetuneConfig(...))` is the `zo-core finetune` command. A run has a folder of its own:
 
-    config.json     what was asked for
-    metrics.jsonl   one line a step, one line an evaluation
-    journal.zoj     from which `zo-core replay` makes the weights of any step again
-    checkpoint/     state.pt (optimizer, counters) and the weights it names; what --resume starts from
-    model/          the tuned model and its tokenizer, for plain transformers
-    summary.json    what came out        plot.png   loss and accuracy over the run
+    config.json     its options
+    metrics.jsonl   a line for each step and for each evaluation
+    journal.zoj     what `zo-core replay` needs to compute the weights of any step again
+    checkpoint/     what --resume starts from: state.pt (optimizer, counters) and the weights that it names
+    model/          the tuned model and its tokenizer, as transformers saves them
+    summary.json    the results          plot.png   loss and accuracy over the run
 
-Everything a step needs is a function of the seed and the step's number, so a resumed run makes the same
-weights, bit for bit, as one that was never stopped. (A learning rate that falls does so over
-the budget: it follows the clock of a time budget, and a resumed run's new budget.)
+All that a step needs is a function of the seed and the step's number, so a resumed run has the same weights, bit for
+bit, as one that was never stopped. (The learning rate of a schedule is an exception if the budget is a time, as it then
+depends on the clock, or if the run is resumed with another budget.)
 """
-
-from __future__ import annotations
 
 import datetime
 import json
@@ -49,10 +47,9 @@ OUR_FILES = ("config.json", "metrics.jsonl", "journal.zoj", "summary.json", "plo
 
 
 class RunInterrupted(Exception):
-    """A run that was asked to stop by a signal and has saved its state; the message is how to resume."""
+    """A signal has asked the run to stop, and its state is saved. The message is the command that resumes it."""
 
     def __init__(self, signum: int, command: str) -> None:
-        """Keep the signal's number beside the command that resumes."""
         super().__init__(command)
         self.signum = signum
 
@@ -62,7 +59,7 @@ class RunInterrupted(Exception):
 
 @dataclass
 class State:
-    """Where a run stands; all of it is in a checkpoint."""
+    """The counters and results of a run so far, as a checkpoint has them."""
 
     step: int = 0
     seconds: float = 0.0  # of training; evaluations and checkpoints do not count
@@ -71,14 +68,14 @@ class State:
     validated: int = -1  # the last step that was validated
     best_step: int | None = None
     best: tuple[float, float] = (-1.0, 0.0)  # validation accuracy, minus loss
-    before: dict[str, Any] | None = None  # test part at step 0
+    before: dict[str, Any] | None = None  # results on the test part before the first step
     before_correct: list[bool] = field(default_factory=list)
     metrics_bytes: int = 0
-    data: str = ""  # digest of the encoded data; "" in checkpoints that were written without it
+    data: str = ""  # SHA-256 of the encoded data; "" in checkpoints of older versions, which have none
 
 
 def _check_free(folder: Path, overwrite: bool) -> None:
-    """RunError unless `folder` is empty, or a run's and `overwrite` set."""
+    """RunError unless `folder` is empty, or holds a run that may be overwritten."""
     if not any(path.name != LOCK for path in folder.iterdir()):
         return
     try:
@@ -99,7 +96,7 @@ def _clear(folder: Path) -> None:
 
 
 def read_metrics(folder: Path, size: int | None = None) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl, or of its first bytes; RunError unless they are there and a run's."""
+    """The lines of a run's metrics.jsonl, or those in its first `size` bytes. RunError if they are not there or damaged."""
     path = folder / "metrics.jsonl"
     try:
         data = path.read_bytes()[:size]
@@ -111,36 +108,31 @@ def read_metrics(folder: Path, size: int | None = None) -> list[dict[str, Any]]:
 
 
 class Run:
-    """One run: its session, optimizer, state and folder. `finetune` drives it."""
+    """A run: its session, optimizer, state and folder. It writes nothing before `open`."""
 
     def __init__(self, session: Session, console: Console) -> None:
-        """Build the optimizer; touch nothing on disk."""
         config = session.config
         self.session, self.config, self.console = session, config, console
         self.state, self.signum = State(data=session.facts["sha256"]), 0
         self.folder, self.checkpoint = config.output, config.output / "checkpoint"
         self.optimizer = config.optimizer(session.model)
-        if config.dropout:  # dropout is the one user of torch's global generator; a checkpoint keeps its state
+        if config.dropout:  # only dropout uses torch's global generator, whose state is in checkpoints for that reason
             torch.set_rng_state(torch.Generator().manual_seed(config.seed).get_state())
 
     # -- saving
 
     def save(self, *, best: bool = False) -> None:
-        """Write a checkpoint: weights under their own name, then the state that names them; then tidy."""
+        """Write a checkpoint: first the weights, then the state, which names their file, so that each state has its weights."""
         self.checkpoint.mkdir(exist_ok=True)
         self.metrics.flush()
         os.fsync(self.metrics.fileno())
-        if self.optimizer.journal is not None:  # no checkpoint is ahead of it
+        if self.optimizer.journal is not None:  # it must not end before the step of a checkpoint
             self.optimizer.journal.sync()
         self.state.metrics_bytes = self.metrics.tell()
         if best:
             self.state.best_step = self.state.step
         write_tensors(self._weights(self.state.step), self.session.model.state_dict())
-        kept = {
-            "state": asdict(self.state),
-            "optimizer": self.optimizer.state_dict(),
-            "rng": torch.get_rng_state(),
-        }
+        kept = {"state": asdict(self.state), "optimizer": self.optimizer.state_dict(), "rng": torch.get_rng_state()}
         write_tensors(self.checkpoint / "state.pt", kept)
         named = {self._weights(step) for step in (self.state.step, self.state.best_step) if step is not None}
         for path in self.checkpoint.glob("weights-*"):
@@ -152,45 +144,47 @@ class Run:
         return self.checkpoint / f"weights-{step}.pt"
 
     def load_weights(self, step: int) -> None:
-        """Put the checkpointed weights of `step` into the model."""
+        """Load the weights that were saved at `step` into the model."""
         weights = torch.load(self._weights(step), map_location=self.session.scorer.device, weights_only=True)
         self.session.model.load_state_dict(weights)
 
     def open(self, resume: bool) -> None:
-        """Start the folder's files, or go back to its checkpoint and drop the metrics written after it.
+        """Create the files of the folder, or load its checkpoint and remove the metrics that were written after it.
 
         Raises:
-            RunError: the checkpoint or the metrics are not readable.
-
+            RunError: the checkpoint or the metrics cannot be read, or the data has changed.
         """
         if resume:
-            try:
-                kept = torch.load(self.checkpoint / "state.pt", weights_only=True)
-                self.state = State(**kept["state"])
-                self.load_weights(self.state.step)
-                self.optimizer.load_state_dict(kept["optimizer"])
-            except Exception as error:
-                raise RunError(
-                    f"checkpoint in {str(self.checkpoint)!r} cannot be read: {first_line(error)}; "
-                    "--overwrite starts the run again"
-                ) from error
-            if self.state.data not in ("", self.session.facts["sha256"]):
-                raise RunError(
-                    f"--data {self.config.data!r} or the tokenizer of --model {self.config.model!r} is not as it was in "
-                    f"{str(self.folder)!r}: put them back, or choose another --output"
-                )
-            if self.config.dropout:
-                torch.set_rng_state(kept["rng"])
+            self._load_checkpoint()
             read_metrics(self.folder, self.state.metrics_bytes)
-        self.optimizer.journal = self._journal()  # first of all that is written: no other run has it open
+        self.optimizer.journal = self._journal()  # before all other files, as it fails if another run has it open
         write_json(self.folder / "config.json", self.config.model_dump(mode="json", exclude={"output"}))
         self.metrics = open(self.folder / "metrics.jsonl", "ab")  # noqa: SIM115 - open for the whole run
         self.metrics.truncate(self.state.metrics_bytes)
         self.metrics.seek(0, os.SEEK_END)
         self.saved_at = time.monotonic()
 
+    def _load_checkpoint(self) -> None:
+        try:
+            kept = torch.load(self.checkpoint / "state.pt", weights_only=True)
+            self.state = State(**kept["state"])
+            self.load_weights(self.state.step)
+            self.optimizer.load_state_dict(kept["optimizer"])
+        except Exception as error:
+            raise RunError(
+                f"checkpoint in {str(self.checkpoint)!r} cannot be read: {first_line(error)}; "
+                "--overwrite starts the run again"
+            ) from error
+        if self.state.data not in ("", self.session.facts["sha256"]):
+            raise RunError(
+                f"--data {self.config.data!r} or the tokenizer of --model {self.config.model!r} is not as it was in "
+                f"{str(self.folder)!r}: put them back, or choose another --output"
+            )
+        if self.config.dropout:
+            torch.set_rng_state(kept["rng"])
+
     def _journal(self) -> Journal | None:
-        """The run's journal at the step of the checkpoint; None for a run that went without one so far."""
+        """The run's journal, at the step of the checkpoint; None for a run that has lost its journal."""
         path = self.folder / "journal.zoj"
         try:
             if path.exists():
@@ -209,11 +203,8 @@ class Run:
 
     def log(self, kind: str, **values: Any) -> None:
         """Add a line to metrics.jsonl; a value that is not finite becomes null."""
-        counts = {
-            "step": self.state.step,
-            "forwards": self.state.forwards,
-            "seconds": round(self.state.seconds, 3),
-        }
+        state = self.state
+        counts = {"step": state.step, "forwards": state.forwards, "seconds": round(state.seconds, 3)}
         plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         self.metrics.write((json.dumps({"kind": kind, **counts, **plain}) + "\n").encode())
         self.metrics.flush()
@@ -222,7 +213,7 @@ class Run:
 
     @contextmanager
     def stoppable(self) -> Iterator[None]:
-        """Within, the first Ctrl-C (or SIGTERM) asks the run to stop and a second one aborts it at once."""
+        """While the block runs, a first Ctrl-C (or SIGTERM) asks the run to stop, and a second one aborts it at once."""
 
         def ask(signum: int, frame: Any) -> None:
             if self.signum:
@@ -242,20 +233,17 @@ class Run:
                 signal.signal(signum, handler)
 
     def check(self, n: int = 0) -> None:
-        """Leave the run's loops if it was asked to stop."""
+        """RunInterrupted if the run was asked to stop. `tasks.evaluate` calls it with a number of examples, which is not used."""
         if self.signum:
             raise RunInterrupted(self.signum, resume_command(self.folder))
 
     # -- working
 
     def evaluate(self, part: str, note: str) -> Evaluation:
-        """Evaluate one part of the data, log it and show a line."""
-        start = time.perf_counter()
+        """Evaluate one part of the data, log the result and show it in a line that begins with `note`."""
+        start, session = time.perf_counter(), self.session
         found = tasks.evaluate(
-            self.session.scorer,
-            self.session.parts[part],
-            batch_size=self.config.eval_batch_size,
-            progress=self.check,
+            session.scorer, session.parts[part], batch_size=self.config.eval_batch_size, progress=self.check
         )
         took = time.perf_counter() - start
         self.state.evaluation_seconds += took
@@ -265,13 +253,12 @@ class Run:
         self.console.print(
             f"[bold]{note}[/]: {part} accuracy [bold]{found.accuracy:.4f}[/] "
             f"[dim](95% {low:.4f} to {high:.4f}, n {found.n}, loss {found.loss:.4f}, {took:.1f} s)[/]",
-            highlight=False,
-            soft_wrap=True,
-        )
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
         return found
 
     def validate(self) -> None:
-        """Evaluate the validation part at this step, and keep the weights if they are the best so far."""
+        """Evaluate the validation part, and save the weights if they are the best so far."""
         found = self.evaluate("validation", f"step {self.state.step}")
         score = (found.accuracy, -found.loss)
         self.state.validated = self.state.step
@@ -303,12 +290,11 @@ class Run:
         return loss
 
     def train(self) -> None:
-        """Step and validate until a budget is used up.
+        """Make steps and validate until the budget is used up.
 
         Raises:
-            RunError: no finite loss for many steps.
-            RunInterrupted: a signal asked to stop.
-
+            RunError: the losses of many steps in a row were not finite.
+            RunInterrupted: a signal has asked the run to stop.
         """
         config, state, optimizer = self.config, self.state, self.optimizer
         losses, bad = [], 0
@@ -346,7 +332,7 @@ class Run:
         return min((steps - self.state.step) * self.state.seconds / self.state.step, budget - self.state.seconds)
 
     def finish(self) -> dict[str, Any]:
-        """Test the chosen weights, save them for plain transformers, write summary and plot."""
+        """Test the chosen weights, save them as transformers does, and write summary and plot."""
         config, state, model = self.config, self.state, self.session.model
         chosen = state.step if state.best_step is None else state.best_step
         if chosen != state.step:
@@ -357,20 +343,18 @@ class Run:
         with saving():
             model.save_pretrained(scratch)
             self.session.tokenizer.save_pretrained(scratch)
-        shutil.rmtree(self.folder / "model", ignore_errors=True)  # not before the new one is whole
+        shutil.rmtree(self.folder / "model", ignore_errors=True)  # only now that the new one is complete
         scratch.rename(self.folder / "model")
         lines = read_metrics(self.folder)
         steps = [line for line in lines if line["kind"] == "step"]
         evaluations = [line for line in lines if line["kind"] == "evaluation"]
-        before = torch.tensor(state.before_correct)
+        losses = [line["loss"] for line in steps]
+        before, parameters = torch.tensor(state.before_correct), list(model.parameters())
         summary = {
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "model": {
-                "name": config.model,
-                "class": type(model).__name__,
-                "parameters": sum(p.numel() for p in model.parameters()),
-                "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
-                "dtype": config.dtype,
+                "name": config.model, "class": type(model).__name__, "parameters": sum(map(torch.numel, parameters)),
+                "trainable": sum(p.numel() for p in parameters if p.requires_grad), "dtype": config.dtype,
                 "autocast": config.autocast,
             },
             "data": self.session.facts,
@@ -381,21 +365,11 @@ class Run:
             "forwards": state.forwards,
             "selected_step": chosen,
             "selected_by": "validation accuracy" if config.keep_best else "last step",
-            "test": {
-                "before": state.before,
-                "after": after.report(),
-                "change": tasks.paired_difference(before, after.correct),
-            },
+            "test": {"before": state.before, "after": after.report(), "change": tasks.paired_difference(before, after.correct)},
             "validation": [line for line in evaluations if line["split"] == "validation"],
-            "train_loss": {
-                "first": _mean([line["loss"] for line in steps[:20]]),
-                "last": _mean([line["loss"] for line in steps[-20:]]),
-                "steps_averaged": min(20, len(steps)),
-            },
+            "train_loss": {"first": _mean(losses[:20]), "last": _mean(losses[-20:]), "steps_averaged": min(20, len(steps))},
             "seconds": {
-                "training": state.seconds,
-                "evaluation": state.evaluation_seconds,
-                "step": state.seconds / max(1, state.step),
+                "training": state.seconds, "evaluation": state.evaluation_seconds, "step": state.seconds / max(1, state.step)
             },
             "saturated": self.optimizer.saturated,
             "memory_bytes": self.optimizer.memory(),
@@ -403,7 +377,7 @@ class Run:
             "versions": report.versions(),
             "machine": report.machine(),
             "backend": zo_core.backend_info(),
-        }
+        }  # fmt: skip
         write_json(self.folder / "summary.json", summary)
         title = f"{config.model} on {config.data}, {config.method}, lr {config.lr:g}, eps {config.eps:g}"
         report.plot(self.folder / "plot.png", steps, evaluations, title)
@@ -411,17 +385,17 @@ class Run:
 
 
 def resume_command(folder: Path) -> str:
-    """The command that goes on with the run in `folder`."""
+    """The command that resumes the run in `folder`."""
     return f"zo-core finetune --output {shlex.quote(str(folder))} --resume"
 
 
 def finished(config: FinetuneConfig) -> dict[str, Any] | None:
-    """The summary of the run in `config.output`, if its budget is used up and it has one."""
+    """The summary of the run in `config.output`, if that run has used up its budget and written one."""
     try:
         kept = torch.load(config.output / "checkpoint" / "state.pt", weights_only=True)["state"]
         summary: dict[str, Any] = json.loads((config.output / "summary.json").read_text(encoding="utf-8"))
         over, same = config.progress(kept["step"], kept["seconds"]) >= 1, summary["steps"] == kept["step"]
-    except Exception:  # whatever is wrong with them is said where they are needed
+    except Exception:  # a damaged file is reported when the run needs it
         return None
     return summary if over and same else None
 
@@ -446,19 +420,18 @@ def _mean(values: list[float | None]) -> float | None:
 def finetune(
     config: FinetuneConfig, *, resume: bool = False, overwrite: bool = False, console: Console | None = None
 ) -> dict[str, Any]:
-    """Run (or go on with) a fine-tuning run and return its summary, as in summary.json.
+    """Start or resume a fine-tuning run and return its summary, as in summary.json.
 
     Args:
         config: the run.
-        resume: go on from the checkpoint in `config.output`; take `config` from `resumed_config`.
-        overwrite: replace a run that is in `config.output`.
-        console: where progress is shown; nowhere when None.
+        resume: continue from the checkpoint in `config.output`; `config` is then that of `resumed_config`.
+        overwrite: replace the run in `config.output`, if there is one.
+        console: where progress is shown; None shows nothing.
 
     Raises:
         AssetError, TaskError: see `prepare`.
-        RunError: the run cannot start or go on.
-        RunInterrupted: stopped by a signal, saved, can be resumed.
-
+        RunError: the run cannot start or continue.
+        RunInterrupted: a signal has stopped the run; it is saved and can be resumed.
     """
     console = console or Console(quiet=True)
     if resume and not (config.output / "checkpoint" / "state.pt").exists():

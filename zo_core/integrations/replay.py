@@ -1,6 +1,4 @@
-"""A run's model made again from the model it started with and its journal: the whole of the `zo-core replay` command."""
-
-from __future__ import annotations
+"""The `zo-core replay` command: compute a run's model again from the model that it started with and its journal."""
 
 import os
 import shutil
@@ -13,7 +11,7 @@ import torch
 from zo_core.integrations.errors import RunError, first_line
 from zo_core.integrations.files import saving
 from zo_core.integrations.session import loading, model_source
-from zo_core.journal import Journal, JournalError, replay
+from zo_core.journal import Header, Journal, JournalError, replay
 from zo_core.record import DTYPES
 
 
@@ -29,20 +27,19 @@ def replay_model(
     """Write the model that the run of `journal` had after `step` steps.
 
     Args:
-        base: what the run started with: a model as `zo-core finetune` takes it, or a .safetensors file.
+        base: the model that the run started with: as `zo-core finetune` takes it, or a .safetensors file.
         journal: the run's journal.zoj, or the run's folder.
-        out: a folder, or a .safetensors file if `base` is one; must not exist.
-        step: steps to make, skipped ones counted; None for all.
+        out: a folder, or a .safetensors file if `base` is one; it must not exist.
+        step: number of steps to make, skipped ones counted; None makes all.
         status: called with a short sentence at the start of each slow stage.
         progress: called with the steps done and the steps to do.
 
     Returns:
-        `steps` made, `of` those in the journal, and `dropped` bytes at its end.
+        `steps`: how many were made; `of`: how many the journal has; `dropped`: bytes at its end that are no whole record.
 
     Raises:
         AssetError: a named model could not be fetched.
-        RunError: the base does not load or is not the run's, the journal is damaged, or `out` is taken.
-
+        RunError: the base does not load or is not the run's, the journal is damaged, or `out` exists.
     """
     if out.exists():
         raise RunError(f"OUT {str(out)!r} is there already: choose another, or remove it")
@@ -55,10 +52,14 @@ def replay_model(
         steps = Journal.open(path)
         if step is not None and not 0 <= step <= len(steps):
             raise RunError(f"--step: expected 0 to {len(steps)}, the steps of {str(path)!r}, got {step}")
-        save = _replay_file if one_file else _replay_folder
         out.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(part, ignore_errors=True)
-        made = save(base, steps, step, part, status, progress)
+        status(f"loading {base}")
+        weights, save = _load_file(base, steps.header) if one_file else _load_model(base, steps.header, status)
+        status("comparing weights")
+        made = replay(weights, steps, step, progress=progress)
+        with saving():
+            save(part)
         os.replace(part, out)
     except JournalError as error:
         raise RunError(f"{str(path)!r} and BASE {base!r}: {error}") from error
@@ -67,44 +68,34 @@ def replay_model(
     return {"steps": made, "of": len(steps), "dropped": steps.dropped}
 
 
-def _replay_folder(
-    base: str, journal: Journal, step: int | None, part: Path, status: Callable[[str], None],
-    progress: Callable[[int, int], None],
-) -> int:  # fmt: skip
+def _load_model(base: str, header: Header, status: Callable[[str], None]) -> tuple[Any, Callable[[Path], None]]:
+    """The model that `base` names, in the dtype that the run trained it in, and what saves it with its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = model_source(base, status, "BASE")
-    status(f"loading {base}")
     with loading(base, "BASE"):
         tokenizer = AutoTokenizer.from_pretrained(source)
-        dtype = DTYPES[journal.header.tensors[0].dtype]
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-    status("comparing weights")
-    made = replay(model, journal, step, progress=progress)
-    with saving():
-        model.save_pretrained(part)
-        tokenizer.save_pretrained(part)
-    return made
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[header.tensors[0].dtype])
+
+    def save(folder: Path) -> None:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    return model, save
 
 
-def _replay_file(
-    base: str, journal: Journal, step: int | None, part: Path, status: Callable[[str], None],
-    progress: Callable[[int, int], None],
-) -> int:  # fmt: skip
+def _load_file(base: str, header: Header) -> tuple[dict[str, torch.Tensor], Callable[[Path], None]]:
+    """The tensors of a .safetensors file, in the dtypes that the run trained them in, and what saves them."""
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import save_file
 
-    status("reading weights")
     try:
         with safe_open(base, "pt") as file:
             about = file.metadata()
             tensors: dict[str, torch.Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise RunError(f"BASE {base!r} is no safetensors file: {first_line(error)}") from error
-    for t in journal.header.tensors:
-        if t.name in tensors:  # trained in another dtype than it is stored in
+    for t in header.tensors:
+        if t.name in tensors:
             tensors[t.name] = tensors[t.name].to(DTYPES[t.dtype])
-    made = replay(tensors, journal, step, progress=progress)
-    with saving():
-        save_file(tensors, part, about)
-    return made
+    return tensors, lambda path: save_file(tensors, path, about)

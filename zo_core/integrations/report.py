@@ -1,6 +1,4 @@
-"""What a run leaves behind besides its weights: facts about the machine, and the plot."""
-
-from __future__ import annotations
+"""What people read about a run or a machine: versions, the findings of `zo-core doctor`, the summary table and the plot."""
 
 import importlib.metadata
 import importlib.util
@@ -31,7 +29,7 @@ def versions() -> dict[str, str | None]:
 
 
 def machine() -> dict[str, Any]:
-    """Processor, logical cores, torch threads, memory in bytes, GPUs."""
+    """The system, processor, number of logical cores and of torch's threads, memory in bytes, and the names of GPUs."""
     import psutil
 
     cpu = platform.processor() or platform.machine()
@@ -49,11 +47,11 @@ def machine() -> dict[str, Any]:
 
 
 def diagnose() -> list[dict[str, str]]:
-    """What is here and what is not: dicts of `state` (ok, slow or missing), `what`, `found` and `advice`."""
-    found, backend = versions(), zo_core.backend_info()
-    rows: list[tuple[str, str, str, str]] = []
+    """What is installed and what is missing: dicts of `state` ("ok", "slow" or "missing"), `what`, `found` and `advice`."""
+    found, backend, rows = versions(), zo_core.backend_info(), list[tuple[str, str, str, str]]()
 
     def add(what: str, value: object, otherwise: str = "ok", advice: str = "") -> None:
+        """A row whose state is "ok" if there is a value, and else ``otherwise``, with the advice."""
         rows.append(("ok" if value else otherwise, what, str(value or "none"), "" if value else advice))
 
     add("zo_core", found["zo_core"])
@@ -61,26 +59,17 @@ def diagnose() -> list[dict[str, str]]:
     add("torch", found["torch"])
     add("transformers", found["transformers"], "missing", "pip install 'zo_core[train]'")
     isas = ", ".join(map(str, backend["isas"]))  # type: ignore[call-overload]
-    add(
-        "native library",
-        backend["native"] and f"{backend['isa']} (of {isas})",
-        "slow",
-        str(backend["why_missing"]),
-    )
+    native_library = backend["native"] and f"{backend['isa']} (of {isas})"
+    add("native library", native_library, "slow", str(backend["why_missing"]))
     add("threads", f"{torch.get_num_threads()} of {os.cpu_count()} cores")
-    gpus = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+    gpus = ", ".join(machine()["gpus"])
     add("GPU", gpus, advice="the CPU is used; for a GPU install a torch built for it")
     add("triton", found["triton"], "slow" if gpus else "ok", "pip install 'triton>=3.6'" if gpus else "only for a GPU")
-    for i in range(torch.cuda.device_count()):
-        rows.append(_kernels(torch.device("cuda", i)))
+    rows.extend(_kernels(torch.device("cuda", i)) for i in range(torch.cuda.device_count()))
     pip = importlib.util.find_spec("pip") and importlib.metadata.version("pip")
     cached = [name for name in assets.ASSETS if assets.is_cached(name)]
-    add(
-        "pip",
-        pip,
-        "ok" if len(cached) == len(assets.ASSETS) else "slow",
-        "python -m ensurepip, to fetch assets",
-    )
+    without_pip = "ok" if len(cached) == len(assets.ASSETS) else "slow"
+    add("pip", pip, without_pip, "python -m ensurepip, to fetch assets")
     folder = cuda.cache_folder()
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     writable = os.access(nearest, os.W_OK)
@@ -90,25 +79,23 @@ def diagnose() -> list[dict[str, str]]:
 
 
 def _kernels(device: torch.device) -> tuple[str, str, str, str]:
-    """State, what, found and advice of the kernels on a GPU: the check's result and the compiled forms."""
-    if native.CHOICE == "reference":
-        return "slow", f"kernels on {device}", "none", "ZO_CORE_BACKEND=reference switches them off: unset it"
-    verdict = cuda.check(device)
-    if verdict.wrong:
-        return (
-            "slow",
-            f"kernels on {device}",
-            "wrong: the torch reference is used",
-            f"report this as a bug of zo_core: {verdict}",
-        )
-    from zo_core.kernels.triton import cache
+    """A row about the kernels on a GPU: whether their check found them right, and how many are compiled already."""
+    verdict = None if native.CHOICE == "reference" else cuda.check(device)
+    if verdict is None:
+        state, found, advice = "slow", "none", "ZO_CORE_BACKEND=reference switches them off: unset it"
+    elif verdict.wrong:
+        state, found = "slow", "wrong: the torch reference is used"
+        advice = f"report this as a bug of zo_core: {verdict}"
+    else:
+        from zo_core.kernels.triton import cache
 
-    when = "found right by an earlier process" if verdict.remembered else f"found right in {verdict.seconds:.1f} s"
-    return "ok", f"kernels on {device}", f"{when}; {cache.kept()} compiled forms in {cache.folder()}", ""
+        when = "found right by an earlier process" if verdict.remembered else f"found right in {verdict.seconds:.1f} s"
+        state, found, advice = "ok", f"{when}; {cache.kept()} compiled forms in {cache.folder()}", ""
+    return state, f"kernels on {device}", found, advice
 
 
 def peak_rss() -> int | None:
-    """Largest resident memory of this process so far, in bytes; None where the system does not say."""
+    """The largest resident memory of this process so far, in bytes; None where the system does not report it."""
     if sys.platform == "win32":
         return None
     import resource
@@ -118,7 +105,7 @@ def peak_rss() -> int | None:
 
 
 def smooth(values: Sequence[float], weight: float = 0.95) -> list[float]:
-    """Bias-corrected exponential moving average; a value that is not finite repeats the last one."""
+    """The bias-corrected exponential moving average of the values; values that are not finite are passed over."""
     average, total, out = 0.0, 0.0, []
     for value in values:
         if value - value == 0:
@@ -128,14 +115,13 @@ def smooth(values: Sequence[float], weight: float = 0.95) -> list[float]:
 
 
 def plot(path: Path, steps: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, Any]], title: str) -> None:
-    """Write a PNG: training loss and validation accuracy against forward passes, with seconds on top.
+    """Write a PNG: training loss and validation accuracy over forward passes, with training seconds on an axis at the top.
 
     Args:
         path: the file.
         steps: the `step` lines of metrics.jsonl (`forwards`, `seconds`, `loss`).
         evaluations: the `evaluation` lines (`split`, `forwards`, `accuracy`, `interval`).
         title: drawn above both panels.
-
     """
     from matplotlib.figure import Figure
 
@@ -172,7 +158,7 @@ def plot(path: Path, steps: Sequence[dict[str, Any]], evaluations: Sequence[dict
 
 
 def _seconds_on_top(axes: Any, forwards: Sequence[float], seconds: Sequence[float]) -> None:
-    """A second scale on top of the axes that reads training seconds, linear between and beyond the steps."""
+    """A second axis, at the top, with the training seconds, linear between the steps and after the last one."""
     import numpy
 
     rate = seconds[-1] / forwards[-1]
@@ -192,7 +178,7 @@ def clock(seconds: float) -> str:
 
 
 def summary_table(summary: dict[str, Any]) -> Table:
-    """The figures of a summary that a reader wants first."""
+    """The most important figures of a summary."""
     before, after, change = (summary["test"][key] for key in ("before", "after", "change"))
 
     def percent(value: float) -> str:

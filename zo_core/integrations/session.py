@@ -1,6 +1,4 @@
-"""A model, a tokenizer and encoded data, loaded and checked: what a run and an evaluation start from."""
-
-from __future__ import annotations
+"""Load and check a model, a tokenizer and data: the start of every run, sweep and evaluation."""
 
 import hashlib
 import json
@@ -22,7 +20,7 @@ from zo_core.weights import some
 
 
 class Session(NamedTuple):
-    """A model, ready to be scored on the parts of a dataset."""
+    """A model and the encoded parts of a dataset, ready to be scored."""
 
     config: FinetuneConfig
     model: Any
@@ -32,13 +30,13 @@ class Session(NamedTuple):
     facts: dict[str, Any]
 
     def batch_of(self, step: int) -> tasks.Batch:
-        """A step's training batch, a function of seed and step."""
+        """The training batch of a step, which depends on nothing but the step and the seed."""
         train, config = self.parts["train"], self.config
         indices = tasks.batch_indices(len(train), config.batch_size, step=step, seed=config.seed)
         return self.scorer.batch([train[i] for i in indices])
 
     def loss_of(self, step: int) -> Callable[[], torch.Tensor]:
-        """The loss of a step's training batch, as a closure without gradients."""
+        """A closure that returns the loss of a step's training batch, without gradients."""
         batch = self.batch_of(step)
         return torch.no_grad()(lambda: self.scorer.loss(batch))
 
@@ -46,18 +44,17 @@ class Session(NamedTuple):
 def prepare(
     config: FinetuneConfig, status: Callable[[str], None] = lambda text: None, *, whole: bool = False
 ) -> Session:
-    """Load and check the data, then the tokenizer, then the model, so that mistakes show early.
+    """Load and check the data, then the tokenizer, then the model, so that mistakes are found before the slow parts.
 
     Args:
-        config: its Model and Data fields are used. The session's copy has `labels` and `autocast` filled in.
+        config: its Model and Data fields are used. The session has a copy with `labels` and `autocast` filled in.
         status: called with a short sentence at the start of each slow stage.
-        whole: make one part `all` of the data instead of `train`, `validation` and `test`.
+        whole: make one part, `all`, of the data instead of `train`, `validation` and `test`.
 
     Raises:
         AssetError: a named model or dataset could not be fetched.
-        TaskError: unusable data, template or label words.
-        RunError: unusable model or device.
-
+        TaskError: the data, the template or the label words cannot be used.
+        RunError: the model or the device cannot be used.
     """
     status("reading data")
     if config.data in names("dataset"):
@@ -119,7 +116,7 @@ def prepare(
 
 
 def _check_tokens(name: str, model: Any, tokenizer: Any, prompter: Prompter, parts: dict[str, list[Encoded]]) -> None:
-    """RunError if the tokenizer gives a token that the model's embedding has no row for."""
+    """RunError if the data has a token that the model's embedding has no row for."""
     rows = model.get_input_embeddings().weight.shape[0]
     largest = max(*prompter.label_tokens, *(max(e.tokens) for part in parts.values() for e in part))
     if largest >= rows:
@@ -131,13 +128,13 @@ def _check_tokens(name: str, model: Any, tokenizer: Any, prompter: Prompter, par
 
 
 def _majority(part: list[Encoded]) -> float:
-    """Accuracy of always answering the part's commonest label."""
+    """The accuracy of a model that always answers the most frequent label."""
     return max(Counter(example.label for example in part).values()) / len(part)
 
 
 @contextmanager
 def loading(name: str, what: str = "--model") -> Iterator[None]:
-    """Turn whatever `from_pretrained` raises for a bad or damaged folder, name or network into one readable sentence."""
+    """Turn any error of `from_pretrained` (a damaged folder, an unknown name, no network) into a RunError of one sentence."""
     try:
         yield
     except Exception as error:
@@ -150,7 +147,7 @@ def loading(name: str, what: str = "--model") -> Iterator[None]:
 
 @torch.no_grad()
 def _autocast_is_faster(scorer: Scorer, batch: tasks.Batch) -> bool:
-    """Time the forward both ways (best of three each): bfloat16 is slower where a CPU has to emulate it."""
+    """Whether a forward is faster in bfloat16 (best of three runs each); it is slower where a CPU has to emulate it."""
     seconds: dict[bool, float] = {}
     for _ in range(3):
         for scorer.autocast in (False, True):
@@ -162,7 +159,7 @@ def _autocast_is_faster(scorer: Scorer, batch: tasks.Batch) -> bool:
 
 
 def model_source(name: str, status: Callable[[str], None], what: str = "--model") -> str:
-    """Where `from_pretrained` finds the model: a fetched asset, a folder, or `name` itself as a hub id."""
+    """What `from_pretrained` is to load: the folder of an asset, a folder of the user, or `name` as a hub id."""
     if name in names("model"):
         return str(fetch(name, status))
     path = Path(name).expanduser()
@@ -186,16 +183,15 @@ def _device(name: str) -> torch.device:
 def evaluate(
     config: FinetuneConfig, part: str = "test", status: Callable[[str], None] = lambda text: None
 ) -> dict[str, Any]:
-    """Accuracy and loss of a model on one part of the data: n, accuracy, interval, loss, seconds.
+    """Evaluate a model on one part of the data: a dict of n, accuracy, interval, loss and seconds.
 
     Args:
         config: its Model and Data fields are used.
-        part: train, validation, test, or all (the data as it is, not divided).
+        part: "train", "validation", "test", or "all" for the whole data.
         status: called with a short sentence at the start of each slow stage.
 
     Raises:
         AssetError, TaskError, RunError: see `prepare`.
-
     """
     session = prepare(config, status, whole=part == "all")
     status(f"evaluating {len(session.parts[part])} examples")

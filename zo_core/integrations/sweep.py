@@ -1,10 +1,8 @@
-"""Choose a learning rate and eps: short runs, judged on the validation part, hopeless ones stopped early.
+"""The `zo-core sweep` command: choose a learning rate and eps by short runs, which are compared on the validation part.
 
-`zo-core sweep` in one function. Zeroth-order methods are sensitive to both; which values are right depends on the
-model, the data, the method and the number of steps.
+Zeroth-order methods are sensitive to both, and the right values depend on the model, the data, the method and the number
+of steps. A run that falls far behind the best one is stopped early.
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Callable
@@ -23,21 +21,21 @@ from zo_core.integrations.errors import RunError
 from zo_core.integrations.files import own_folder, write_json
 from zo_core.integrations.session import Session, prepare
 
-QUARTERS = 4  # of a run, at whose ends it is compared with the best one so far
-STANDARD_ERRORS = 2.0  # behind the best, paired over validation examples, that end a run
+QUARTERS = 4  # parts of a run, after each of which it is compared with the best run so far
+STANDARD_ERRORS = 2.0  # a run is stopped when its loss is this many standard errors above that of the best run
 
 
 def ladder(loss: Callable[[float], float], start: float, factor: float = 10**0.5, most: int = 6) -> dict[float, float]:
-    """Losses of values around a start: its neighbours first, then further in the direction that is better.
+    """Search for the value of least loss among ``start * factor**n``: the neighbours of ``start``, then the better direction.
 
     Args:
-        loss: of a value; not finite is worst.
-        start: the value in the middle.
-        factor: between neighbours.
-        most: values that are tried, at least 3.
+        loss: the loss of a value; one that is not finite counts as infinite.
+        start: the first value.
+        factor: the ratio of neighbouring values.
+        most: how many values to try at most, at least 3.
 
     Returns:
-        Losses by value, in the order tried; the least of them has worse neighbours unless ``most`` ended the search.
+        The loss of each value, in the order tried. Both neighbours of the best value are worse, unless ``most`` ended the search.
     """
     found: dict[int, float] = {}
 
@@ -58,7 +56,7 @@ def ladder(loss: Callable[[float], float], start: float, factor: float = 10**0.5
 
 
 def behind(losses: torch.Tensor, best: torch.Tensor) -> float:
-    """By how many standard errors these losses, (n,), are above others of the same examples; inf if not finite."""
+    """How many standard errors these losses, (n,), are above the best ones for the same examples; inf if any is not finite."""
     difference = losses - best
     if not bool(difference.isfinite().all()):
         return math.inf
@@ -67,29 +65,29 @@ def behind(losses: torch.Tensor, best: torch.Tensor) -> float:
 
 
 class Trial(BaseModel):
-    """A short run as `sweep.json` has it."""
+    """A short run, as stored in `sweep.json`."""
 
     lr: float
     eps: float
-    loss: float | None  # on the validation part; None for one that did not end well
+    loss: float | None  # on the validation part; None if the run was stopped or its loss was not finite
     at_quarters: list[float]
     end: str
 
 
 class Kept(BaseModel):
-    """What `sweep.json` must have for a sweep to go on."""
+    """What `sweep.json` must contain for a sweep to continue."""
 
     config: dict[str, Any]
-    trials: list[Trial]
-    best: list[list[float]]  # validation losses of the best finished trial, at each quarter
+    trials: list[Trial] = []
+    best: list[list[float]] = []  # validation losses of the best finished trial, after each quarter
 
 
-def read_sweep(path: Path) -> dict[str, Any] | None:
-    """A `Kept` as dicts, from `sweep.json`; None where there is none, RunError where it is not one."""
+def read_sweep(path: Path) -> Kept | None:
+    """The content of `sweep.json`. None if the file does not exist, RunError if a sweep did not write it."""
     if not path.exists():
         return None
     try:
-        return Kept.model_validate_json(path.read_bytes()).model_dump()
+        return Kept.model_validate_json(path.read_bytes())
     except (OSError, ValueError) as error:
         raise RunError(
             f"{str(path)!r} is not what a sweep wrote; choose another --output, or --overwrite it"
@@ -97,48 +95,48 @@ def read_sweep(path: Path) -> dict[str, Any] | None:
 
 
 class Sweep:
-    """Trials of one session; each starts from the same weights, and is in `sweep.json` when it is done."""
+    """The trials of a sweep. Each starts from the same weights, and is stored in `sweep.json` when it is done."""
 
     def __init__(self, session: Session, console: Console) -> None:
         self.session, self.console, self.path = session, console, session.config.output / "sweep.json"
         self.start = {name: t.clone() for name, t in session.model.state_dict().items()}
         config = session.config
-        config.optimizer(session.model)  # so that an option it does not take is said before the first trial
+        config.optimizer(session.model)  # raises if the method refuses an option, before the first trial
         about = config.model_dump(mode="json", exclude={"output"})
         about["data_sha256"] = session.facts["sha256"]
-        self.kept = read_sweep(self.path) or {"config": about, "trials": [], "best": []}
-        before = self.kept["config"]
+        self.kept = read_sweep(self.path) or Kept(config=about)
+        before = self.kept.config
         if differ := [name for name in about | before if about.get(name) != before.get(name)]:
             raise RunError(
                 f"--output {str(config.output)!r} holds a sweep of other options ({', '.join(differ)}); choose another "
                 "folder, or --overwrite it"
             )
-        self.best = [torch.tensor(losses) for losses in self.kept["best"]]
 
     def trial(self, lr: float, eps: float) -> float:
-        """Final validation loss of a short run; infinite if it was stopped."""
-        for t in self.kept["trials"]:
-            if (t["lr"], t["eps"]) == (lr, eps):
-                return math.inf if t["loss"] is None else float(t["loss"])
-        seen, why = self.train(self.session.config.model_copy(update={"lr": lr, "eps": eps}))
-        loss = float(seen[-1].mean()) if why == "finished" else None
-        if loss is not None and (not self.best or loss < float(self.best[-1].mean())):
-            self.best, self.kept["best"] = seen, [losses.tolist() for losses in seen]
-        self.kept["trials"].append(
-            {"lr": lr, "eps": eps, "loss": loss, "at_quarters": [float(s.mean()) for s in seen], "end": why}
-        )
-        write_json(self.path, self.kept)
-        self.console.print(f"lr {lr:g}, eps {eps:g}: {why if loss is None else f'validation loss {loss:.4f}'}")
-        return math.inf if loss is None else loss
+        """The final validation loss of a short run, which is looked up if it was made before; infinite if it was stopped."""
+        found = next((t for t in self.kept.trials if (t.lr, t.eps) == (lr, eps)), None)
+        if found is None:
+            seen, end = self.train(self.session.config.model_copy(update={"lr": lr, "eps": eps}))
+            means = [float(losses.mean()) for losses in seen]
+            found = Trial(lr=lr, eps=eps, loss=means[-1] if end == "finished" else None, at_quarters=means, end=end)
+            finished = [t.loss for t in self.kept.trials if t.loss is not None]
+            if found.loss is not None and found.loss < min(finished, default=math.inf):
+                self.kept.best = [losses.tolist() for losses in seen]
+            self.kept.trials.append(found)
+            write_json(self.path, self.kept.model_dump())
+            said = end if found.loss is None else f"validation loss {found.loss:.4f}"
+            self.console.print(f"lr {lr:g}, eps {eps:g}: {said}")
+        return math.inf if found.loss is None else found.loss
 
     def train(self, config: FinetuneConfig) -> tuple[list[torch.Tensor], str]:
-        """A short run: validation losses at the ends of its quarters, and how it ended."""
+        """Make a short run. Returns the validation losses (n,) after each of its quarters, and how it ended."""
+        best = [torch.tensor(losses) for losses in self.kept.best]
         steps, session = config.steps or 0, self.session
         ends, seen = [math.ceil(steps * (q + 1) / QUARTERS) for q in range(QUARTERS)], list[torch.Tensor]()
         session.model.load_state_dict(self.start)
         try:
             optimizer = config.optimizer(session.model)
-        except RunError as error:  # the ladder has left what the method takes
+        except RunError as error:  # the value is out of the method's range
             return seen, str(error)
         with Progress(console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
             task = bar.add_task(f"lr {config.lr:g}, eps {config.eps:g}", total=steps)
@@ -152,11 +150,8 @@ class Sweep:
                     seen.append(tasks.evaluate(session.scorer, part, batch_size=config.eval_batch_size).losses)
                     if not bool(seen[-1].isfinite().all()):
                         return seen, "not finite"
-                    if (
-                        self.best
-                        and len(seen) < QUARTERS
-                        and behind(seen[-1], self.best[len(seen) - 1]) > STANDARD_ERRORS
-                    ):
+                    early = best and len(seen) < QUARTERS
+                    if early and behind(seen[-1], best[len(seen) - 1]) > STANDARD_ERRORS:
                         return seen, f"stopped at step {step + 1}"
         return seen, "finished"
 
@@ -165,20 +160,20 @@ def sweep(
     config: FinetuneConfig, *, tries: int = 6, eps_too: bool = True, overwrite: bool = False,
     console: Console | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Find lr by a ladder of half decades around `config.lr`, then eps by one around `config.eps`, on validation.
+    """Find the best lr among values half a decade apart around `config.lr`, then likewise eps around `config.eps`.
 
     Args:
-        config: its `steps` are those of a trial; `output` is the sweep's folder, where it goes on if it was stopped.
-        tries: values on each ladder, at most; at least 3.
-        eps_too: whether eps is looked for.
-        overwrite: forget the sweep that is in the folder.
-        console: where progress is shown; nowhere when None.
+        config: its `steps` are those of a trial. `output` is the sweep's folder; a sweep that was stopped continues there.
+        tries: how many values of each to try at most; at least 3.
+        eps_too: whether to search for eps.
+        overwrite: delete the sweep in the folder.
+        console: where progress is shown; None shows nothing.
 
     Returns:
-        lr, eps, loss, the untrained loss, and the trials.
+        A dict of lr, eps, their validation loss, the loss before training, and all trials.
 
     Raises:
-        RunError: the folder holds another sweep, no steps were given, or no trial ended well.
+        RunError: the folder holds another sweep, no steps were given, or no trial had a finite loss at its end.
         AssetError, TaskError: see `prepare`.
     """
     if config.steps is None:
@@ -190,8 +185,8 @@ def sweep(
         if overwrite:
             (config.output / "sweep.json").unlink(missing_ok=True)
         kept = read_sweep(config.output / "sweep.json")
-        if kept is not None and config.autocast is None:  # as it was decided then: another timing may decide otherwise
-            config = config.model_copy(update={"autocast": kept["config"].get("autocast")})
+        if kept is not None and config.autocast is None:  # do not time it again, which may give another answer
+            config = config.model_copy(update={"autocast": kept.config.get("autocast")})
         with console.status("starting") as status:
             session = prepare(config, lambda text: status.update(text))
         trials = Sweep(session, console)
@@ -205,7 +200,7 @@ def sweep(
         best = min(losses.values())
         if not math.isfinite(best):
             raise RunError(f"no learning rate around --lr {config.lr:g} ended well; try another --lr or more --steps")
-        result = {**trials.kept, "before": before, "lr": lr, "eps": eps, "loss": best}
+        result = {**trials.kept.model_dump(), "before": before, "lr": lr, "eps": eps, "loss": best}
         write_json(trials.path, result)
         _plot(config.output / "sweep.png", result, config.method)
         found = config.model_copy(update={"lr": lr, "eps": eps, "autocast": session.config.autocast})
@@ -223,18 +218,14 @@ def _show(console: Console, result: dict[str, Any], config: FinetuneConfig) -> N
 
 
 def _plot(path: Path, result: dict[str, Any], title: str) -> None:
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 4))
+    figure = Figure(figsize=(6, 4), layout="tight")
+    axes = figure.subplots()
     for eps in sorted({t["eps"] for t in result["trials"]}):
         points = sorted((t["lr"], t["loss"]) for t in result["trials"] if t["eps"] == eps and t["loss"] is not None)
         axes.plot(*zip(*points, strict=True), "o-", label=f"eps {eps:g}") if points else None
     axes.axhline(result["before"], color="#9ca3af", linestyle="--", linewidth=1, label="before")
     axes.set(xscale="log", xlabel="learning rate", ylabel="validation loss", title=title)
     axes.legend(frameon=False)
-    figure.tight_layout()
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)

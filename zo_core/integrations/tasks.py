@@ -1,11 +1,9 @@
-"""Classification as prompting: read (text, label) data, split it, batch it, score the label words.
+"""Classification by prompting: read examples of (text, label), divide and batch them, and score the labels' words.
 
-An example becomes the prompt `template.format(text=...)`; each label value has a word, and the model's
-prediction is the label whose word's first token has the largest next-token logit. The loss is the
-cross-entropy over these label tokens only.
+An example becomes a prompt, which is the template with the text in it. Each label value has a word, and the model's
+prediction is the label whose word begins with the token of the largest next-token logit. The loss is the cross-entropy
+over these tokens alone.
 """
-
-from __future__ import annotations
 
 import csv
 import inspect
@@ -27,18 +25,18 @@ from zo_core.noise import permutation
 
 
 class TaskError(ValueError):
-    """Data, template or label words that cannot be used; the message says what to do."""
+    """The data, the template or the label words cannot be used; the message says what to do."""
 
 
 class Example(NamedTuple):
-    """One text and its label value, as they stand in the data."""
+    """A text and its label value, as in the data."""
 
     text: str
     label: str
 
 
 class Encoded(NamedTuple):
-    """One prompt as token ids, and the index of its label."""
+    """A prompt as token ids, and the index of its label."""
 
     tokens: list[int]
     label: int
@@ -64,12 +62,11 @@ class Split(NamedTuple):
 
 
 def read_examples(path: Path, text_column: str = "text", label_column: str = "label") -> list[Example]:
-    """Read a CSV, TSV or JSON-lines file (by its suffix), UTF-8, one example a row; texts are stripped.
+    """Read a CSV, TSV or JSON-lines file (by its suffix) in UTF-8, one example a row, and strip the texts.
 
     Raises:
-        TaskError: no such file, not UTF-8, malformed, a column that is missing or there twice, cells that no column
-            holds, or an empty text or label. All but the first two name the line.
-
+        TaskError: the file cannot be read or is not UTF-8; or, with the number of the line: it is malformed, a column is
+            missing or occurs twice, a row has more cells than there are columns, or a text or label is empty.
     """
     readers = {".csv": _read_csv, ".tsv": _read_csv, ".jsonl": _read_jsonl, ".ndjson": _read_jsonl}
     if path.suffix.lower() not in readers:
@@ -101,11 +98,11 @@ def read_examples(path: Path, text_column: str = "text", label_column: str = "la
     return examples
 
 
-Row = tuple[int, list[tuple[str, Any]]]  # the number of a line, and its cells with their columns
+Row = tuple[int, list[tuple[str, Any]]]  # the number of its line, and the column and value of each cell
 
 
 def _read_csv(file: Any) -> Iterator[Row]:
-    before = csv.field_size_limit(2**31 - 1)  # of all of Python's csv: 131,072 characters unless it is raised
+    before = csv.field_size_limit(2**31 - 1)  # a global limit of Python's csv, which is 131,072 characters by default
     reader = csv.reader(file, delimiter="\t" if file.name.lower().endswith(".tsv") else ",", strict=True)
     try:
         header = next(reader, [])
@@ -115,7 +112,7 @@ def _read_csv(file: Any) -> Iterator[Row]:
                     f"data {file.name!r}, line {reader.line_num}: {len(cells)} cells, the header has {len(header)}; "
                     "put a text that contains the separator in double quotes"
                 )
-            if cells:  # an empty line has none
+            if cells:  # skip empty lines
                 yield reader.line_num, list(zip(header, cells + [""] * len(header), strict=False))
     except csv.Error as error:
         raise TaskError(f"data {file.name!r}, line {reader.line_num}: malformed, {error}") from error
@@ -130,14 +127,14 @@ def _read_jsonl(file: Any) -> Iterator[Row]:
         if not line.lstrip().startswith("{"):
             raise TaskError(f"data {file.name!r}, line {number}: expected a JSON object, got {line[:40]!r}")
         try:
-            yield number, json.loads(line, object_pairs_hook=list)  # a dict would keep the last of equal names only
+            yield number, json.loads(line, object_pairs_hook=list)  # a dict would hide columns that occur twice
         except (ValueError, RecursionError) as error:
             what = f"{error.msg} (column {error.colno})" if isinstance(error, json.JSONDecodeError) else error
             raise TaskError(f"data {file.name!r}, line {number}: malformed JSON, {what}") from error
 
 
 def _plain(value: Any, where: str, column: str) -> str:
-    """A cell as text, not empty; numbers and booleans as JSON writes them."""
+    """The text of a cell; numbers and booleans as in JSON. TaskError if it is empty or no text."""
     if isinstance(value, list):
         raise TaskError(f"{where}: column {column!r} holds a list or an object; expected text or a number")
     text = value.strip() if isinstance(value, str) else "" if value is None else json.dumps(value)
@@ -149,20 +146,19 @@ def _plain(value: Any, where: str, column: str) -> str:
 
 
 def split_examples(examples: Sequence[Example], *, validation: float, test: float, seed: int) -> Split:
-    """Divide examples at random into train, validation and test, the same way for the same seed.
+    """Divide examples at random into a training, a validation and a test part; one seed always gives one division.
 
-    Repeated texts (up to white space and case) count once, with their first label. The test part depends
-    only on the data, `test` and `seed`.
+    Of texts that differ in nothing but white space and case the first one is used. The test part depends on the data,
+    `test` and `seed` alone.
 
     Args:
-        examples: what to divide.
-        validation: size of the validation part: a number of examples, or a fraction when under 1.
+        examples: the examples to divide.
+        validation: size of the validation part: a number of examples, or a fraction if it is below 1.
         test: size of the test part, likewise.
-        seed: of the division.
+        seed: seed of the division.
 
     Raises:
-        TaskError: a part would be empty, or the training part would lack a label.
-
+        TaskError: a part would be empty, or the training part would have no example of some label.
     """
     first: dict[str, Example] = {}
     for example in examples:
@@ -188,16 +184,16 @@ def split_examples(examples: Sequence[Example], *, validation: float, test: floa
 def label_words(
     examples: Iterable[Example], words: Mapping[str, str] | Sequence[str] | None = None, *, all_occur: bool = True
 ) -> dict[str, str]:
-    """Label value -> word, in sorted order of the values; without `words`, the value itself after a space.
+    """The word of each label value, sorted by value.
 
     Args:
         examples: the data.
-        words: value -> word, or texts "VALUE=WORD". In a text with several `=`, VALUE is the longest one of the data.
-        all_occur: refuse a word for a value that never occurs.
+        words: value -> word, or texts "VALUE=WORD"; None: the word is a space and the value. If a text has several `=`,
+            VALUE is the longest value of the data that fits.
+        all_occur: refuse a word for a value that does not occur in the data.
 
     Raises:
-        TaskError: fewer than two values, a value without a word or with two, or one that never occurs.
-
+        TaskError: there are fewer than two values, a value has no word or two, or it does not occur.
     """
     counts = Counter(example.label for example in examples)
     shown = ", ".join(f"{value!r} ({count})" for value, count in counts.most_common(10))
@@ -230,24 +226,22 @@ def label_words(
 
 
 class Prompter:
-    """Turns examples into token ids for one tokenizer, template and set of label words.
+    """Turns examples into token ids.
+
+    Each prompt begins with the special tokens that the tokenizer puts before a text (a BOS token, BERT's [CLS]). Those that
+    it puts after a text (EOS, [SEP]) are left out, as the label word follows the prompt.
 
     Args:
         tokenizer: a transformers tokenizer.
-        template: the prompt, with `{text}` where the text goes.
-        words: label value -> word that follows the prompt.
-        max_length: longest prompt in tokens; of a longer one the end is kept.
-
-    What the tokenizer puts before a text (a BOS token, BERT's [CLS]) begins each prompt. What it puts after one (EOS,
-    [SEP]) is left off: the label word follows the prompt.
+        template: the prompt, with `{text}` in place of the text.
+        words: label value -> the word that follows the prompt.
+        max_length: longest prompt in tokens; longer ones lose their beginning.
 
     Raises:
-        TaskError: a template without `{text}`, or label words whose first tokens are unknown or not distinct.
-
+        TaskError: the template has no `{text}`, or the first tokens of the label words are unknown or not distinct.
     """
 
     def __init__(self, tokenizer: Any, template: str, words: Mapping[str, str], max_length: int = 256) -> None:
-        """Find the label tokens, and check that they can be told apart."""
         self.tokenizer, self.template, self.max_length = tokenizer, template, max_length
         self.index = {value: i for i, value in enumerate(words)}
         self.truncated = 0
@@ -264,7 +258,7 @@ class Prompter:
                 )
 
     def _first_token(self, word: str) -> int:
-        """The token that follows the prompt when `word` does, as the tokenizer splits the whole text."""
+        """The first token of `word` where it follows the prompt, which may differ from its first token alone."""
         prompt = self.template.replace("{text}", "text")
         before, after = self.tokenizer([prompt, prompt + word], add_special_tokens=False).input_ids
         if after[: len(before)] != before or len(after) == len(before):
@@ -288,7 +282,7 @@ class Prompter:
         raise TaskError("--model: its tokenizer splits a text otherwise beside special tokens; use another tokenizer")
 
     def encode(self, examples: Sequence[Example]) -> list[Encoded]:
-        """Token ids of each example's prompt, at most `max_length`; `truncated` counts the longer ones."""
+        """The prompts of examples, at most `max_length` tokens each; `truncated` counts those that were longer."""
         if not examples:
             return []
         encoded, most = [], self.max_length - len(self.prefix)
@@ -302,7 +296,7 @@ class Prompter:
 
 
 def collate(examples: Sequence[Encoded], device: torch.device | str = "cpu", *, left: bool = True) -> Batch:
-    """Pad to the longest prompt, on the left or right. Padding is token 0 and masked, so no pad token is needed."""
+    """A batch, padded to the longest prompt on the left or right with token 0, which the attention mask hides."""
     length = max(len(example.tokens) for example in examples)
 
     def padded(values: list[int]) -> list[int]:
@@ -316,9 +310,9 @@ def collate(examples: Sequence[Encoded], device: torch.device | str = "cpu", *, 
 
 
 def batch_indices(n: int, batch_size: int, *, step: int, seed: int) -> list[int]:
-    """Which of `n` training examples step number `step` uses; a pure function, so a run can start anywhere.
+    """Numbers of the training examples, of `n`, that a step uses; they depend on the step and the seed alone.
 
-    Each epoch is its own permutation; a batch at the end of one goes on into the next.
+    Each epoch has a permutation of its own, and a batch at the end of an epoch continues with the next one.
     """
     start = step * batch_size
     chosen: list[int] = []
@@ -333,21 +327,19 @@ def batch_indices(n: int, batch_size: int, *, step: int, seed: int) -> list[int]
 
 
 class Scorer:
-    """Label logits of a causal language model: one forward, the last token of each prompt, the label tokens only.
+    """Computes a causal language model's logits of the label tokens after each prompt, in one forward.
 
     Args:
-        model: a transformers causal LM, on its device.
+        model: a transformers causal language model, on its device.
         label_tokens: the token of each label.
-        autocast: run the forward in bfloat16 autocast over the model's own weights.
-        left: pad on the left. The last tokens are then one column, for which alone the head is computed; but a
-            model must leave padding out by mask and position, and not all do (``pads_left``).
-
+        autocast: compute the forward in bfloat16 by autocast.
+        left: pad prompts on the left. Their last tokens are then in one column, and the head is computed for that alone.
+            It needs a model whose mask and positions leave padding out, which ``pads_left`` finds out.
     """
 
     def __init__(
         self, model: torch.nn.Module, label_tokens: Sequence[int], autocast: bool = False, left: bool = True
     ) -> None:
-        """Look up what the model's forward accepts."""
         self.model, self.autocast, self.left = model, autocast, left
         self.device = next(model.parameters()).device
         self.label_tokens = torch.tensor(label_tokens, device=self.device)
@@ -357,19 +349,19 @@ class Scorer:
         self.positions = "position_ids" in accepted
 
     def precision(self) -> AbstractContextManager[Any]:
-        """The autocast context. Held around many forwards of unchanged weights it casts each weight once."""
+        """The autocast context. Around several forwards with the same weights, it casts each weight once."""
         return torch.autocast(self.device.type, torch.bfloat16) if self.autocast else nullcontext()
 
     def batch(self, examples: Sequence[Encoded]) -> Batch:
-        """These examples as a batch that this scorer takes."""
+        """A batch of these examples, padded as this scorer expects."""
         return collate(examples, self.device, left=self.left)
 
     def __call__(self, batch: Batch) -> torch.Tensor:
-        """Float32 logits (batch, labels)."""
+        """The logits of the label tokens, float32 (batch, labels)."""
         options, last = dict(self.options), batch.attention_mask.sum(-1) - 1
         if not self.left:
             options.pop("logits_to_keep", None)
-        elif self.positions:  # absolute position embeddings count from the first real token
+        elif self.positions:  # positions count from the first token that is no padding
             options["position_ids"] = (batch.attention_mask.cumsum(-1) - 1).clamp(min=0)
         with self.precision():
             output = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **options)
@@ -379,39 +371,39 @@ class Scorer:
 
     @torch.no_grad()
     def pads_left(self, tokens: list[int]) -> bool:
-        """Whether the model gives these tokens the same logits, but for rounding, with padding on their left."""
+        """Whether padding on the left of these tokens leaves the model's logits as they are, except for rounding."""
         padded = self(collate([Encoded(tokens, 0), Encoded(tokens * 2, 0)], self.device))[0]
         alone = self.model(input_ids=torch.tensor([tokens], device=self.device)).logits[0, -1]
         return _agree(padded, alone[self.label_tokens].float(), alone)
 
     @torch.no_grad()
     def is_causal(self, tokens: list[int]) -> bool:
-        """Whether the model's logits after these tokens stay as they are, but for rounding, when another one follows."""
+        """Whether a token that follows leaves the logits after these tokens as they are, except for rounding."""
         rows = torch.tensor([[*tokens, int(token)] for token in self.label_tokens[:2]], device=self.device)
         one, other = self.model(input_ids=rows, attention_mask=torch.ones_like(rows)).logits[:, len(tokens) - 1]
         return _agree(one, other, one)
 
     def loss(self, batch: Batch) -> torch.Tensor:
-        """Mean cross-entropy over the label words, a float32 scalar."""
+        """The mean cross-entropy over the label tokens, a float32 scalar."""
         return losses.cross_entropy(self(batch), batch.labels)
 
 
 def _agree(a: torch.Tensor, b: torch.Tensor, logits: torch.Tensor) -> bool:
-    """Whether a and b differ by no more than what rounding makes of logits of this size and dtype."""
+    """Whether a and b differ by no more than the rounding errors of logits of this size and dtype."""
     rounding = max(1e-3, 4 * torch.finfo(logits.dtype).eps) * float(logits.abs().max())
-    return not bool(((a - b).abs() > rounding).any())  # NaN is for the steps to find
+    return not bool(((a - b).abs() > rounding).any())  # true for NaN too, which the steps report
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a set of examples gave, in their order: `correct` (n,) bool, `losses` (n,) float32."""
+    """The results of n examples, in their order."""
 
-    correct: torch.Tensor
-    losses: torch.Tensor
+    correct: torch.Tensor  # bool (n,)
+    losses: torch.Tensor  # float32 (n,)
 
     @property
     def n(self) -> int:
-        """How many examples."""
+        """Number of examples."""
         return len(self.correct)
 
     @property
@@ -421,11 +413,11 @@ class Evaluation:
 
     @property
     def accuracy(self) -> float:
-        """Fraction predicted right."""
+        """Fraction of correct predictions."""
         return int(self.correct.sum()) / self.n
 
     def report(self) -> dict[str, Any]:
-        """Numbers for JSON: n, accuracy, its Wilson 95% interval, loss."""
+        """A dict of n, accuracy, its 95% Wilson interval and the mean loss, for JSON."""
         interval = wilson_interval(int(self.correct.sum()), self.n)
         return {"n": self.n, "accuracy": self.accuracy, "interval": list(interval), "loss": self.loss}
 
@@ -437,14 +429,13 @@ def evaluate(
     batch_size: int = 32,
     progress: Callable[[int], None] = lambda n: None,
 ) -> Evaluation:
-    """Score all examples without dropout, sorted by length so that little is padded.
+    """Score all examples without dropout, in batches of similar lengths, which need little padding.
 
     Args:
         scorer: the model and its label tokens.
-        examples: at least one.
-        batch_size: examples a forward.
-        progress: called with the number of examples of each batch when it is done; may raise to stop.
-
+        examples: the examples, at least one.
+        batch_size: examples per forward.
+        progress: called after each batch with its number of examples; it may raise an error to stop.
     """
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].tokens))
     correct, losses = torch.empty(len(examples), dtype=torch.bool), torch.empty(len(examples))
@@ -465,7 +456,7 @@ def evaluate(
 
 
 def wilson_interval(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson score interval of a proportion (95% by default), which stays inside [0, 1]."""
+    """The Wilson score interval of a proportion (95% by default), which is always inside [0, 1]."""
     p, scale = successes / n, 1 + z * z / n
     centre = (p + z * z / (2 * n)) / scale
     half = z / scale * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
@@ -473,21 +464,16 @@ def wilson_interval(successes: int, n: int, z: float = 1.959964) -> tuple[float,
 
 
 def paired_difference(before: torch.Tensor, after: torch.Tensor, z: float = 1.959964) -> dict[str, Any]:
-    """Change of accuracy on the same examples, with its Wald 95% interval for paired proportions.
+    """The change of accuracy on the same examples, with a 95% Wald interval for paired proportions.
 
     Args:
-        before: (n,) bool, right or wrong before.
-        after: likewise, after.
+        before: bool (n,), whether each prediction was right before.
+        after: likewise, afterwards.
         z: normal quantile of the interval.
-
     """
     n = len(before)
     gained, lost = int((after & ~before).sum()), int((before & ~after).sum())
     difference = (gained - lost) / n
     half = z * math.sqrt(max(0.0, gained + lost - (gained - lost) ** 2 / n)) / n
-    return {
-        "difference": difference,
-        "interval": [difference - half, difference + half],
-        "gained": gained,
-        "lost": lost,
-    }
+    interval = [difference - half, difference + half]
+    return {"difference": difference, "interval": interval, "gained": gained, "lost": lost}

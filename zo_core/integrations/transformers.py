@@ -1,6 +1,4 @@
-"""Zeroth-order methods in transformers' Trainer, and in what is built on it: its loop, with steps without a backward."""
-
-from __future__ import annotations
+"""Zeroth-order methods in transformers' Trainer, and in trainers built on it: their loop, with steps without a backward."""
 
 import inspect
 import json
@@ -27,8 +25,8 @@ if TYPE_CHECKING:
 else:
     _Trainer = _Arguments = object
 
-# Learning rate and eps for MeZO as published (arXiv:2305.17333, OPT-13B), by what is trained: a PEFT type, or all weights.
-# Prompt tuning was not: it gets those of prefixes.
+# The published learning rate and eps of MeZO (arXiv:2305.17333, OPT-13B), by PEFT type, "" where all weights are trained.
+# None were published for prompt tuning, which gets those of prefix tuning.
 PUBLISHED = {"": (1e-6, 1e-3), "LORA": (1e-4, 1e-2), "PREFIX_TUNING": (1e-2, 1e-1), "PROMPT_TUNING": (1e-2, 1e-1)}
 _REFUSED = {
     "gradient_checkpointing": "no backward is run, so no activations are kept",
@@ -42,21 +40,21 @@ _REFUSED = {
 
 @dataclass
 class ZOArguments(_Arguments):
-    """The method and its options, for TrainingArguments and classes built on it; those of gradients are off.
+    """The method and its options, for TrainingArguments and classes built on it. Options about gradients must be off.
 
     Args:
-        learning_rate: None takes the published one for what is trained (``PUBLISHED``), where the method is MeZO.
+        learning_rate: None takes the published value for MeZO (``PUBLISHED``); other methods need a number.
         zo_method: name of an optimizer in ``zo_core``.
-        eps: size of the perturbation. None: as ``learning_rate``, or the method's own default.
-        probes: probes a step; None: the method's own default.
-        distribution: "gaussian", "rademacher" or "factored"; None: the method's own default.
-        rank: of factored probes.
-        residual: bits, 8, 16 or None, that 16-bit weights keep beside them.
-        engine: "shadow", "inplace" or None.
-        zo_options: what else the method takes, as a dict or its JSON. The seed of the noise is ``seed`` unless given here.
+        eps: size of the perturbation. None takes the published value for MeZO, the method's default for others.
+        probes: probes per step; None takes the method's default.
+        distribution: "gaussian", "rademacher" or "factored"; None takes the method's default.
+        rank: rank of factored probes.
+        residual: extra bits for each 16-bit weight: 8, 16 or None.
+        engine: "shadow", "inplace" or None; see ``ZOOptimizer``.
+        zo_options: other options of the method, as a dict or its JSON. The seed of the noise is ``seed`` unless given here.
 
     Raises:
-        ValueError: an argument that makes no sense without gradients, an unknown method, or options that are no dict.
+        ValueError: an argument that makes no sense without gradients, an unknown method, or options that are not a dict.
     """
 
     learning_rate: float | None = None  # type: ignore[assignment]
@@ -72,7 +70,7 @@ class ZOArguments(_Arguments):
     zo_options: dict[str, Any] | str | None = None
 
     def __post_init__(self) -> None:
-        """Check what can be checked before there is a model."""
+        """Check the arguments, as far as that needs no model."""
         if isinstance(self.zo_options, str):
             with suppress(ValueError):
                 self.zo_options = json.loads(self.zo_options)
@@ -80,10 +78,9 @@ class ZOArguments(_Arguments):
             raise ValueError(f"zo_options: expected a dict or its JSON, got {self.zo_options!r}")
         known = inspect.signature(optimizer_class(self.zo_method)).parameters
         fields = {"params", "lr", "eps", "probes", "distribution", "rank", "residual", "engine", "weight_decay"}
-        if wrong := [
-            name for name in self.zo_options or {} if name in fields or name not in {*known, *Options.__annotations__}
-        ]:
-            own = sorted({*known, *Options.__annotations__} - fields - {"options", "method"})
+        taken = {*known, *Options.__annotations__}
+        if wrong := [name for name in self.zo_options or {} if name in fields or name not in taken]:
+            own = sorted(taken - fields - {"options", "method"})
             raise ValueError(
                 f"zo_options: expected options of {self.zo_method} that are no fields, {own}, got {wrong[0]!r}"
             )
@@ -108,24 +105,24 @@ def optimizer_class(name: str) -> type[ZOOptimizer]:
 
 
 def _step(optimizer: ZOOptimizer, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
-    """A step; without a closure, as Trainer's loop calls it, nothing: ``training_step`` has made it."""
+    """``optimizer.step`` for Trainer: its loop calls it without a closure, when ``training_step`` has made the step already."""
     return type(optimizer).step(optimizer, closure) if closure else None
 
 
 class ZOMixin(_Trainer):
-    """Before Trainer, or a class built on it, in the bases of a class: its steps are ``ZOOptimizer.step``.
+    """A base class to list before Trainer, or before a trainer built on it, so that steps are those of ``ZOOptimizer``.
 
-    The loop, with all that hangs on it, is Trainer's. A step happens in the ``training_step`` of the last micro-batch
-    of an accumulation window: each evaluation is Trainer's own ``training_step`` over all micro-batches of the
-    window, without the backward, so losses are weighted as Trainer weights them. What it logs is the step's loss.
+    The training loop remains Trainer's. With gradient accumulation, the step is made in the ``training_step`` of the last
+    micro-batch: each evaluation calls Trainer's own ``training_step`` for all micro-batches, without the backward, so losses
+    are weighted as Trainer weights them. Trainer logs the step's loss.
     """
 
     args: Any
     optimizer: Any
-    _window: list[Any]  # micro-batches of this step
+    _window: list[Any]  # the micro-batches of this step
 
     def create_accelerator_and_postprocess(self) -> None:
-        """As Trainer's; refuses several devices in one process, and turns backward and what averages gradients off."""
+        """As Trainer's, without backward and without DistributedDataParallel. ValueError for several devices in one process."""
         if not isinstance(self.args, ZOArguments):
             raise TypeError(f"args: expected ZOTrainingArguments, got {type(self.args).__name__}")
         super().create_accelerator_and_postprocess()
@@ -135,10 +132,10 @@ class ZOMixin(_Trainer):
                 "launch), or one with CUDA_VISIBLE_DEVICES=0"
             )
         self.accelerator.backward = lambda loss, **kwargs: None
-        self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)  # not in DDP
+        self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)  # no DDP
 
     def create_optimizer(self, model: Any = None) -> ZOOptimizer:
-        """The method that the arguments name, over all that requires a gradient, unless an optimizer was given."""
+        """Make the optimizer that the arguments name, of all trainable parameters, unless one was given to the trainer."""
         if self.optimizer is None:
             args, model = self.args, self.model if model is None else model
             kinds = [config.peft_type.value for config in getattr(model, "peft_config", {}).values()] or [""]
@@ -167,18 +164,18 @@ class ZOMixin(_Trainer):
 
     @property
     def zo_optimizer(self) -> ZOOptimizer:
-        """The optimizer, without what accelerate puts around it."""
+        """The optimizer, without the wrapper of accelerate."""
         return getattr(self.optimizer, "optimizer", self.optimizer)  # type: ignore[no-any-return]
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Tensor | int | None]:
-        """As Trainer's; the micro-batches are kept for the step."""
+        """As Trainer's; it also keeps the micro-batches for the step."""
         self._window, items = super().get_batch_samples(*args, **kwargs)
         return self._window, items
 
     def training_step(
         self, model: nn.Module, inputs: Mapping[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """The step, and its loss, at the window's last micro-batch; before that, zero."""
+        """Make the step at the last micro-batch and return its loss; before that, return zero."""
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
         evaluate = super().training_step
@@ -196,7 +193,7 @@ class ZOMixin(_Trainer):
         return self.zo_optimizer.step(closure)
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing to log."""
+        """None: there are no gradients."""
 
 
 class ZOTrainer(ZOMixin, Trainer):  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""What all zeroth-order optimizers share: the step, and how it survives failure."""
+"""The step that all zeroth-order optimizers share, which happens as a whole or, after an error, not at all."""
 
 import math
 import operator
@@ -35,7 +35,7 @@ class ZOOptimizer(Stateful):
         lr: learning rate; may be scheduled, and set per group.
         eps: size of the perturbation; the same in all groups.
         weight_decay: decoupled, theta <- theta - lr * weight_decay * theta. For a module it skips vectors and
-            scalars (biases, norms); tensors and groups of your own are decayed as they say.
+            scalars (biases, norms); tensors and groups that are given explicitly are all decayed.
         probes: number of probes a step averages over; None: the method's own, as for all that follow.
         seed: 64-bit seed that all noise is a function of.
         distribution: "gaussian", "rademacher" (random signs) or "factored": of a matrix, ``rank`` products of signs of its
@@ -44,7 +44,7 @@ class ZOOptimizer(Stateful):
         rho: fraction of the model's blocks that a step leaves out, in [0, 1); see ``LeZO``. Like ``lr`` it may be set
             anew between steps, in ``param_groups[0]``.
         blocks: those blocks, or the dotted name of the list that has them; None: the largest ``nn.ModuleList``.
-        hessian: "diagonal" or "factored", to scale probes by H^-1/2; see ``HiZOO``. Of methods that measure curvature.
+        hessian: "diagonal" or "factored", to scale probes by H^-1/2; see ``HiZOO``. For methods that measure curvature.
         stochastic_rounding: whether updates round stochastically (unbiased), not to nearest, where they round to 16
             bits or to the 24 of a weight with an 8-bit residual.
         residual: low-order bits, 8 or 16, that each 16-bit weight keeps in a tensor of this optimizer (1 or 2 bytes a
@@ -67,7 +67,7 @@ class ZOOptimizer(Stateful):
     _default: ClassVar[dict[str, Any]] = {"probes": 1, "distribution": "gaussian", "rho": 0.0, "hessian": None}
     _measures_curvature = False  # whether estimates have a curvature, which Hessian scaling needs
 
-    eps = Shared(1e-30, 1e30)  # what float32 arithmetic can carry
+    eps = Shared(1e-30, 1e30)  # the range in which float32 arithmetic neither overflows nor underflows
     probes = Shared(1, 1 << 20, Integral)
     rho = Shared(0.0, math.nextafter(1.0, 0.0))
 
@@ -75,7 +75,7 @@ class ZOOptimizer(Stateful):
     _units: Sequence[Any] = ()  # parts of the module that FSDP2 gathers
     _blocks: Sequence[set[int]] = ()
     _buffers = Buffers(None)  # of the module
-    _seen: list[tuple[object, ...]] | None = None  # what the engine was made for
+    _seen: list[tuple[object, ...]] | None = None  # the value of ``_look`` for which the engine was made
 
     def __init__(
         self,
@@ -135,11 +135,11 @@ class ZOOptimizer(Stateful):
     # ---- what a method gives -----------------------------------------------------------------------------------
 
     def estimate(self, losses: Losses) -> Estimate:
-        """Evaluate losses, and say where to go."""
+        """Evaluate losses, and say which probes the step moves along, and how far."""
         raise NotImplementedError
 
     def draw(self, n: int) -> list[Probe]:
-        """The next n probes of this optimizer's life."""
+        """New probes: the next n numbers of streams, which no earlier step has used."""
         stream = self._own["stream"]
         streams = stream + torch.arange(n, device=stream.device)
         stream += n
@@ -192,7 +192,7 @@ class ZOOptimizer(Stateful):
         return found.loss
 
     def _begin(self, closure: object) -> tuple[Engine, set[int]]:
-        """The engine of a step, and the tensors that it leaves out, when all that can be checked before it has been."""
+        """Check all that can be checked before a step. Returns its engine, and the numbers of the tensors that it leaves out."""
         if not callable(closure):
             raise TypeError(f"closure: expected a function that returns the loss, got {closure!r}")
         if self._stepping:
@@ -231,12 +231,12 @@ class ZOOptimizer(Stateful):
         return losses
 
     def _move(self, engine: Engine, found: Estimate, left_out: set[int]) -> Tensor:
-        """Write the step's record, move the weights, and count the step; whether it moved them, bool (1,)."""
+        """Write the step's record, move the weights and count the step. Returns whether it moved them, bool (1,)."""
         own = self._own
         smoothing = self.param_groups[0]["smoothing"] if own["hessian"] else None
         lr, decay = rates_of(self.param_groups, own["stream"].device)
         update = update_of(found, lr, decay, engine.space.full(1.0, left_out).bool(), smoothing)
-        number = own["updates"] + own["skipped"]  # of the rounding: skipped steps restore, and round as well
+        number = own["updates"] + own["skipped"]  # the step's number, which is its stream of the stochastic rounding
         if self.journal is not None:  # before the weights move: without its record a step does not happen
             identity = self._identity()
             record = report.record_of(
@@ -262,7 +262,7 @@ class ZOOptimizer(Stateful):
     # ---- the tensors -------------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's; frozen tensors are left out. Ids of the noise count on from the groups before."""
+        """As torch's, without frozen tensors. The tensors' ids in the noise continue those of the groups before."""
         given = param_group["params"]
         given = [given] if isinstance(given, Tensor) else list(given)
         keep = [p for p in given if (p[1] if isinstance(p, tuple) else p).requires_grad]
@@ -292,7 +292,7 @@ class ZOOptimizer(Stateful):
         check(self.processes, self._names(), self._parameters(), self.module, self.engine, hessian)
 
     def _prepare(self) -> Engine:
-        """The engine over the tensors as they are now; they are checked without being touched."""
+        """The engine for the tensors as they are now, a new one if they have changed; the checks write no tensor."""
         sharding.reshard(self._units)
         tensors = self._tensors()
         if self._own["stream"].device != (device := tensors[0].device):  # the model has moved
@@ -312,7 +312,7 @@ class ZOOptimizer(Stateful):
         return self._engine
 
     def _look(self, tensors: Sequence[Tensor]) -> list[tuple[object, ...]]:
-        """What an engine is made for: which tensors, and of shards their memory, which the space of weights holds on to."""
+        """What an engine depends on: which tensors there are, and where the memory of shards is. A change needs a new engine."""
         pairs = zip(tensors, self._parameters(), strict=True)
         return [(id(p), t.dtype, t.shape, t.device, None if t is p else t.data_ptr()) for t, p in pairs]
 
@@ -337,7 +337,7 @@ class ZOOptimizer(Stateful):
             exchange.compare(self._steps, self._snapshot)
 
     def _joined(self) -> Exchange | None:
-        """What joins the processes; they make it together."""
+        """The exchange with other processes, None if there are none; all processes must make it at the same time."""
         if self._exchange is None and self.processes is not None:
             self._exchange = Exchange(self.processes)
         return self._exchange

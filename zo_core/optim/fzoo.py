@@ -40,7 +40,7 @@ class FZOO(ZOOptimizer):
         """One-sided differences over the unbiased standard deviation of the losses (equations 3 and 4 of the paper)."""
         probes = self.draw(self.probes)
         clean, side = one_side(losses, probes, self.eps)
-        among = torch.cat((side, self.carry)) if self.reuse else side  # not a number: of no step
+        among = torch.cat((side, self.carry)) if self.reuse else side  # NaN where there was no earlier step
         known = among.isnan().logical_not().sum()
         deviation = ((among - among.nanmean()).square().nansum() / (known - 1)).sqrt()
         return Estimate(probes, (side - clean) / (len(probes) * deviation), clean, carry=side if self.reuse else None)

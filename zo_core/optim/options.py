@@ -18,7 +18,7 @@ Params = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[
 
 
 class Options(TypedDict, total=False):
-    """What all methods take beside ``params``, ``lr`` and their own; see ``ZOOptimizer``."""
+    """The options that all methods take, beside ``params``, ``lr`` and options of their own; see ``ZOOptimizer``."""
 
     eps: float
     weight_decay: float
@@ -92,7 +92,7 @@ def check_choices(
 
 
 def named_params(params: Params) -> Any:
-    """What torch's optimizers take, of a module or of that; TypeError for what they would misread."""
+    """The parameters in a form that torch's optimizers take. TypeError for those that they would misread."""
     if isinstance(params, str | Mapping):
         raise TypeError(
             f"params: expected a module, tensors, (name, tensor) pairs or a list of groups, got a {type(params).__name__}: of a "
@@ -107,7 +107,7 @@ def check_group(group: Mapping[str, Any], shared: Sequence[Shared]) -> None:
     """ValueError, TypeError unless the numbers of a group are in their ranges."""
     rate = group["lr"]
     if isinstance(rate, Tensor) and rate.numel() == 1:
-        rate = 0.0 if rate.is_cuda else rate.item()  # not waited for: one that is not finite skips the step
+        rate = 0.0 if rate.is_cuda else rate.item()  # do not wait for the GPU: a rate that is not finite skips the step
     _in_range("lr", rate)
     _in_range("weight_decay", group["weight_decay"])
     for option in shared:

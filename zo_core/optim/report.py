@@ -1,4 +1,4 @@
-"""How an optimizer and its steps are told to a journal and to other processes."""
+"""The data that an optimizer gives a journal and other processes: its identity, its options and the record of each step."""
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -16,7 +16,7 @@ _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 def identity_of(
     own: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], names: Sequence[str], engine: str
 ) -> Identity:
-    """What does not change from step to step."""
+    """The identity of an optimizer with this state and these groups."""
     kinds: dict[tuple[int, bool], int] = {}
     left, tensors = iter(names), []
     for number, group in enumerate(groups):
@@ -24,15 +24,9 @@ def identity_of(
             rates = kinds.setdefault((number, bool(group["decay_vectors"] or p.ndim > 1)), len(kinds))
             tensors.append(TensorInfo(next(left), tuple(p.shape), _DTYPE_NAMES[p.dtype], rates))
     return Identity(
-        own["method"],
-        own["seed"],
-        own["distribution"],
-        own.get("rank", 1),
-        own["residual"] or 0,
-        own["hessian"] or "",
-        engine,
-        tuple(tensors),
-    )
+        method=own["method"], seed=own["seed"], distribution=own["distribution"], rank=own.get("rank", 1),
+        residual=own["residual"] or 0, hessian=own["hessian"] or "", engine=engine, tensors=tuple(tensors),
+    )  # fmt: skip
 
 
 def options_of(groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -46,7 +40,7 @@ def options_of(groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def facts_of(own: Mapping[str, Any], names: Sequence[str], parameters: Sequence[Tensor]) -> dict[str, Any]:
-    """What of the state, and of the tensors beside their values, must be the same in all processes."""
+    """The parts of the state and the properties of the tensors, apart from their values, that must be the same in all processes."""
     facts = {k: own[k] for k in ("seed", "distribution", "residual", "hessian")} | {"rank": own.get("rank", 1)}
     facts |= {k: own[k].tolist() for k in ("stream", "updates", "skipped", "carry")}
     for i, (name, p) in enumerate(zip(names, parameters, strict=True)):
@@ -58,13 +52,13 @@ def record_of(
     identity: Identity, step: Tensor, found: Estimate, update: Update, lr: Tensor, decay: Tensor, *, stochastic: bool,
     left_out: Collection[int], smoothing: float,
 ) -> Record:  # fmt: skip
-    """The record of a step; waits for its device.
+    """The record of a step. The host waits for the device.
 
     Args:
         identity: of the optimizer.
         step: int64, one element.
-        found: where the step goes, along K probes.
-        update: what it does to the weights.
+        found: the method's estimate, along K probes.
+        update: the pass that it became.
         lr: float32 (T,), learning rate of each tensor.
         decay: float32 (T,), learning rate times weight decay of each tensor.
         stochastic: whether it rounds stochastically.
