@@ -159,7 +159,7 @@ def test_a_loss_that_is_not_finite_in_one_rank_skips_the_step_in_all():
 def run_until_killed(folder, keeps, steps, kill_at=None):
     """Steps; rank 0 keeps a state every three, or a journal; rank 1 kills itself. Goes on from what is there."""
     rank, model = dist.get_rank(), network(torch.bfloat16)
-    opt = zo_core.MeZO(model, lr=1e-3, processes=Parallel(timeout=30), seed=3)
+    opt = zo_core.MeZO(model, lr=1e-3, processes=Parallel(timeout=180), seed=3)
     saved = Path(folder, keeps)
     if keeps == "journal" and saved.exists():
         opt.journal = zo_core.Journal.recover(saved, opt, writable=rank == 0)
@@ -193,7 +193,7 @@ def whole(tmp_path_factory):
 
 @pytest.mark.parametrize("keeps", ["state", "journal"])
 def test_a_killed_rank_ends_the_others_and_the_run_goes_on(tmp_path, whole, keeps):
-    found = ranks.run(run_until_killed, 3, str(tmp_path), keeps, 9, 5, seconds=20)  # its timeout is longer
+    found = ranks.run(run_until_killed, 3, str(tmp_path), keeps, 9, 5, seconds=90)  # its timeout is longer
     assert found[1] is None
     for text, updates in (found[0], found[2]):
         assert "lost the other processes" in text and updates == 5
@@ -205,10 +205,10 @@ def test_a_killed_rank_ends_the_others_and_the_run_goes_on(tmp_path, whole, keep
 
 def leave_the_loop():
     model = network()
-    opt = zo_core.MeZO(model, lr=1e-3, processes=Parallel(timeout=1))
+    opt = zo_core.MeZO(model, lr=1e-3, processes=Parallel(timeout=2))
     opt.step(loss_of(model))
     if dist.get_rank() == 1:
-        time.sleep(4)  # alive, and silent
+        time.sleep(7)  # alive, and silent
         return ""
     with pytest.raises(RankError) as caught:
         opt.step(loss_of(model))
@@ -216,7 +216,7 @@ def leave_the_loop():
 
 
 def test_a_silent_rank_ends_the_others_in_time():
-    assert "took more than 1 s" in ranks.run(leave_the_loop, 2)[0]
+    assert "took more than 2 s" in ranks.run(leave_the_loop, 2)[0]
 
 
 # ---- checks ------------------------------------------------------------------------------------------------------
@@ -498,7 +498,7 @@ def test_the_example_runs_under_a_launcher(launcher, option):
     ]
     done = subprocess.run(
         command, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-        check=False, timeout=60,
+        check=False, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0 and "weights and state of all processes agree" in done.stdout, done.stderr
     losses = [float(line.split("loss ")[1].split(",")[0]) for line in done.stdout.splitlines() if "loss" in line]
