@@ -383,7 +383,9 @@ def test_a_full_disk_is_one_message_and_loses_nothing(inputs: dict[str, object],
     model, before = weights(folder), {p.name: p.read_bytes() for p in (folder / "checkpoint").iterdir()}
     child = start(inputs, folder, resume=True, steps=4, limits="6000,60000,90000")
     said = child.communicate(timeout=300)[0]
-    assert said.count("exit code 2") == said.count("cannot be written: ") == said.count("make room there and") == 3, said
+    assert said.count("exit code 2") == said.count("cannot be written: ") == said.count("make room there and") == 3, (
+        said
+    )
     assert "Traceback" not in said
     assert {p.name: p.read_bytes() for p in (folder / "checkpoint").iterdir()} == before
     assert not list(folder.rglob("*.part"))

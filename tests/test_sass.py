@@ -77,7 +77,7 @@ def judged():
     yield from ((v, others[i % len(others)]) for i, v in enumerate(sass.MAIN))
 
 
-@pytest.mark.parametrize(("variant", "capability"), judged(), ids=lambda x: getattr(x, "name", x))
+@pytest.mark.parametrize(("variant", "capability"), list(judged()), ids=lambda x: getattr(x, "name", x))
 def test_a_form_keeps_its_budget_moves_128_bits_and_spills_nothing(variant, capability):
     assert not sass.judge(variant, capability).problems
 
