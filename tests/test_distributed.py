@@ -15,9 +15,11 @@ from pathlib import Path
 import pytest
 import ranks
 import torch
+from conftest import on
 from torch import distributed as dist
 from torch import nn
 from toys import loss_of
+from zo_core.bindings import native
 
 import zo_core
 from zo_core.distributed import Exchange, Parallel, RankError
@@ -258,6 +260,9 @@ def differ():
     attempt("blocks", blocks)
     attempt("lr", lambda m: optimizer(m, lr=1e-3 * (1 + rank)))
     attempt("method", lambda m: optimizer(m) if rank else zo_core.LeZO(m, lr=1e-3, rho=0.0, processes=Parallel()))
+    if len(native.isas()) > 1:
+        with on("portable" if rank else native.get_isa()):
+            attempt("backend", optimizer)
     attempt("tensors", lambda m: optimizer(m[0] if rank else m))
     attempt("weights", optimizer, change)
     attempt("steps", optimizer, counts("steps"))
@@ -273,6 +278,8 @@ def test_ranks_that_do_not_agree_at_the_start_are_refused_by_name():
         assert "lr of group 0: " in said["lr"] and "0.001 in rank 0; 0.002 in rank 1" in said["lr"]
         assert "LeZO in rank 0; MeZO in rank 1" in said["method"]
         assert "float32 (17, 6) in rank 0" in said["tensors"]
+        if "backend" in said:
+            assert said["backend"].endswith("got backend of native in rank 0; native portable in rank 1")
         assert said["weights"].startswith("4.weight: differs between ranks at step 0, with checksums")
         assert said["steps"].startswith("step: expected the same in all ranks, got 0 in rank 0; 4 in rank 1")
         assert "[0] in rank 0; [4] in rank 1" in said["updates"]
