@@ -33,7 +33,7 @@ test: setup test-triton test-ptx  ## all tests, also those on the default model 
 test-triton: setup  ## the Triton kernels in the interpreter, in processes of their own
 	TRITON_INTERPRET=1 $(PYTEST) $(KERNEL_TESTS)
 
-# A quarter of the cases on each: what compiles in a few minutes. ZO_CORE_PTX_ALL=1 runs all of them.
+# Half of the cases on each: what compiles in a few minutes. ZO_CORE_PTX_ALL=1 runs all cases on both.
 test-ptx: setup  ## the Triton kernels as compiled for sm_90 and sm_80, in an emulator of PTX; and mutants of them
 	ZO_CORE_PTX=90 $(PYTEST) $(KERNEL_TESTS)
 	ZO_CORE_PTX=80 $(PYTEST) tests/test_cases.py tests/test_selfcheck.py tests/ptx

@@ -71,7 +71,7 @@ TRITON_ON_CPU = INTERPRETED or bool(EMULATED)
 
 
 def _patch_once() -> None:
-    """Spare Triton's interpreter half of its time: at each call of a device function it looks through all of triton.language.
+    """Spare Triton's interpreter a third of its time: at each call of a device function it looks through all of triton.language.
 
     It looks for what to replace by numpy, as it has done at the launch and, for the modules that Triton's own device functions
     know, at the first call of one: later calls find nothing. What it replaces is the same with this and without.
