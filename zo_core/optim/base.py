@@ -9,12 +9,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .. import layers, sharding
+from .. import engines, layers, sharding
 from ..closure import Buffers, Evaluation, forget_casts
 from ..distributed import Exchange, Parallel, check, is_sharded
 from ..engines.base import Engine, uninterrupted
 from ..engines.inplace import InPlaceEngine
-from ..engines.shadow import ShadowEngine
 from ..estimators import Estimate, Losses, update_of
 from ..journal import Journal
 from ..noise import backend_of
@@ -22,6 +21,7 @@ from ..record import Snapshot, carried
 from ..weights import ParamSpace, Probe, space_of, versions_of
 from . import report, state
 from .options import Params, Shared, check_choices, check_group, named_params, rates_of
+from .points import losses_of
 from .state import Stateful, refuse_meta
 
 
@@ -109,8 +109,8 @@ class ZOOptimizer(Stateful):
                 "accelerate: prepare_model(model, evaluation_mode=True)), and processes=zo_core.distributed.Parallel()"
             )
         sharding.reshard(sharding.units(self.module))  # an evaluation may have left weights gathered
-        if engine == "shadow" and self.module is None:
-            raise ValueError("engine: 'shadow' needs the module whose forwards use the tensors: pass module=")
+        if engine in engines.NEED_MODULE and self.module is None:
+            raise ValueError(f"engine: {engine!r} needs the module whose forwards use the tensors: pass module=")
         groups = named_params(params)
         shared = {"eps": eps, "probes": probes, "rho": rho, **(method or {})}
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "decay_vectors": True, **shared})
@@ -166,7 +166,7 @@ class ZOOptimizer(Stateful):
         evaluation = Evaluation(closure, stream.device, self._units, self._buffers, in_place)
         done, self._stepping = False, True
         try:
-            found = self.estimate(self._losses(engine, evaluation, left_out, seen))
+            found = self.estimate(losses_of(engine, evaluation, left_out, self._exchange, self._steps, seen))
             with uninterrupted():  # the record, the weights and the counts change together
                 self._buffers.end(self._move(engine, found, left_out))
                 done = True
@@ -204,26 +204,6 @@ class ZOOptimizer(Stateful):
         if (exchange := self._joined()) is not None:
             exchange.start(self._steps, report.options_of(self.param_groups), self._snapshot)
         return engine, self._left_out() | frozen
-
-    def _losses(self, engine: Engine, evaluation: Evaluation, left_out: set[int], seen: list[Tensor]) -> Losses:
-        """What gives a method the losses at the points that it asks for; they are added to ``seen``."""
-        exchange, number = self._exchange, self._steps
-
-        def evaluate(c: float, probe: Probe | None) -> Tensor:
-            return engine.evaluate(evaluation, c, probe, left_out)
-
-        def pass_by(c: float, probe: Probe | None) -> None:
-            if isinstance(engine, InPlaceEngine):  # going there and back rounds, as it does in other processes
-                engine.evaluate(lambda: engine.space.counters, c, probe, left_out)
-
-        def losses(points: Sequence[tuple[float, Probe | None]]) -> Tensor:
-            if exchange is None:
-                seen.append(torch.stack([evaluate(c, probe) for c, probe in points]))
-            else:
-                seen.append(exchange.losses(evaluate, pass_by, points, number))
-            return seen[-1]
-
-        return losses
 
     def _move(self, engine: Engine, found: Estimate, left_out: set[int]) -> Tensor:
         """Write the step's record, move the weights, and count the step; whether it moved them, bool (1,)."""
@@ -302,7 +282,7 @@ class ZOOptimizer(Stateful):
             self._blocks = ()
             self._left_out()
             space.warn_of_small_eps(self.eps, stacklevel=4)
-            self._engine = ShadowEngine(space, self.module) if self.engine == "shadow" else InPlaceEngine(space)  # type: ignore[arg-type]
+            self._engine = engines.make(self.engine, space, self.module)
             self._versions, self._seen = versions_of(space.tensors), self._look(space.tensors)
         return self._engine
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .. import layers, scaling
 from ..bindings import ops
 from ..distributed import Parallel
+from ..engines import ENGINES
 from ..kernels.reference import DISTRIBUTIONS
 
 Params = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
@@ -64,8 +65,8 @@ def check_choices(
         raise ValueError(f"distribution: expected one of {list(DISTRIBUTIONS)}, got {distribution!r}")
     if residual not in (None, 8, 16):
         raise ValueError(f"residual: expected None, 8 or 16 bits, got {residual!r}")
-    if engine not in (None, "shadow", "inplace"):
-        raise ValueError(f"engine: expected 'shadow', 'inplace' or None, got {engine!r}")
+    if engine is not None and engine not in ENGINES:
+        raise ValueError(f"engine: expected one of {list(ENGINES)} or None, got {engine!r}")
     if hessian is not None and (hessian not in scaling.KINDS or not curvature):
         which = list(scaling.KINDS) if curvature else "none, as this method measures no curvature"
         raise ValueError(f"hessian: expected {which}, got {hessian!r}; HiZOO and SPSA take one")
