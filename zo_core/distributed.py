@@ -303,8 +303,8 @@ def check(
                 f"params: {some(gone)}: no parameter of the module as it is when its weights are not gathered; give the "
                 "module, or its parameters after reshard()"
             )
-        if engine == "shadow":
-            raise ValueError("engine: 'shadow' cannot serve sharded weights (DTensors): leave it out, or 'inplace'")
+        if engine in ("shadow", "grouped"):
+            raise ValueError(f"engine: {engine!r} cannot serve sharded weights (DTensors): leave it out, or 'inplace'")
     probes = processes.grid()[1] if processes is not None else 1
     if probes > 1 and engine == "inplace":
         raise ValueError(

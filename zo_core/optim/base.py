@@ -48,9 +48,12 @@ class ZOOptimizer(Stateful):
         residual: low-order bits, 8 or 16, that each 16-bit weight keeps in a tensor of this optimizer (1 or 2 bytes a
             weight), or None. The value that is trained is weight + residual, the weight alone is the value rounded.
             float32 weights keep none. docs/precision.md says what each costs and saves.
-        engine: "shadow" perturbs what modules read and never writes a weight to probe it; "inplace" writes the
-            weights, for closures that are arbitrary functions of them, and for sharded ones (DTensors). None: shadow
-            where a module is known and no weight is sharded.
+        engine: "shadow" perturbs what modules read and never writes a weight to probe it; "grouped" does so at all
+            points of a step in one call of the closure; "inplace" writes the weights, for closures that are arbitrary
+            functions of them, and for sharded ones (DTensors). None: shadow where a module is known and no weight is
+            sharded. docs/engines.md says which to take.
+        points_at_once: at how many points the grouped engine evaluates at once, at most; None: as many as memory holds
+            and the processor has a use for.
         module: the module whose forwards use the tensors, where ``params`` is not that module itself.
         processes: how the processes of ``torch.distributed`` share a step (docs/distributed.md); None: each is alone.
         method: further options of the method, each a ``Shared`` of its class.
@@ -91,6 +94,7 @@ class ZOOptimizer(Stateful):
         stochastic_rounding: bool = True,
         residual: int | None = 8,
         engine: str | None = None,
+        points_at_once: int | None = None,
         module: nn.Module | None = None,
         processes: Parallel | None = None,
         method: Mapping[str, float] | None = None,
@@ -99,9 +103,11 @@ class ZOOptimizer(Stateful):
         probes, distribution, rho, hessian = (v if v is not None else self._default[k] for k, v in given.items())
         check_choices(
             seed=seed, distribution=distribution, residual=residual, engine=engine, hessian=hessian,
+            points_at_once=points_at_once,
             curvature=self._measures_curvature,
         )  # fmt: skip
         self.stochastic_rounding, self.blocks, self.processes = stochastic_rounding, blocks, processes
+        self.points_at_once = points_at_once
         self.module = params if isinstance(params, nn.Module) and module is None else module
         if isinstance(self.module, nn.parallel.DistributedDataParallel):
             raise ValueError(
@@ -282,7 +288,7 @@ class ZOOptimizer(Stateful):
             self._blocks = ()
             self._left_out()
             space.warn_of_small_eps(self.eps, stacklevel=4)
-            self._engine = engines.make(self.engine, space, self.module)
+            self._engine = engines.make(self.engine, space, self.module, self.points_at_once)
             self._versions, self._seen = versions_of(space.tensors), self._look(space.tensors)
         return self._engine
 

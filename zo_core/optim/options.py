@@ -32,6 +32,7 @@ class Options(TypedDict, total=False):
     stochastic_rounding: bool
     residual: int | None
     engine: str | None
+    points_at_once: int | None
     module: nn.Module | None
     processes: Parallel | None
 
@@ -58,8 +59,9 @@ class Shared:
 
 
 def check_choices(
-    *, seed: int, distribution: str, residual: int | None, engine: str | None, hessian: str | None, curvature: bool
-) -> None:
+    *, seed: int, distribution: str, residual: int | None, engine: str | None, hessian: str | None, curvature: bool,
+    points_at_once: int | None,
+) -> None:  # fmt: skip
     """ValueError unless each of these options is one of its choices; ``curvature``: whether the method measures it."""
     if distribution not in DISTRIBUTIONS:
         raise ValueError(f"distribution: expected one of {list(DISTRIBUTIONS)}, got {distribution!r}")
@@ -67,6 +69,8 @@ def check_choices(
         raise ValueError(f"residual: expected None, 8 or 16 bits, got {residual!r}")
     if engine is not None and engine not in ENGINES:
         raise ValueError(f"engine: expected one of {list(ENGINES)} or None, got {engine!r}")
+    if points_at_once is not None and (type(points_at_once) is not int or points_at_once < 1):
+        raise ValueError(f"points_at_once: expected a positive integer or None, got {points_at_once!r}")
     if hessian is not None and (hessian not in scaling.KINDS or not curvature):
         which = list(scaling.KINDS) if curvature else "none, as this method measures no curvature"
         raise ValueError(f"hessian: expected {which}, got {hessian!r}; HiZOO and SPSA take one")
