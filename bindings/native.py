@@ -247,7 +247,7 @@ def _run(
     table: int, n: int, streams: Tensor, coeffs: Tensor, seed: int, distribution: str, counters: Tensor,
     decay: Tensor | None = None, update: Tensor | None = None, restore: Tensor | None = None,
     curvature: Tensor | None = None, smoothing: Tensor | None = None, hessian_min: float = HESSIAN_RANGE[0],
-    hessian_max: float = HESSIAN_RANGE[1],
+    hessian_max: float = HESSIAN_RANGE[1], rank: int = 1,
 ) -> None:  # fmt: skip
     """``zo_run`` on n ``zo_tensor`` structs at this address."""
     kept: list[Tensor] = []  # alive until the call returns

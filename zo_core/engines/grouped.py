@@ -72,7 +72,6 @@ class GroupedEngine(ShadowEngine):
         self._most: int | None = None  # points at once that memory was found to hold
         self._rows, self._widest = 1, 0  # largest of the products so far: rows, and bytes of the result, of one point
         self._copied: dict[int, torch.dtype] = {}  # tensors that were copied for several points, and their dtypes
-        self._rank = getattr(space, "rank", 1)
         self._factored = space.distribution == "factored" and not space.hessian
         self._plans: dict[int, Plan] = {}  # by the number of points
         self._alone = self._plan  # of the shadow engine
@@ -246,8 +245,8 @@ class GroupedEngine(ShadowEngine):
         """Signs of the rows of matrix i times c r^-1/2, (P, r, R), and of its columns, (P, r, C)."""
         if (found := self._factors.get((i, dtype))) is None:
             space, shape = self.space, self._sources[i].shape
-            a, b = factors(shape, self._streams, tensor_id=i, seed=space.seed, rank=self._rank)
-            a = a * (self._cs * self._rank**-0.5).view(-1, 1, 1)
+            a, b = factors(shape, self._streams, tensor_id=i, seed=space.seed, rank=space.rank)
+            a = a * (self._cs * space.rank**-0.5).view(-1, 1, 1)
             found = self._factors[i, dtype] = a.to(dtype), b.to(dtype)
         return found
 
