@@ -86,15 +86,19 @@ class GroupedEngine(ShadowEngine):
         self, closure: Callable[[], Tensor], points: Sequence[Point], leave_out: Collection[int] = ()
     ) -> Tensor:
         """The closure's results at all of these points, (n,)."""
+        why = ""
         if self.alone is None:
             try:
                 if self._known or self._agrees(closure, points[:2], leave_out):
                     return self._in_chunks(closure, points, leave_out)
             except Exception as error:
-                if not any(words in str(error).lower() for words in _UNBATCHED):
+                if not _unbatched(error):
                     raise
-                self._leave(_reason(error))
-        return super().evaluate_all(closure, points, leave_out)
+                why = _reason(error)
+        found = super().evaluate_all(closure, points, leave_out)  # which raises what is the closure's own
+        if why:
+            self._leave(why)
+        return found
 
     def restore(self) -> None:
         """End an evaluation, wherever it was left: parameters are theta again."""
@@ -272,6 +276,15 @@ class GroupedEngine(ShadowEngine):
 def turned(matrix: Tensor, transposed: bool) -> Tensor:
     """The matrix, or its transpose."""
     return matrix.mT if transposed else matrix
+
+
+def _unbatched(error: Exception) -> bool:
+    """Whether torch may have raised this because it cannot batch something. Python code's own ``raise`` is not torch's."""
+    line = traceback.extract_tb(error.__traceback__)[-1].line or ""
+    return not _out_of_memory(error) and (
+        any(words in str(error).lower() for words in _UNBATCHED)
+        or (isinstance(error, RuntimeError | ValueError | TypeError | IndexError) and not line.startswith("raise"))
+    )
 
 
 def _reason(error: Exception) -> str:
