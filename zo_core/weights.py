@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from . import scaling, sharding
-from .bindings import ops
+from .bindings import native, ops
 from .kernels.reference import columns_of
 
 RESIDUALS = {8: torch.int8, 16: torch.int16}  # dtypes, by bits
 _CHUNK = 1 << 20  # weights that are summed at a time for a checksum
 
 Probe = Tensor  # int64 (1,): a stream number, on the device of the weights; a probe is known by its identity
+Point = tuple[float, Probe | None]  # (c, probe) is theta + c z(probe); (0.0, None) is theta itself
 
 
 def some(names: Sequence[str], most: int = 3) -> str:
@@ -179,6 +180,32 @@ class ParamSpace:
             run(sources, **scalars, seed=self.seed, distribution=self.distribution, rank=self.rank)
 
         return make
+
+    def perturb_points(
+        self, which: Sequence[int], sources: Sequence[Tensor], out: Sequence[Tensor]
+    ) -> Callable[[Sequence[Tensor], Tensor, Tensor, Tensor], None]:
+        """As ``perturb``, at P points: out is n tensors (P, *shape), of which [p] is at theta + coeffs[p] z(streams[p]).
+
+        Returns:
+            A function of sources, streams, int64 (P,), coeffs, float32 (P,), and counters, int64 (1 + n P,).
+        """
+        n, points = len(which), len(out[0])
+        if ops.backend_for(self.counters.device) is not native:
+            makes = [self.perturb(which, sources, [copies[p] for copies in out]) for p in range(points)]
+
+            def one_by_one(sources: Sequence[Tensor], streams: Tensor, coeffs: Tensor, counters: Tensor) -> None:
+                for p, make in enumerate(makes):
+                    make(sources, streams[p : p + 1], coeffs[p].expand(1, n), counters[: 1 + n])
+
+            return one_by_one
+        every = [(i, source, copy) for i, source, copies in zip(which, sources, out, strict=True) for copy in copies]
+        make = self.perturb(*zip(*every, strict=True))
+
+        def at_once(sources: Sequence[Tensor], streams: Tensor, coeffs: Tensor, counters: Tensor) -> None:
+            every = [source for source in sources for _ in range(points)]
+            make(every, streams, coeffs.diag().repeat(1, n), counters)  # no work for a coefficient of zero
+
+        return at_once
 
     def perturb_rows(
         self, i: int, source: Tensor, rows: Tensor, out: Tensor, probe: Probe, coeffs: Tensor, counters: Tensor

@@ -50,7 +50,7 @@ class ZOArguments(_Arguments):
         distribution: "gaussian", "rademacher" or "factored"; None takes the method's default.
         rank: rank of factored probes.
         residual: extra bits for each 16-bit weight: 8, 16 or None.
-        engine: "shadow", "inplace" or None; see ``ZOOptimizer``.
+        engine: "shadow", "grouped" (docs/engines.md), "inplace" or None; see ``ZOOptimizer``.
         zo_options: other options of the method, as a dict or its JSON. The seed of the noise is ``seed`` unless given here.
 
     Raises:

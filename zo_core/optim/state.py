@@ -108,6 +108,7 @@ class Stateful(torch.optim.Optimizer):
 
     module: nn.Module | None
     engine: str
+    points_at_once: int | None
     stochastic_rounding: bool
     blocks: layers.Blocks | None
     processes: Parallel | None
@@ -262,7 +263,8 @@ class Stateful(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: the engine is rebuilt."""
-        own = {name: getattr(self, name) for name in ("stochastic_rounding", "blocks", "engine", "module", "processes")}
+        names = "stochastic_rounding", "blocks", "engine", "points_at_once", "module", "processes"
+        own = {name: getattr(self, name) for name in names}
         return {**super().__getstate__(), **own}
 
     # ---- what a journal asks -----------------------------------------------------------------------------------
