@@ -1,11 +1,14 @@
 """What changes around a step is followed or refused by name: tensors, buffers, casts; and steps that change nothing are told."""
 
 import copy
+import pickle
 import warnings
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+import torch.distributed.checkpoint.state_dict
 from torch import nn
 from torch.nn.utils import parametrize
 from toys import X, Y, loss_of, same
@@ -330,3 +333,65 @@ def test_tensors_of_a_later_group_get_their_names_from_the_module():
     opt.add_param_group({"params": extra})
     assert opt._names() == ["2.weight", "2.bias", "0.weight", "0.bias", "group 2 tensor 0"]
     opt.step(loss_of(model))
+
+
+STATEFUL = pytest.mark.parametrize(
+    ("method", "dtype", "options"),
+    [
+        (zo_core.MeZO, torch.bfloat16, {"eps": 0.1}),
+        (zo_core.FZOO, torch.float32, {"reuse": True, "probes": 4}),
+        (zo_core.HiZOO, torch.float32, {}),
+        (zo_core.HiZOO, torch.bfloat16, {"hessian": "factored", "eps": 0.1}),
+    ],
+)
+
+
+@STATEFUL
+@pytest.mark.parametrize("full", [False, True])
+def test_torch_s_distributed_checkpoint_saves_an_optimizer_that_goes_on_bit_for_bit(
+    tmp_path, method, dtype, options, full
+):
+    def run(model):
+        return method(model, lr=1e-2, seed=3, **options)
+
+    kinds = dcp.state_dict.StateDictOptions(full_state_dict=full, cpu_offload=full)
+    model, loaded = network(dtype), network(dtype)
+    opt, other = run(model), run(loaded)
+    for _ in range(3):
+        opt.step(loss_of(model))
+    saved = dcp.state_dict.get_state_dict(model, opt, options=kinds)
+    dcp.save(dict(zip(("model", "opt"), saved, strict=True)), checkpoint_id=tmp_path)
+    found = dict(zip(("model", "opt"), dcp.state_dict.get_state_dict(loaded, other, options=kinds), strict=True))
+    dcp.load(found, checkpoint_id=tmp_path)
+    dcp.state_dict.set_state_dict(
+        loaded, other, model_state_dict=found["model"], optim_state_dict=found["opt"], options=kinds
+    )
+    for _ in range(3):
+        assert opt.step(loss_of(model)) == other.step(loss_of(loaded))
+    assert same(model, loaded) and str(opt.state_dict()) == str(other.state_dict())
+
+
+def test_a_state_that_is_no_zeroth_order_optimizer_s_is_refused_by_what_it_has():
+    model = network()
+    adam = torch.optim.Adam(model.parameters())
+    with pytest.raises(
+        ValueError, match="state_dict: expected an entry 'zo' in the state of the first parameter.*no param"
+    ):
+        zo_core.MeZO(model, lr=1e-2).load_state_dict(adam.state_dict())
+    opt = zo_core.MeZO(model, lr=1e-2)
+    state = opt.state_dict()
+    del state["state"][0]["zo"]["stream"]
+    with pytest.raises(ValueError, match="state_dict: expected a state with .*'stream'"):
+        opt.load_state_dict(state)
+
+
+@STATEFUL
+def test_copies_and_pickles_of_an_optimizer_and_its_model_go_on_bit_for_bit(method, dtype, options):
+    model = network(dtype)
+    opt = method(model, lr=1e-2, seed=3, **options)
+    opt.step(loss_of(model))
+    pairs = [copy.deepcopy((model, opt)), pickle.loads(pickle.dumps((model, opt)))]
+    opt.step(loss_of(model))
+    for other, copied in pairs:
+        copied.step(loss_of(other))
+        assert same(model, other) and str(opt.state_dict()) == str(copied.state_dict())

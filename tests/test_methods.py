@@ -91,8 +91,8 @@ def test_an_exception_or_a_nan_changes_nothing(name, at, engine):
     state = copy.deepcopy(opt.state_dict())
     with pytest.raises(KeyboardInterrupt):
         opt.step(fails(None))
-    for key, value in opt.state_dict()["state"]["zo"].items():
-        assert str(value) == str(state["state"]["zo"][key])
+    for key, value in opt.state_dict()["state"][0]["zo"].items():
+        assert str(value) == str(state["state"][0]["zo"][key])
     for p, q in zip(model.parameters(), undisturbed.parameters(), strict=True):
         assert torch.allclose(p, q, atol=exact, rtol=0)
     opt.step(fails(torch.tensor(math.nan)))
@@ -306,7 +306,7 @@ def test_a_state_dict_is_of_one_moment():
     model = network()
     opt = zo_core.FZOO(model, lr=1e-2)
     opt.step(loss_of(model))
-    state = opt.state_dict()["state"]["zo"]
+    state = opt.state_dict()["state"][0]["zo"]
     opt.step(loss_of(model))
     assert (state["steps"], int(state["updates"]), int(state["stream"])) == (1, 1, 8)
 

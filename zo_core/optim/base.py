@@ -275,7 +275,7 @@ class ZOOptimizer(Stateful):
             for name in (option.name for option in self._shared):
                 if group[name] != (first := self.param_groups[0][name]):
                     raise ValueError(f"{name}: expected {first} as in the first group, got {group[name]}")
-            if len(self.param_groups) > 1 and state.KEY in dict(self.state):
+            if len(self.param_groups) > 1 and self._own:
                 self._check_processes(self._own["hessian"])
                 self._engine = self._inside = None
                 self._prepare()

@@ -1,10 +1,13 @@
 """What an optimizer keeps between steps, how it is saved and loaded, and what there is to ask about it.
 
-torch keeps state by parameter. Here all of it belongs to the optimizer as a whole: it is one dict under one key, with
-residuals and Hessians as lists that have one entry for each tensor.
+Here it is one dict, with residuals and Hessians as lists that have one entry for each tensor. torch, and what saves
+optimizers (``torch.distributed.checkpoint``, accelerate, Trainer), expects an entry for each parameter, whatever its name is: in
+that form it is saved. A parameter's entry has its residual and its Hessian, and the first one's has all else, under ``KEY``.
 """
 
+import json
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -19,7 +22,7 @@ from ..weights import ParamSpace, check_absent, clear_residuals, hashes_of, insi
 from .report import identity_of
 
 _FLAT = 10  # steps in a row with the same losses at all points that are worth a warning
-KEY = "zo"  # of the optimizer-wide entry in ``optimizer.state``
+KEY = "zo"  # of what belongs to the optimizer as a whole, in the entry of its first parameter
 
 
 def new(
@@ -46,9 +49,45 @@ def on(device: torch.device, own: Any, copy: bool = False) -> Any:
     return own.to(device, copy=copy) if isinstance(own, Tensor) else own
 
 
-def to_save(own: Mapping[str, Any], hashes: Sequence[int | None]) -> dict[str, Any]:
-    """A state of now: its small tensors do not go on with the optimizer, as the residuals and Hessians do."""
-    return {**own, **{name: x.clone() for name, x in own.items() if isinstance(x, Tensor)}, "hashes": hashes}
+_LISTS = {"residuals": "residual", "hessians": "hessian", "hashes": "hash"}  # by tensor, and a tensor's own
+
+
+def entries(own: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A state as an entry for each tensor.
+
+    Checkpoints are loaded into the state of a new optimizer, tensor by tensor and list by list, so that these must have the
+    lengths that they have from the start; what has another length after a step is a string.
+    """
+    out: list[dict[str, Any]] = [{} for _ in own["counters"][1:]]
+    for many, one in _LISTS.items():
+        for entry, x in zip(out, own[many], strict=False):
+            entry[one] = x
+    carry = {"dtype": str(own["carry"].dtype).removeprefix("torch."), "values": own["carry"].tolist()}
+    out[0][KEY] = {k: v for k, v in own.items() if k not in _LISTS} | {"carry": json.dumps(carry)}
+    return out
+
+
+def of_entries(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """The state in a saved state_dict, of this form or the one of earlier versions, one dict for the whole optimizer.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = state_dict.get("state", {})
+    if isinstance(old := found.get(KEY), dict):
+        return old
+    names = [name for group in state_dict.get("param_groups", ()) for name in group["params"]]
+    given = [found.get(name, {}) for name in names]  # torch may leave out empty ones
+    if not given or not isinstance(given[0].get(KEY), dict):
+        raise ValueError(
+            f"state_dict: expected an entry {KEY!r} in the state of the first parameter, as zo_core optimizers save, got entries "
+            f"of {some([str(name) for name in found]) or 'no parameter'}"
+        )
+    own: dict[str, Any] = given[0][KEY] | {many: [e[one] for e in given if one in e] for many, one in _LISTS.items()}
+    if isinstance(own.get("carry"), str):
+        carry = json.loads(own["carry"])
+        own["carry"] = torch.tensor(carry["values"], dtype=getattr(torch, carry["dtype"]))
+    return own
 
 
 def refuse_meta(named: Iterable[tuple[str, Tensor]]) -> None:
@@ -60,12 +99,11 @@ def refuse_meta(named: Iterable[tuple[str, Tensor]]) -> None:
         )
 
 
-def check_saved(saved: Any, own: Mapping[str, Any]) -> None:
+def check_saved(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     """ValueError unless this is a state that an optimizer with the state ``own`` can go on with."""
-    if not isinstance(saved, dict) or set(saved) != set(own):
+    if set(saved) != set(own):
         raise ValueError(
-            f"state_dict: expected state[{KEY!r}] with {sorted(own)} as zo_core optimizers "
-            f"save, got {sorted(saved) if isinstance(saved, dict) else saved!r}"
+            f"state_dict: expected a state with {sorted(own)} as zo_core optimizers save, got {sorted(saved)}"
         )
     for name in ("method", "hessian"):
         if saved[name] != own[name]:
@@ -105,6 +143,7 @@ class Stateful(torch.optim.Optimizer):
     stochastic_rounding: bool
     blocks: layers.Blocks | None
     processes: Parallel | None
+    _own: dict[str, Any] = {}  # noqa: RUF012 (see ``new``; each object gets one of its own)
     _engine: Engine | None = None
     _exchange: Exchange | None = None
     _stepping = False
@@ -163,13 +202,14 @@ class Stateful(torch.optim.Optimizer):
     # ---- the state ---------------------------------------------------------------------------------------------
 
     @property
-    def _own(self) -> dict[str, Any]:
-        """The state: see ``new``."""
-        return self.state[KEY]  # type: ignore[index, no-any-return]
+    def state(self) -> Any:  # type: ignore[override]
+        """The state by parameter, made anew each time: see ``entries``."""
+        own = zip(self._parameters(), entries(self._own), strict=True) if self._own else ()
+        return defaultdict(dict, own)
 
-    @_own.setter
-    def _own(self, value: dict[str, Any]) -> None:
-        self.state[KEY] = value  # type: ignore[index]
+    @state.setter
+    def state(self, value: object) -> None:
+        """Nothing: torch sets an empty one, and ``load_state_dict`` takes what is saved."""
 
     @property
     def carry(self) -> Tensor:
@@ -236,28 +276,33 @@ class Stateful(torch.optim.Optimizer):
         """As torch's; with residuals there are hashes of the weights they belong to. Not inside a closure."""
         if self._stepping:
             raise RuntimeError("state_dict: called from inside the closure, in the middle of a step")
-        hashes = self._own["hashes"]
-        if self._versions is not None:
-            self._clear_residuals(stacklevel=2)
+        hashes, tensors = self._own["hashes"], self._tensors()
         if self._versions is not None or not hashes:  # else it was loaded, and so were its hashes
-            hashes = hashes_of(self._tensors(), self._own["residuals"])
+            hashes = hashes_of(tensors, self._own["residuals"])
+        if self._versions is not None:  # a residual whose weight was written since is of no weight that there is now
+            changed = [a != b for a, b in zip(self._versions, versions_of(tensors), strict=False)]
+            hashes = [-1 if new and h is not None else h for h, new in zip(hashes, changed, strict=False)]
         found: dict[str, Any] = super().state_dict()
-        return {**found, "state": {**found["state"], KEY: to_save(self._own, hashes)}}
+        for i, x in enumerate(hashes):
+            found["state"][i]["hash"] = x
+        own = found["state"][0][KEY]  # its small tensors do not go on with the optimizer, as residuals and Hessians do
+        own |= {name: x.clone() for name, x in own.items() if isinstance(x, Tensor)}
+        return found
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's; the run continues bit for bit. ValueError if it is not a state of such an optimizer."""
-        check_saved(state_dict.get("state", {}).get(KEY), self._own)
-        super().load_state_dict(state_dict)
+        check_saved(saved := of_entries(state_dict), self._own)
+        super().load_state_dict({**state_dict, "state": {}})  # torch would cast all of it to the dtype of the weights
         with torch.inference_mode(False):
-            self._own = on(self._tensors()[0].device, self._own, copy=True)
+            self._own = on(self._tensors()[0].device, {name: saved[name] for name in self._own}, copy=True)
         self._engine = self._versions = None
         if self._exchange is not None:
             self._exchange.compared = False
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: the engine is rebuilt."""
-        own = {name: getattr(self, name) for name in ("stochastic_rounding", "blocks", "engine", "module", "processes")}
-        return {**super().__getstate__(), **own}
+        names = ("stochastic_rounding", "blocks", "engine", "module", "processes", "_own", "param_groups", "defaults")
+        return {name: getattr(self, name) for name in names}
 
     # ---- what a journal asks -----------------------------------------------------------------------------------
 
