@@ -44,7 +44,6 @@ backend reads and writes each weight once a call. Streams are int64 (S, K), coef
 Errors (TypeError for dtypes, ValueError for all else) come before anything is written.
 """
 
-import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
 from types import ModuleType
@@ -58,6 +57,7 @@ from torch.autograd.graph import increment_version
 from ..kernels import reference
 from ..kernels.reference import HESSIAN_RANGE, ROUNDS
 from . import cuda, native
+from .warn import warn
 
 DTYPES = tuple(native.DTYPES)
 RESIDUAL_DTYPES = (torch.int8, torch.int16)
@@ -331,7 +331,7 @@ def _check_philox(words: Tensor, *, rounds: int = ROUNDS, **numbers: int) -> Non
 
 @cache
 def _say_once(text: str) -> None:
-    warnings.warn(text, stacklevel=2)
+    warn(text)
 
 
 def backend_for(device: torch.device) -> ModuleType:

@@ -395,3 +395,29 @@ def test_copies_and_pickles_of_an_optimizer_and_its_model_go_on_bit_for_bit(meth
     for other, copied in pairs:
         copied.step(loss_of(other))
         assert same(model, other) and str(opt.state_dict()) == str(copied.state_dict())
+
+
+def test_warnings_point_at_the_line_that_calls_the_library(tmp_path):
+    def line_of(text, call):
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            call()
+        (shown,) = [w for w in found if text in str(w.message)]
+        return shown.filename, shown.lineno - call.__code__.co_firstlineno
+
+    model = network(torch.bfloat16)
+    opt = zo_core.MeZO(model, lr=1e-2, eps=0.1)
+    opt.step(loss_of(model))
+    torch.optim.lr_scheduler.LambdaLR(opt, lambda step: 1.0)  # which wraps step as torch itself does
+    with torch.no_grad():
+        model[0].weight.add_(1)
+    assert line_of("written since", lambda: opt.step(loss_of(model))) == (__file__, 0)
+    assert line_of("less than the spacing", lambda: zo_core.HiZOO(model, lr=1e-2, eps=1e-6)) == (__file__, 0)
+
+    def ten_steps():
+        for _ in range(10):
+            opt.step(lambda: 1.0)
+
+    assert line_of("losses of the last 10 steps", ten_steps) == (__file__, 2)
+    model[2] = nn.Linear(16, 1)
+    assert line_of("replaced by another parameter", lambda: opt.step(loss_of(model.float()))) == (__file__, 0)

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import struct
-import warnings
 import zlib
 from array import array
 from collections import Counter
@@ -26,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from . import scaling
+from .bindings.warn import warn
 from .kernels.reference import DISTRIBUTIONS
 from .noise import VERSION as NOISE_VERSION
 from .noise import backend_of
@@ -342,7 +342,7 @@ class Journal:
                 raise JournalError(
                     "optimizer: expected one that has not stepped; Journal.resume goes on with its own steps"
                 )
-            _warn_of_rounding(journal.header, optimizer._space().tensors[0].device, 3)
+            _warn_of_rounding(journal.header, optimizer._space().tensors[0].device)
             optimizer._catch_up(journal._play, len(journal))
             journal._cut(len(journal))
             return journal
@@ -515,7 +515,7 @@ def replay(
             f"base: expected weights with SHA-256 {header.base}, from which the run started, got {found}"
         )
     device, bits = tensors[0].device, header.residual
-    _warn_of_rounding(header, device, 3)
+    _warn_of_rounding(header, device)
     space = ParamSpace(
         [t.name for t in header.tensors], tensors, header.seed, header.distribution,
         torch.zeros(1 + len(tensors), dtype=torch.int64, device=device),
@@ -532,13 +532,12 @@ def replay(
     return steps
 
 
-def _warn_of_rounding(header: Header, device: torch.device, stacklevel: int) -> None:
+def _warn_of_rounding(header: Header, device: torch.device) -> None:
     here = backend_of(device)
     if header.engine == "inplace" or here != header.backend:
         why = "the run's probes were made in place" if header.engine == "inplace" else f"here it is {here!r}"
-        warnings.warn(
+        warn(
             f"replay agrees with the run to rounding, not bit for bit: {why} (backend of the run: {header.backend!r})",
-            stacklevel=stacklevel,
         )
 
 

@@ -1,7 +1,6 @@
 """The trained tensors of an optimizer as they are now, and the passes over them."""
 
 import math
-import warnings
 import zlib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from . import scaling, sharding
 from .bindings import ops
+from .bindings.warn import warn
 
 RESIDUALS = {8: torch.int8, 16: torch.int16}  # dtypes, by bits
 _CHUNK = 1 << 20  # weights that are summed at a time for a checksum
@@ -206,7 +206,7 @@ class ParamSpace:
         return out
 
     @torch.no_grad()
-    def warn_of_small_eps(self, eps: float, stacklevel: int) -> None:
+    def warn_of_small_eps(self, eps: float) -> None:
         """A warning that names the tensors that are too coarse for probes of this size."""
         small = []
         for name, p in zip(self.names, self.tensors, strict=True):
@@ -215,10 +215,9 @@ class ParamSpace:
                 if 0 < rms < math.inf and eps < 2.0 ** math.floor(math.log2(rms)) * torch.finfo(p.dtype).eps:
                     small.append(name)
         if small:
-            warnings.warn(
+            warn(
                 f"eps={eps} is less than the spacing of its numbers around the RMS of {some(small)}: such probes are mostly "
                 "rounding. Use a larger eps or float32 weights.",
-                stacklevel=stacklevel + 1,
             )
 
     def _noise(self) -> dict[str, Any]:
@@ -258,7 +257,7 @@ def space_of(names: list[str], parameters: Sequence[Tensor], own: dict[str, Any]
                 hessians[i] if i < known and fits[i] else scaling.identity(p, kind) for i, p in enumerate(tensors)
             ]
             if anew := [name for name, fine in zip(names, fits, strict=False) if not fine]:
-                warnings.warn(f"{some(anew)}: has another shape; its Hessian starts from 1", stacklevel=5)
+                warn(f"{some(anew)}: has another shape; its Hessian starts from 1")
     space = ParamSpace(
         names, tensors, own["seed"], own["distribution"], counters, residuals, own["hessian"], hessians, pieces
     )
@@ -285,7 +284,7 @@ def inside(module: nn.Module | None, parameters: Sequence[Tensor]) -> set[int]:
     return {numbers[id(p)] for m in modules_of(module) for p in m._parameters.values() if id(p) in numbers}
 
 
-def check_absent(module: nn.Module, names: Sequence[str], gone: Sequence[int], stacklevel: int) -> None:
+def check_absent(module: nn.Module, names: Sequence[str], gone: Sequence[int]) -> None:
     """A warning that names tensors that were the module's; RuntimeError if what it has instead is on the meta device."""
     now = dict(module.named_parameters())
     lost = [names[i] for i in gone]
@@ -301,10 +300,9 @@ def check_absent(module: nn.Module, names: Sequence[str], gone: Sequence[int], s
         for which, how in ((replaced, "replaced by another parameter"), (absent, "no longer a parameter of the module"))
         if which
     )
-    warnings.warn(
+    warn(
         f"{what}. What the optimizer trains is not what the module reads: make the optimizer after parameters are replaced "
         "(load_state_dict(assign=True), a new head, another adapter)",
-        stacklevel=stacklevel + 1,
     )
 
 
@@ -323,9 +321,7 @@ def hashes_of(tensors: Sequence[Tensor], residuals: Sequence[Tensor]) -> list[in
     return [checksum(0, p.cpu()) if r.numel() else None for p, r in zip(tensors, residuals, strict=False)]
 
 
-def clear_residuals(
-    names: Sequence[str], residuals: Sequence[Tensor], written: Sequence[bool], stacklevel: int
-) -> None:
+def clear_residuals(names: Sequence[str], residuals: Sequence[Tensor], written: Sequence[bool]) -> None:
     """Zero the residuals of tensors that somebody else has written (a loaded checkpoint, say), with a warning."""
     cleared = []
     for name, residual, wrong in zip(names, residuals, written, strict=False):
@@ -333,9 +329,7 @@ def clear_residuals(
             cleared += [name] if residual.numel() else []
             residual.zero_()
     if cleared:
-        warnings.warn(
-            f"{some(cleared)}: written since the last step; the residuals there start from 0", stacklevel=stacklevel + 1
-        )
+        warn(f"{some(cleared)}: written since the last step; the residuals there start from 0")
 
 
 def checksum(before: int, t: Tensor) -> int:

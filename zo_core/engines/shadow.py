@@ -10,7 +10,6 @@ of scripted modules, of extensions and of compiled functions around a model for 
 """
 
 import threading
-import warnings
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..bindings.warn import warn
 from ..weights import ParamSpace, Probe, some
 from .base import uninterrupted
 from .intercept import UNTRACEABLE, WRITTEN, Interception, refuse_nested
@@ -235,11 +235,10 @@ class ShadowEngine:
             with torch.inference_mode(False):
                 self._exchanged |= {i: torch.empty_like(self.space.tensors[i].data) for i in which}
             size = sum(self._exchanged[i].nbytes for i in which)
-            warnings.warn(
+            warn(
                 f"{some([self.space.names[i] for i in which], 5)}: read elsewhere than by torch's functions (compiled or "
                 "scripted code, an extension). They are exchanged for perturbed copies during each evaluation, which takes "
                 f"{size / 2**20:.1f} MiB",
-                stacklevel=2,
             )
 
     def _hide(self, which: Sequence[int]) -> None:

@@ -119,7 +119,7 @@ class ZOOptimizer(Stateful):
         self._check_processes(hessian)
         device = self._tensors()[0].device
         self._own = state.new(type(self).__name__, operator.index(seed), distribution, residual, hessian, device)
-        self._check_tensors(stacklevel=3)
+        self._check_tensors()
         self._prepare()
 
     def __init_subclass__(cls) -> None:
@@ -183,7 +183,7 @@ class ZOOptimizer(Stateful):
             forget_casts()
             sharding.reshard(self._units)
             self._versions = versions_of(self._tensors())
-        self._count_flat(torch.cat(seen), stacklevel=2)
+        self._count_flat(torch.cat(seen))
         return found.loss
 
     def _begin(self, closure: object) -> tuple[Engine, set[int]]:
@@ -197,7 +197,7 @@ class ZOOptimizer(Stateful):
         for i, group in enumerate(self.param_groups):
             check_group(group, () if i else self._shared)
         sharding.reshard(self._units)  # while weights are gathered, the module has other parameters
-        frozen = self._check_tensors(stacklevel=4)
+        frozen = self._check_tensors()
         if self._buffers.module is not self.module:
             self._buffers = Buffers(self.module)
         engine = self._prepare()
@@ -294,14 +294,14 @@ class ZOOptimizer(Stateful):
             self._own = state.on(device, self._own)
             self._engine, self._versions = None, versions_of(tensors)
         if self._own["residuals"]:
-            self._clear_residuals(stacklevel=5)
+            self._clear_residuals()
         if self._engine is None or self._look(tensors) != self._seen:
             self._units = sharding.units(self.module)
             sharding.reshard(self._units)
             space = space_of(self._names(), self._parameters(), self._own)
             self._blocks = ()
             self._left_out()
-            space.warn_of_small_eps(self.eps, stacklevel=4)
+            space.warn_of_small_eps(self.eps)
             self._engine = ShadowEngine(space, self.module) if self.engine == "shadow" else InPlaceEngine(space)  # type: ignore[arg-type]
             self._versions, self._seen = versions_of(space.tensors), self._look(space.tensors)
         return self._engine

@@ -6,7 +6,6 @@ that form it is saved. A parameter's entry has its residual and its Hessian, and
 """
 
 import json
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import layers, sharding
+from ..bindings.warn import warn
 from ..distributed import Exchange, Parallel
 from ..engines.base import Engine, uninterrupted
 from ..record import Identity, Progress
@@ -166,7 +166,7 @@ class Stateful(torch.optim.Optimizer):
     def _names(self) -> list[str]:
         return names_of(self.param_groups)
 
-    def _check_tensors(self, stacklevel: int) -> set[int]:
+    def _check_tensors(self) -> set[int]:
         """Refuse tensors that cannot be trained any longer, and name those that are not used; numbers of frozen ones."""
         parameters, names = self._parameters(), self._names()
         if len(parameters) < (known := len(self._own["counters"]) - 1):
@@ -185,10 +185,10 @@ class Stateful(torch.optim.Optimizer):
             found = inside(self.module, parameters)
             gone, self._inside = (self._inside or set()) - found, found
             if gone:
-                check_absent(self.module, names, sorted(gone), stacklevel + 1)
+                check_absent(self.module, names, sorted(gone))
         return frozen
 
-    def _clear_residuals(self, stacklevel: int) -> None:
+    def _clear_residuals(self) -> None:
         """Zero the residuals of weights that somebody else has written."""
         own, tensors, versions = self._own, self._tensors(), versions_of(self._tensors())
         if self._versions is None:  # since a state was loaded: are these the weights it was saved with?
@@ -196,7 +196,7 @@ class Stateful(torch.optim.Optimizer):
             written = [saved is not None and saved != now for now, saved in pairs]
         else:
             written = [a != b for a, b in zip(self._versions, versions, strict=False)]
-        clear_residuals(self._names(), own["residuals"], written, stacklevel)
+        clear_residuals(self._names(), own["residuals"], written)
         self._versions, own["hashes"] = versions, []
 
     # ---- the state ---------------------------------------------------------------------------------------------
@@ -237,7 +237,7 @@ class Stateful(torch.optim.Optimizer):
         """Steps of this object, made or loaded, whose losses were the same at all points (waits for the device)."""
         return int(self._flat[0]) if self._flat is not None else 0
 
-    def _count_flat(self, losses: Tensor, stacklevel: int) -> None:
+    def _count_flat(self, losses: Tensor) -> None:
         """Count a step whose losses are all the same; the tenth in a row is worth a warning."""
         before = torch.zeros(2, dtype=torch.int64, device=losses.device) if self._flat is None else self._flat
         same = (
@@ -246,11 +246,10 @@ class Stateful(torch.optim.Optimizer):
         self._flat = torch.stack((before[0] + same, (before[1] + 1) * same))
         if (losses.device.type == "cpu" or self._steps % _FLAT == 0) and not self._told and self._flat[1] >= _FLAT:
             self._told = True
-            warnings.warn(
+            warn(
                 f"step: the losses of the last {int(self._flat[1])} steps were the same at all probes, so nothing was learned. "
                 "The loss does not depend on the trained tensors (it is a constant, or reads other tensors: replaced ones, "
                 "another adapter's, those of another process), or eps is too small for a change to show",
-                stacklevel=stacklevel + 1,
             )
 
     @property
