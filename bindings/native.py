@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.reference import HESSIAN_RANGE, ROUNDS
+from ..kernels import reference
+from ..kernels.reference import HESSIAN_RANGE, ROUNDS, signs_  # noqa: F401
 
 ABI_VERSION = 5
 LIBRARY = Path(__file__).with_name("libzo_core.so")
@@ -140,9 +141,16 @@ def prepare(
 def run_pass(
     src: Sequence[Tensor], dst: Sequence[Tensor], hessians: Sequence[Tensor], tensor_ids: Sequence[int],
     offsets: Sequence[int], streams: Tensor, coeffs: Tensor, *, residuals: Sequence[Tensor] = (),
-    row_scales: Sequence[Tensor] = (), column_scales: Sequence[Tensor] = (), **scalars: Any,
+    row_scales: Sequence[Tensor] = (), column_scales: Sequence[Tensor] = (), rank: int = 1, columns: Sequence[int] = (),
+    **scalars: Any,
 ) -> None:  # fmt: skip
     """``zo_run`` on CPU tensors; arguments as in ``bindings.ops``, already checked."""
+    if scalars["distribution"] == "factored":
+        reference.run_pass(
+            src, dst, hessians, tensor_ids, offsets, streams, coeffs, residuals=residuals, row_scales=row_scales,
+            column_scales=column_scales, rank=rank, columns=columns, **scalars,
+        )  # fmt: skip
+        return
     beside = {"residuals": residuals, "row_scales": row_scales, "column_scales": column_scales}
     prepare(src, dst, hessians, tensor_ids, offsets, **beside)(streams=streams, coeffs=coeffs, **scalars)
 
@@ -150,9 +158,17 @@ def run_pass(
 def run_steps(
     weights: Sequence[Tensor], tensor_ids: Sequence[int], offsets: Sequence[int], streams: Tensor, coeffs: Tensor, *,
     seed: int, distribution: str, counters: Tensor, decay: Tensor | None = None, updates: Tensor | None = None,
-    residuals: Sequence[Tensor] = (),
+    residuals: Sequence[Tensor] = (), rank: int = 1, columns: Sequence[int] = (),
 ) -> None:  # fmt: skip
     """``zo_run_steps`` on CPU tensors; arguments as ``replay_`` in ``bindings.ops``, already checked."""
+    if distribution == "factored":
+        for s in range(len(streams)):
+            step = {"decay": None if decay is None else decay[s], "update": None if updates is None else updates[s]}
+            reference.run_pass(
+                weights, weights, [], tensor_ids, offsets, streams[s], coeffs[s], seed=seed, distribution=distribution,
+                counters=counters, residuals=residuals, rank=rank, columns=columns, **step,
+            )  # fmt: skip
+        return
     streams, coeffs = streams.to(torch.int32).contiguous(), coeffs.contiguous()
     decay = decay.contiguous() if decay is not None else None
     rounding = updates.tolist() if updates is not None else [0] * len(streams)
@@ -202,9 +218,15 @@ def _factors(row_scale: Tensor, column_scale: Tensor) -> tuple[int, int, int]:
 def run_rows(
     src: Tensor, rows: Tensor, dst: Tensor, tensor_id: int, offset: int, streams: Tensor, coeffs: Tensor, *, seed: int,
     distribution: str, counters: Tensor, residual: Tensor | None = None, hessian: Tensor | None = None,
-    row_scale: Tensor | None = None, column_scale: Tensor | None = None,
+    row_scale: Tensor | None = None, column_scale: Tensor | None = None, rank: int = 1,
 ) -> None:  # fmt: skip
     """``perturb`` with a tensor a row: rows of ``src`` that ``rows`` names, into the rows of ``dst``."""
+    if distribution == "factored":
+        reference.run_rows(
+            src, rows, dst, tensor_id, offset, streams, coeffs, seed=seed, distribution=distribution, counters=counters,
+            residual=residual, hessian=hessian, row_scale=row_scale, column_scale=column_scale, rank=rank,
+        )  # fmt: skip
+        return
     n, width = dst.shape
     bits = 8 * residual.itemsize if residual is not None and residual.numel() else 0
     read = [
@@ -225,7 +247,7 @@ def _run(
     table: int, n: int, streams: Tensor, coeffs: Tensor, seed: int, distribution: str, counters: Tensor,
     decay: Tensor | None = None, update: Tensor | None = None, restore: Tensor | None = None,
     curvature: Tensor | None = None, smoothing: Tensor | None = None, hessian_min: float = HESSIAN_RANGE[0],
-    hessian_max: float = HESSIAN_RANGE[1],
+    hessian_max: float = HESSIAN_RANGE[1], rank: int = 1,
 ) -> None:  # fmt: skip
     """``zo_run`` on n ``zo_tensor`` structs at this address."""
     kept: list[Tensor] = []  # alive until the call returns

@@ -25,7 +25,11 @@ for T tensors and K streams, all on the device of the weights:
     hessians     T tensors H, float32, of the shapes of the weights, or []; ``hessian`` of the whole matrix in perturb_rows
     restore, curvature   float32 (K, T); smoothing float32 (T,); given together, with hessians, float32
     seed         64-bit run seed as a signed integer (``signed64``)
-    distribution "gaussian" or "rademacher"
+    distribution "gaussian", "rademacher" or "factored": of a matrix, sums of products of row and column signs
+    rank         of factored noise: how many products; 1 with other distributions
+    columns      T ints, or None for those of the tensors' own shapes: the last dimension of each *full* tensor, 0 of a vector
+                 or scalar. Factored noise alone reads them: element e is in row e // columns[i] and column e % columns[i]. In
+                 perturb_rows they are the columns of ``src``
     counters     int64 (1 + T,): passes that were no-ops because a scalar was not finite; elements of each tensor that
                  saturated. T = 1 in perturb_rows
     residuals    T tensors, or None: what rounding took from bfloat16 and float16 weights (of src), so that the value of
@@ -40,6 +44,9 @@ for T tensors and K streams, all on the device of the weights:
 ``replay_`` is S times ``update_`` without hessians, one step after the other, to the same bits and counts; the native
 backend reads and writes each weight once a call. Streams are int64 (S, K), coeffs float32 (S, K, T), decay (S, T), and
 ``updates``, int64 (S,), has a stream of the stochastic rounding for each step.
+
+``signs_`` fills ``signs``, float32 (K, rank, n), with the random signs of a domain (docs/noise.md) at indices 0 to n - 1:
+those of stream k and factor q are ``signs[k, q]``. Domains 4 and 5 are the rows and columns of factored noise.
 
 Errors (TypeError for dtypes, ValueError for all else) come before anything is written.
 """
@@ -67,18 +74,21 @@ _COMMON = (
     "int[] tensor_ids, int[] offsets, Tensor streams, Tensor coeffs, *, int seed, str distribution, "
     "Tensor(z!) counters, Tensor? decay=None, Tensor? update=None"
 )
+_FACTORED = "int rank=1, int[]? columns=None"
 _SCHEMAS = (
     f"update_(Tensor(a!)[] weights, Tensor(b!)[] hessians, {_COMMON}, Tensor? restore=None, Tensor? curvature=None, "
     f"Tensor? smoothing=None, float hessian_min={HESSIAN_RANGE[0]}, float hessian_max={HESSIAN_RANGE[1]}, "
-    "Tensor(c!)[]? residuals=None, Tensor[]? row_scales=None, Tensor[]? column_scales=None) -> ()",
+    f"Tensor(c!)[]? residuals=None, Tensor[]? row_scales=None, Tensor[]? column_scales=None, {_FACTORED}) -> ()",
     f"perturb(Tensor[] src, Tensor(a!)[] dst, Tensor[] hessians, {_COMMON}, Tensor[]? residuals=None, "
-    "Tensor[]? row_scales=None, Tensor[]? column_scales=None) -> ()",
+    f"Tensor[]? row_scales=None, Tensor[]? column_scales=None, {_FACTORED}) -> ()",
     "perturb_rows(Tensor src, Tensor rows, Tensor(a!) dst, int tensor_id, int offset, Tensor streams, Tensor coeffs, *, "
     "int seed, str distribution, Tensor(z!) counters, Tensor? residual=None, Tensor? hessian=None, "
-    "Tensor? row_scale=None, Tensor? column_scale=None) -> ()",
+    "Tensor? row_scale=None, Tensor? column_scale=None, int rank=1) -> ()",
     "replay_(Tensor(a!)[] weights, int[] tensor_ids, int[] offsets, Tensor streams, Tensor coeffs, *, int seed, "
-    "str distribution, Tensor(z!) counters, Tensor? decay=None, Tensor? updates=None, Tensor(b!)[]? residuals=None) -> ()",
+    "str distribution, Tensor(z!) counters, Tensor? decay=None, Tensor? updates=None, Tensor(b!)[]? residuals=None, "
+    f"{_FACTORED}) -> ()",
     f"philox_(Tensor(a!) words, *, int seed, int domain, int tensor_id, int stream, int block, int rounds={ROUNDS}) -> ()",
+    "signs_(Tensor(a!) signs, Tensor streams, *, int seed, int domain, int tensor_id) -> ()",
 )
 
 
@@ -100,6 +110,16 @@ def require_one_device(names: Sequence[str], tensors: Sequence[Tensor]) -> None:
             f"params: expected all trained tensors on one device, got {found}: load the model without device_map (or with "
             "device_map={'': 0}), train only adapters that are on one device, or give each of several processes a GPU and the "
             "whole model (processes=zo_core.distributed.Parallel())"
+        )
+
+
+def check_rank(distribution: str, rank: int) -> None:
+    """ValueError unless noise of this distribution can have this rank."""
+    if not 1 <= rank <= reference.MAX_RANK:
+        raise ValueError(f"rank: expected an integer from 1 to {reference.MAX_RANK}, got {rank}")
+    if distribution != "factored" and rank != 1:
+        raise ValueError(
+            f"rank: expected 1 with distribution {distribution!r}, got {rank}: only distribution='factored' has a rank"
         )
 
 
@@ -188,6 +208,20 @@ def _check_scales(
     }
 
 
+def _check_factored(
+    distribution: str, rank: int, columns: Sequence[int] | None, weights: Sequence[Tensor], offsets: Sequence[int]
+) -> None:
+    check_rank(distribution, rank)
+    if columns is None and distribution != "factored":
+        return
+    widths = reference.columns_of(weights) if columns is None else columns
+    _check_ints("columns", widths, len(weights), 47)  # 7 bits of an index are in a block, 40 in its number
+    for i, (n, w) in enumerate(zip(widths, weights, strict=True)):
+        end = w.numel() + (offsets[i] if offsets else 0)
+        if n and end > n << 47:
+            raise ValueError(f"columns[{i}]: expected at most 2^47 rows, got {-(-end // n)} of {n} elements")
+
+
 def _check_overlap(written: dict[str, Tensor], read: dict[str, Tensor]) -> None:
     """What is written may share no memory with anything else; what is only read may, with what is only read."""
     if any(isinstance(t, FakeTensor) or t.is_meta for t in (*written.values(), *read.values())):
@@ -227,6 +261,8 @@ def _check_pass(
     residuals: Sequence[Tensor] | None = None,
     row_scales: Sequence[Tensor] | None = None,
     column_scales: Sequence[Tensor] | None = None,
+    rank: int = 1,
+    columns: Sequence[int] | None = None,
 ) -> None:
     device, count, k = streams.device, len(src), streams.numel()
     read, written = ("weights", "weights") if in_place else ("src", "dst")
@@ -252,7 +288,13 @@ def _check_pass(
             _check_scalars(name, x, shape, device)
     if distribution not in reference.DISTRIBUTIONS:
         raise ValueError(f"distribution: expected one of {list(reference.DISTRIBUTIONS)}, got {distribution!r}")
+    _check_factored(distribution, rank, columns, src, offsets)
     changes_hessians = curvature is not None
+    if changes_hessians and distribution == "factored":
+        raise ValueError(
+            "curvature: expected None with distribution 'factored', got a tensor: a Hessian learns from z^2, which is 1 for "
+            "every element at rank 1; take 'gaussian', or give hessians that are only read"
+        )
     if len({x is None for x in (restore, curvature, smoothing)}) > 1:
         raise ValueError("restore, curvature, smoothing: expected all three or none")
     if hessians or changes_hessians:
@@ -326,6 +368,20 @@ def _check_philox(words: Tensor, *, rounds: int = ROUNDS, **numbers: int) -> Non
             raise ValueError(f"{name}: expected an integer in [0, 2^{bits}), got {numbers[name]}")
 
 
+def _check_signs(signs: Tensor, streams: Tensor, *, domain: int, tensor_id: int, **_: int) -> None:
+    _check_scalars("streams", streams, (streams.numel(),), signs.device, torch.int64)
+    if signs.dtype != torch.float32 or signs.dim() != 3 or len(signs) != len(streams) or not signs.is_contiguous():
+        raise ValueError(
+            f"signs: expected contiguous float32 of shape (K, rank, n) with K = {len(streams)} streams, got {signs.dtype} "
+            f"{tuple(signs.shape)}"
+        )
+    if not signs.shape[1] <= reference.MAX_RANK:
+        raise ValueError(f"signs: expected a rank of {reference.MAX_RANK} at most, got shape {tuple(signs.shape)}")
+    for name, value, bits in (("domain", domain, 8), ("tensor_id", tensor_id, 32)):
+        if not 0 <= value < 1 << bits:
+            raise ValueError(f"{name}: expected an integer in [0, 2^{bits}), got {value}")
+
+
 # ---- dispatch --------------------------------------------------------------------------------------------------
 
 
@@ -356,37 +412,35 @@ def backend_for(device: torch.device) -> ModuleType:
     return backend
 
 
-def prepare_perturb(device: torch.device, src: Any, dst: Any, mirrors: Any = (), **beside: Any) -> Callable[..., None]:
+def prepare_perturb(device: torch.device, src: Any, dst: Any, **beside: Any) -> Callable[..., None]:
     """``perturb`` of tensors that stay where they are, unchecked, as a function of src, which it does not keep, and the scalars.
 
-    ``mirrors`` are written as ``dst``, with the noise subtracted. The native backend makes the noise once for both, and is
-    spared a look at each tensor in every call.
+    The native backend is spared a look at each tensor in every call.
     """
     backend = backend_for(device)
     if backend is native:
-        run = native.prepare(src, dst, mirrors=mirrors, **beside)
-        return lambda _, **scalars: run(**scalars)
-
-    def both(src: Any, coeffs: Tensor, **scalars: Any) -> None:
-        backend.run_pass(src, dst, **beside, coeffs=coeffs, **scalars)
-        if mirrors:
-            backend.run_pass(src, mirrors, **beside, coeffs=-coeffs, **scalars)
-
-    return both
+        run = native.prepare(src, dst, **beside)
+        return lambda src, **scalars: (
+            run(**scalars)
+            if scalars["distribution"] != "factored"
+            else reference.run_pass(src, dst, **beside, **scalars)
+        )
+    return lambda src, **scalars: backend.run_pass(src, dst, **beside, **scalars)
 
 
 def _run(
     src: list[Tensor], dst: list[Tensor], *args: Any, in_place: bool, seed: int, residuals: list[Tensor] | None = None,
-    row_scales: list[Tensor] | None = None, column_scales: list[Tensor] | None = None, **options: Any,
+    row_scales: list[Tensor] | None = None, column_scales: list[Tensor] | None = None, columns: list[int] | None = None,
+    **options: Any,
 ) -> None:  # fmt: skip
     _check_pass(
         src, dst, *args, in_place=in_place, seed=seed, residuals=residuals, row_scales=row_scales,
-        column_scales=column_scales, **options,
+        column_scales=column_scales, columns=columns, **options,
     )  # fmt: skip
     kept = residuals or []
     backend_for(args[3].device).run_pass(
         src, dst, *args, seed=seed & _UINT64, residuals=kept, row_scales=row_scales or [],
-        column_scales=column_scales or [], **options,
+        column_scales=column_scales or [], columns=columns or [], **options,
     )  # fmt: skip
     written = (*dst, *args[0], *kept) if in_place else dst
     increment_version([t for t in written if not t.is_inference()])
@@ -409,12 +463,13 @@ def _perturb_rows(src: Tensor, rows: Tensor, dst: Tensor, *args: Any, seed: int,
 
 def _replay_(
     weights: list[Tensor], tensor_ids: list[int], offsets: list[int], streams: Tensor, coeffs: Tensor, *, seed: int,
-    decay: Tensor | None = None, updates: Tensor | None = None, residuals: list[Tensor] | None = None, **options: Any,
+    decay: Tensor | None = None, updates: Tensor | None = None, residuals: list[Tensor] | None = None,
+    columns: list[int] | None = None, **options: Any,
 ) -> None:  # fmt: skip
     args = weights, tensor_ids, offsets, streams, coeffs
-    _check_replay(*args, seed=seed, decay=decay, updates=updates, residuals=residuals, **options)
+    _check_replay(*args, seed=seed, decay=decay, updates=updates, residuals=residuals, columns=columns, **options)
     backend, kept = backend_for(streams.device), residuals or []
-    options |= {"seed": seed & _UINT64, "residuals": kept}
+    options |= {"seed": seed & _UINT64, "residuals": kept, "columns": columns or []}
     if backend is native:
         native.run_steps(*args, decay=decay, updates=updates, **options)
     else:
@@ -427,6 +482,13 @@ def _replay_(
 def _philox_(words: Tensor, *, seed: int, **options: int) -> None:
     _check_philox(words, **options)
     backend_for(words.device).philox_(words, seed=seed & _UINT64, **options)
+
+
+def _signs_(signs: Tensor, streams: Tensor, *, seed: int, **options: int) -> None:
+    _check_signs(signs, streams, **options)
+    backend_for(signs.device).signs_(signs, streams, seed=seed & _UINT64, **options)
+    if not signs.is_inference():
+        increment_version([signs])
 
 
 def _fake_update_(weights: list[Tensor], *args: Any, **options: Any) -> None:
@@ -449,6 +511,10 @@ def _fake_philox_(words: Tensor, *, seed: int, **options: int) -> None:
     _check_philox(words, **options)
 
 
+def _fake_signs_(signs: Tensor, streams: Tensor, *, seed: int, **options: int) -> None:
+    _check_signs(signs, streams, **options)
+
+
 _LIBRARY = torch.library.Library("zo_core", "DEF")  # type: ignore[no-untyped-call]
 _KERNELS: tuple[tuple[Callable[..., None], Callable[..., None]], ...] = (
     (_update_, _fake_update_),
@@ -456,6 +522,7 @@ _KERNELS: tuple[tuple[Callable[..., None], Callable[..., None]], ...] = (
     (_perturb_rows, _fake_perturb_rows),
     (_replay_, _fake_replay_),
     (_philox_, _fake_philox_),
+    (_signs_, _fake_signs_),
 )
 for _schema, (_kernel, _fake) in zip(_SCHEMAS, _KERNELS, strict=True):
     _name = _LIBRARY.define(_schema)  # type: ignore[no-untyped-call]

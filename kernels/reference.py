@@ -5,12 +5,14 @@ what its fast twin takes and is written from docs/noise.md and the equations, no
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-GAUSSIAN, RADEMACHER, ROUNDING, HOST = range(4)  # domains
+GAUSSIAN, RADEMACHER, ROUNDING, HOST, ROWS, COLUMNS = range(6)  # domains
+MAX_RANK = 1024  # of factored noise; a block number has room for 2^16
 # H of a pass that is not told other limits, in every backend: torch leaves out an argument that equals its schema's
 # default when it calls a kernel, so that kernels and schemas must have the same one.
 HESSIAN_RANGE = (1e-8, 1e8)
@@ -29,7 +31,7 @@ def philox(
 
     Args:
         block: int64 block numbers, any shape.
-        domain: 0 gaussian, 1 rademacher, 2 stochastic rounding, 3 host-side selection.
+        domain: 0 gaussian, 1 rademacher, 2 stochastic rounding, 3 host-side selection, 4 rows, 5 columns.
         tensor_id: position of the tensor in the optimizer's list.
         stream: number of the probe, or of the update for stochastic rounding.
         seed: 64-bit run seed.
@@ -69,13 +71,53 @@ def gaussian(
     return radius * torch.where(element & 1 == 0, angle.cos(), angle.sin())
 
 
+def signs(
+    index: Tensor, *, domain: int, tensor_id: int, stream: int | Tensor, seed: int, q: int | Tensor = 0,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:  # fmt: skip
+    """Signs, +1 or -1, of these int64 indices in a domain: bit i&31 of word (i>>5)&3 of block i>>7 | q<<40."""
+    words = philox(index >> 7 | q << 40, domain=domain, tensor_id=tensor_id, stream=stream, seed=seed)
+    word = words.gather(-1, (index >> 5 & 3).unsqueeze(-1)).squeeze(-1)
+    return ((word >> (index & 31) & 1) * 2 - 1).to(dtype)
+
+
 def rademacher(
     element: Tensor, *, tensor_id: int, stream: int | Tensor, seed: int, dtype: torch.dtype = torch.float64
 ) -> Tensor:
-    """Signs, +1 or -1, of the elements with these int64 indices: bit e&31 of word (e>>5)&3 of block e>>7."""
-    words = philox(element >> 7, domain=RADEMACHER, tensor_id=tensor_id, stream=stream, seed=seed)
-    word = words.gather(-1, (element >> 5 & 3).unsqueeze(-1)).squeeze(-1)
-    return ((word >> (element & 31) & 1) * 2 - 1).to(dtype)
+    """Signs of the elements with these int64 indices."""
+    return signs(element, domain=RADEMACHER, tensor_id=tensor_id, stream=stream, seed=seed, dtype=dtype)
+
+
+def _products(element: Tensor, columns: int, rank: int, **key: Any) -> Iterator[Tensor]:
+    """a_q(i) b_q(j), q = 0 .. rank - 1, of the elements of a matrix: signs of their rows times signs of their columns."""
+    rows, i = torch.unique(element // columns, return_inverse=True)
+    places, j = torch.unique(element % columns, return_inverse=True)
+    for q in range(rank):
+        yield signs(rows, domain=ROWS, q=q, **key)[i] * signs(places, domain=COLUMNS, q=q, **key)[j]
+
+
+def factored(
+    element: Tensor, *, tensor_id: int, stream: int | Tensor, seed: int, columns: int = 0, rank: int = 1,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:  # fmt: skip
+    """rank^-1/2 sum_q a_q(i) b_q(j) of the elements, in rows of ``columns``; signs of a vector, which has 0 columns."""
+    key: dict[str, Any] = {"tensor_id": tensor_id, "stream": stream, "seed": seed, "dtype": dtype}
+    if not columns:
+        return rademacher(element, **key)
+    total: Tensor = torch.stack(list(_products(element, columns, rank, **key))).sum(0)
+    return total * float(rank**-0.5)
+
+
+def columns_of(tensors: Sequence[Tensor]) -> list[int]:
+    """Columns that factored noise gives to tensors that are not parts of larger ones: the last dimension, 0 of a vector."""
+    return [t.shape[-1] if t.dim() > 1 else 0 for t in tensors]
+
+
+def signs_(out: Tensor, streams: Tensor, *, domain: int, tensor_id: int, seed: int) -> None:
+    """Fill float32 ``out`` of shape (K, rank, n) with the signs of indices 0 to n - 1: of stream k and factor q at [k, q]."""
+    rank, n = out.shape[1:]
+    index, q = torch.arange(n, device=out.device).expand(out.shape), torch.arange(rank, device=out.device).view(-1, 1)
+    out.copy_(signs(index, domain=domain, tensor_id=tensor_id, stream=streams.view(-1, 1, 1), seed=seed, q=q))
 
 
 def rounding_bits(element: Tensor, *, tensor_id: int, stream: int | Tensor, seed: int) -> Tensor:
@@ -85,7 +127,7 @@ def rounding_bits(element: Tensor, *, tensor_id: int, stream: int | Tensor, seed
     return word >> 16 * (element & 1) & 0xFFFF
 
 
-DISTRIBUTIONS = {"gaussian": gaussian, "rademacher": rademacher}
+DISTRIBUTIONS = {"gaussian": gaussian, "rademacher": rademacher, "factored": factored}
 
 
 def _extended(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -141,7 +183,7 @@ def join(weight: Tensor, residual: Tensor) -> Tensor:
     return torch.where(weight.isfinite(), value.copysign(weight.float()), weight.float())
 
 
-def factored(row_scale: Tensor, column_scale: Tensor, element: Tensor) -> Tensor:
+def scales_of(row_scale: Tensor, column_scale: Tensor, element: Tensor) -> Tensor:
     """float32 scales of these elements of a full tensor: row factor times column factor, an empty one for a vector's 1."""
     if not (n := column_scale.numel()):
         return row_scale.view(-1)[element]
@@ -180,11 +222,14 @@ def run_pass(
     residuals: Sequence[Tensor] = (),
     row_scales: Sequence[Tensor] = (),
     column_scales: Sequence[Tensor] = (),
+    rank: int = 1,
+    columns: Sequence[int] = (),
 ) -> None:
     """The operation of docs/noise.md on a list of tensors; arguments as in ``bindings.ops``, already checked."""
     if not _finite(coeffs, decay, restore, curvature, smoothing):
         counters[0] += 1
         return
+    columns = columns or columns_of(src)
     for i, (source, target) in enumerate(zip(src, dst, strict=True)):
         in_place = source.data_ptr() == target.data_ptr()
         if in_place and not _works(i, coeffs, restore, curvature, decay, smoothing):
@@ -202,7 +247,13 @@ def run_pass(
 
             noise, back, squares = (torch.zeros_like(weight) for _ in range(3))
             for k, stream in enumerate(streams.unbind()):
-                z = DISTRIBUTIONS[distribution](element, stream=stream, dtype=torch.float32, **names)
+                key: dict[str, Any] = {"stream": stream, "dtype": torch.float32, **names}
+                if distribution == "factored" and columns[i]:
+                    c = coeffs[k, i] * torch.tensor(rank**-0.5, dtype=torch.float32, device=coeffs.device)
+                    for product in _products(element, columns[i], rank, **key):
+                        noise += c * product
+                    continue
+                z = DISTRIBUTIONS[distribution](element, **key)
                 noise += coeffs[k, i] * z
                 if restore is not None and curvature is not None:
                     back += restore[k, i] * z
@@ -214,7 +265,7 @@ def run_pass(
                     hessian.mul_(1 - smoothing[i] + squares).clamp_(hessian_min, hessian_max)
                 noise = noise / hessian.sqrt()
             elif row_scales:
-                noise = noise * factored(row_scales[i], column_scales[i], element)
+                noise = noise * scales_of(row_scales[i], column_scales[i], element)
             out = noise + (base if keep is None else keep * base)
 
             limit = torch.finfo(target.dtype).max
@@ -238,7 +289,7 @@ def run_pass(
 def run_rows(
     src: Tensor, rows: Tensor, dst: Tensor, tensor_id: int, offset: int, streams: Tensor, coeffs: Tensor, *, seed: int,
     distribution: str, counters: Tensor, residual: Tensor | None = None, hessian: Tensor | None = None,
-    row_scale: Tensor | None = None, column_scale: Tensor | None = None,
+    row_scale: Tensor | None = None, column_scale: Tensor | None = None, rank: int = 1,
 ) -> None:  # fmt: skip
     """``perturb`` of the rows of ``src`` that ``rows`` names, into the rows of ``dst``."""
     width = src.shape[1]
@@ -250,7 +301,7 @@ def run_rows(
             distribution=distribution, counters=counters,
             residuals=[residual[row]] if residual is not None and residual.numel() else (),
             row_scales=() if row_scale is None else [row_scale],
-            column_scales=() if column_scale is None else [column_scale],
+            column_scales=() if column_scale is None else [column_scale], rank=rank, columns=[width],
         )  # fmt: skip
         if not _finite(coeffs):
             return  # counted once

@@ -18,6 +18,7 @@ FUNCTIONS = {
     "perturb": [ops._check_pass, ops._run, ops._perturb, ops._fake_perturb, native.prepare],
     "perturb_rows": [ops._check_rows, ops._perturb_rows, ops._fake_perturb_rows, reference.run_rows, native.run_rows],
     "replay_": [ops._check_replay, ops._replay_, ops._fake_replay_, native.run_steps],
+    "signs_": [ops._check_signs, ops._signs_, ops._fake_signs_, reference.signs_, native.signs_],
     "philox_": [ops._check_philox, ops._philox_, ops._fake_philox_, reference.philox_, reference.philox, native.philox_],
 }  # fmt: skip
 if find_spec("triton"):

@@ -13,8 +13,9 @@ if tuple(map(int, re.findall(r"\d+", VERSION)[:2])) < OLDEST:
         "the triton that belongs to it"
     )
 
+from ..reference import signs_  # there is no kernel for it yet
 from .noise import philox_
 from .passes import run_pass
 from .rows import run_rows
 
-__all__ = ["philox_", "run_pass", "run_rows"]
+__all__ = ["philox_", "run_pass", "run_rows", "signs_"]

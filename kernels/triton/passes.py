@@ -19,6 +19,7 @@ from torch import Tensor
 import triton
 import triton.language as tl
 
+from .. import reference as by_definition
 from ..reference import HESSIAN_RANGE
 from . import table
 from .arguments import Call, Digits, Key, Row, Stream, Work
@@ -189,9 +190,16 @@ def run_pass(
     decay: Tensor | None = None, update: Tensor | None = None, restore: Tensor | None = None,
     curvature: Tensor | None = None, smoothing: Tensor | None = None, hessian_min: float = HESSIAN_RANGE[0],
     hessian_max: float = HESSIAN_RANGE[1], residuals: Sequence[Tensor] = (), row_scales: Sequence[Tensor] = (),
-    column_scales: Sequence[Tensor] = (),
+    column_scales: Sequence[Tensor] = (), rank: int = 1, columns: Sequence[int] = (),
 ) -> None:  # fmt: skip
     """The pass of ``bindings.ops``, arguments already checked: one launch for each kind of tensor, after two small ones."""
+    if distribution == "factored":  # there is no kernel for it yet
+        by_definition.run_pass(
+            src, dst, hessians, tensor_ids, offsets, streams, coeffs, seed=seed, distribution=distribution, counters=counters,
+            decay=decay, update=update, residuals=residuals, row_scales=row_scales, column_scales=column_scales, rank=rank,
+            columns=columns,
+        )  # fmt: skip
+        return
     if not src:
         return
     count, k, coeffs = len(src), streams.numel(), coeffs.contiguous()

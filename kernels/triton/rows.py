@@ -4,6 +4,7 @@ from torch import Tensor
 
 import triton.language as tl
 
+from .. import reference as by_definition
 from .arguments import Call, Digits, Row
 from .forms import TILE, form_of, rows_forms
 from .gate import gate
@@ -49,9 +50,15 @@ def rows_kernel(
 def run_rows(
     src: Tensor, rows: Tensor, dst: Tensor, tensor_id: int, offset: int, streams: Tensor, coeffs: Tensor, *, seed: int,
     distribution: str, counters: Tensor, residual: Tensor | None = None, hessian: Tensor | None = None,
-    row_scale: Tensor | None = None, column_scale: Tensor | None = None,
+    row_scale: Tensor | None = None, column_scale: Tensor | None = None, rank: int = 1,
 ) -> None:  # fmt: skip
     """``perturb_rows`` of ``bindings.ops``, arguments already checked: rows of ``src`` that ``rows`` names, into the rows of ``dst``."""
+    if distribution == "factored":  # there is no kernel for it yet
+        by_definition.run_rows(
+            src, rows, dst, tensor_id, offset, streams, coeffs, seed=seed, distribution=distribution, counters=counters,
+            residual=residual, hessian=hessian, row_scale=row_scale, column_scale=column_scale, rank=rank,
+        )  # fmt: skip
+        return
     if not dst.numel():
         return
     k, width, coeffs = streams.numel(), src.shape[1], coeffs.contiguous()

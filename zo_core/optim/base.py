@@ -9,12 +9,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .. import layers, sharding
+from .. import engines, layers, sharding
 from ..closure import Buffers, Evaluation, forget_casts
 from ..distributed import Exchange, Parallel, check, is_sharded
 from ..engines.base import Engine, uninterrupted
 from ..engines.inplace import InPlaceEngine
-from ..engines.shadow import ShadowEngine
 from ..estimators import Estimate, Losses, update_of
 from ..journal import Journal
 from ..noise import backend_of
@@ -22,6 +21,7 @@ from ..record import Snapshot, carried
 from ..weights import ParamSpace, Probe, space_of, versions_of
 from . import report, state
 from .options import Params, Shared, check_choices, check_group, named_params, rates_of
+from .points import losses_of
 from .state import Stateful, refuse_meta
 
 
@@ -38,7 +38,9 @@ class ZOOptimizer(Stateful):
             scalars (biases, norms); tensors and groups of your own are decayed as they say.
         probes: number of probes a step averages over; None: the method's own, as for all that follow.
         seed: 64-bit seed that all noise is a function of.
-        distribution: "gaussian" or "rademacher".
+        distribution: "gaussian", "rademacher" (random signs) or "factored": of a matrix, ``rank`` products of signs of its
+            rows and signs of its columns, the cheapest to make; docs/noise.md says what they have in common with signs.
+        rank: of factored probes, how many products are summed.
         rho: fraction of the model's blocks that a step leaves out, in [0, 1); see ``LeZO``. Like ``lr`` it may be set
             anew between steps, in ``param_groups[0]``.
         blocks: those blocks, or the dotted name of the list that has them; None: the largest ``nn.ModuleList``.
@@ -48,9 +50,12 @@ class ZOOptimizer(Stateful):
         residual: low-order bits, 8 or 16, that each 16-bit weight keeps in a tensor of this optimizer (1 or 2 bytes a
             weight), or None. The value that is trained is weight + residual, the weight alone is the value rounded.
             float32 weights keep none. docs/precision.md says what each costs and saves.
-        engine: "shadow" perturbs what modules read and never writes a weight to probe it; "inplace" writes the
-            weights, for closures that are arbitrary functions of them, and for sharded ones (DTensors). None: shadow
-            where a module is known and no weight is sharded.
+        engine: "shadow" perturbs what modules read and never writes a weight to probe it; "grouped" does so at all
+            points of a step in one call of the closure; "inplace" writes the weights, for closures that are arbitrary
+            functions of them, and for sharded ones (DTensors). None: shadow where a module is known and no weight is
+            sharded. docs/engines.md says which to take.
+        points_at_once: at how many points the grouped engine evaluates at once, at most; None: as many as memory holds
+            and the processor has a use for.
         module: the module whose forwards use the tensors, where ``params`` is not that module itself.
         processes: how the processes of ``torch.distributed`` share a step (docs/distributed.md); None: each is alone.
         method: further options of the method, each a ``Shared`` of its class.
@@ -85,12 +90,14 @@ class ZOOptimizer(Stateful):
         probes: int | None = None,
         seed: int = 0,
         distribution: str | None = None,
+        rank: int = 1,
         rho: float | None = None,
         blocks: layers.Blocks | None = None,
         hessian: str | None = None,
         stochastic_rounding: bool = True,
         residual: int | None = 8,
         engine: str | None = None,
+        points_at_once: int | None = None,
         module: nn.Module | None = None,
         processes: Parallel | None = None,
         method: Mapping[str, float] | None = None,
@@ -98,10 +105,12 @@ class ZOOptimizer(Stateful):
         given: dict[str, Any] = {"probes": probes, "distribution": distribution, "rho": rho, "hessian": hessian}
         probes, distribution, rho, hessian = (v if v is not None else self._default[k] for k, v in given.items())
         check_choices(
-            seed=seed, distribution=distribution, residual=residual, engine=engine, hessian=hessian,
+            seed=seed, distribution=distribution, rank=rank, residual=residual, engine=engine, hessian=hessian,
+            points_at_once=points_at_once,
             curvature=self._measures_curvature,
         )  # fmt: skip
         self.stochastic_rounding, self.blocks, self.processes = stochastic_rounding, blocks, processes
+        self.points_at_once = points_at_once
         self.module = params if isinstance(params, nn.Module) and module is None else module
         if isinstance(self.module, nn.parallel.DistributedDataParallel):
             raise ValueError(
@@ -109,8 +118,8 @@ class ZOOptimizer(Stateful):
                 "accelerate: prepare_model(model, evaluation_mode=True)), and processes=zo_core.distributed.Parallel()"
             )
         sharding.reshard(sharding.units(self.module))  # an evaluation may have left weights gathered
-        if engine == "shadow" and self.module is None:
-            raise ValueError("engine: 'shadow' needs the module whose forwards use the tensors: pass module=")
+        if engine in engines.NEED_MODULE and self.module is None:
+            raise ValueError(f"engine: {engine!r} needs the module whose forwards use the tensors: pass module=")
         groups = named_params(params)
         shared = {"eps": eps, "probes": probes, "rho": rho, **(method or {})}
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "decay_vectors": True, **shared})
@@ -118,7 +127,9 @@ class ZOOptimizer(Stateful):
         self.engine = engine or ("inplace" if in_place else "shadow")
         self._check_processes(hessian)
         device = self._tensors()[0].device
-        self._own = state.new(type(self).__name__, operator.index(seed), distribution, residual, hessian, device)
+        self._own = state.new(
+            type(self).__name__, operator.index(seed), distribution, int(rank), residual, hessian, device
+        )
         self._check_tensors()
         self._prepare()
 
@@ -166,7 +177,7 @@ class ZOOptimizer(Stateful):
         evaluation = Evaluation(closure, stream.device, self._units, self._buffers, in_place)
         done, self._stepping = False, True
         try:
-            found = self.estimate(self._losses(engine, evaluation, left_out, seen))
+            found = self.estimate(losses_of(engine, evaluation, left_out, self._exchange, self._steps, seen))
             with uninterrupted():  # the record, the weights and the counts change together
                 self._buffers.end(self._move(engine, found, left_out))
                 done = True
@@ -204,26 +215,6 @@ class ZOOptimizer(Stateful):
         if (exchange := self._joined()) is not None:
             exchange.start(self._steps, report.options_of(self.param_groups), self._snapshot)
         return engine, self._left_out() | frozen
-
-    def _losses(self, engine: Engine, evaluation: Evaluation, left_out: set[int], seen: list[Tensor]) -> Losses:
-        """What gives a method the losses at the points that it asks for; they are added to ``seen``."""
-        exchange, number = self._exchange, self._steps
-
-        def evaluate(c: float, probe: Probe | None) -> Tensor:
-            return engine.evaluate(evaluation, c, probe, left_out)
-
-        def pass_by(c: float, probe: Probe | None) -> None:
-            if isinstance(engine, InPlaceEngine):  # going there and back rounds, as it does in other processes
-                engine.evaluate(lambda: engine.space.counters, c, probe, left_out)
-
-        def losses(points: Sequence[tuple[float, Probe | None]]) -> Tensor:
-            if exchange is None:
-                seen.append(torch.stack([evaluate(c, probe) for c, probe in points]))
-            else:
-                seen.append(exchange.losses(evaluate, pass_by, points, number))
-            return seen[-1]
-
-        return losses
 
     def _move(self, engine: Engine, found: Estimate, left_out: set[int]) -> Tensor:
         """Write the step's record, move the weights, and count the step; whether it moved them, bool (1,)."""
@@ -302,7 +293,7 @@ class ZOOptimizer(Stateful):
             self._blocks = ()
             self._left_out()
             space.warn_of_small_eps(self.eps)
-            self._engine = ShadowEngine(space, self.module) if self.engine == "shadow" else InPlaceEngine(space)  # type: ignore[arg-type]
+            self._engine = engines.make(self.engine, space, self.module, self.points_at_once)
             self._versions, self._seen = versions_of(space.tensors), self._look(space.tensors)
         return self._engine
 

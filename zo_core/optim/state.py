@@ -26,9 +26,15 @@ KEY = "zo"  # of what belongs to the optimizer as a whole, in the entry of its f
 
 
 def new(
-    method: str, seed: int, distribution: str, residual: int | None, hessian: str | None, device: torch.device
+    method: str,
+    seed: int,
+    distribution: str,
+    rank: int,
+    residual: int | None,
+    hessian: str | None,
+    device: torch.device,
 ) -> dict[str, Any]:
-    """The state before the first step."""
+    """The state before the first step. Only factored noise has a rank: other states are as they were before there was any."""
     with torch.inference_mode(False):
         numbers = {
             k: torch.zeros(1, dtype=torch.int64, device=device) for k in ("stream", "updates", "skipped", "counters")
@@ -36,7 +42,7 @@ def new(
         return {
             "seed": seed, "distribution": distribution, "residual": residual, "residuals": [], "hashes": [],
             "hessian": hessian, "hessians": [], "steps": 0, "carry": torch.zeros(0, device=device), "shards": 0,
-            "method": method, **numbers,
+            "method": method, **numbers, **({"rank": rank} if distribution == "factored" else {}),
         }  # fmt: skip
 
 
@@ -101,7 +107,7 @@ def refuse_meta(named: Iterable[tuple[str, Tensor]]) -> None:
 
 def check_saved(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     """ValueError unless this is a state that an optimizer with the state ``own`` can go on with."""
-    if set(saved) != set(own):
+    if (set(saved) ^ set(own)) - {"rank"}:
         raise ValueError(
             f"state_dict: expected a state with {sorted(own)} as zo_core optimizers save, got {sorted(saved)}"
         )
@@ -140,6 +146,7 @@ class Stateful(torch.optim.Optimizer):
 
     module: nn.Module | None
     engine: str
+    points_at_once: int | None
     stochastic_rounding: bool
     blocks: layers.Blocks | None
     processes: Parallel | None
@@ -293,15 +300,19 @@ class Stateful(torch.optim.Optimizer):
         check_saved(saved := of_entries(state_dict), self._own)
         super().load_state_dict({**state_dict, "state": {}})  # torch would cast all of it to the dtype of the weights
         with torch.inference_mode(False):
-            self._own = on(self._tensors()[0].device, {name: saved[name] for name in self._own}, copy=True)
+            self._own = on(
+                self._tensors()[0].device,
+                {**{name: saved[name] for name in self._own if name in saved}, **saved},
+                copy=True,
+            )
         self._engine = self._versions = None
         if self._exchange is not None:
             self._exchange.compared = False
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: the engine is rebuilt."""
-        names = ("stochastic_rounding", "blocks", "engine", "module", "processes", "_own", "param_groups", "defaults")
-        return {name: getattr(self, name) for name in names}
+        names = "stochastic_rounding", "blocks", "engine", "points_at_once", "module", "processes"
+        return {name: getattr(self, name) for name in (*names, "_own", "param_groups", "defaults")}
 
     # ---- what a journal asks -----------------------------------------------------------------------------------
 
