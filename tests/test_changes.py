@@ -10,6 +10,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 import torch.distributed.checkpoint.state_dict
 from torch import nn
+from torch.nn import functional
 from torch.nn.utils import parametrize
 from toys import X, Y, loss_of, same
 
@@ -421,3 +422,118 @@ def test_warnings_point_at_the_line_that_calls_the_library(tmp_path):
     assert line_of("losses of the last 10 steps", ten_steps) == (__file__, 2)
     model[2] = nn.Linear(16, 1)
     assert line_of("replaced by another parameter", lambda: opt.step(loss_of(model.float()))) == (__file__, 0)
+
+
+# ---- layouts, padding --------------------------------------------------------------------------------------------
+
+
+class Weights(nn.Module):
+    """Weights in an order of their own in memory, and a loss that reads them in their logical order."""
+
+    def __init__(self, permuted: bool, dtype: torch.dtype) -> None:
+        super().__init__()
+        image = (torch.arange(5 * 3 * 4 * 6) % 37 / 37).view(5, 3, 4, 6).to(dtype)
+        matrix = (torch.arange(33 * 70) % 41 / 41).view(33, 70).to(dtype)
+        self.image = nn.Parameter(image.to(memory_format=torch.channels_last) if permuted else image)
+        self.matrix = nn.Parameter(matrix.T.contiguous().T if permuted else matrix)
+
+    def forward(self) -> torch.Tensor:
+        x, y = self.image.float().contiguous(), self.matrix.float().contiguous()
+        return (x.square().mean() - y[:, :3].square().mean()).tanh() + functional.embedding(
+            torch.tensor([1, 2]), self.matrix
+        ).float().contiguous().square().mean()
+
+
+@pytest.mark.parametrize("engine", ["shadow", "inplace", "grouped"])
+@pytest.mark.parametrize(
+    ("method", "dtype", "options"),
+    [
+        (zo_core.MeZO, torch.bfloat16, {"weight_decay": 0.1, "eps": 0.1}),
+        (zo_core.FZOO, torch.float32, {}),
+        (zo_core.HiZOO, torch.float32, {"smoothing": 0.1}),
+        (zo_core.HiZOO, torch.float16, {"hessian": "factored", "smoothing": 0.1, "eps": 0.1}),
+    ],
+)
+def test_weights_in_any_dense_order_in_memory_train_as_contiguous_ones(tmp_path, engine, method, dtype, options):
+    models = [Weights(permuted, dtype) for permuted in (False, True)]
+    start = copy.deepcopy(models[1])
+    opts = [method(model, lr=1e-2, engine=engine, **options) for model in models]
+    opts[1].journal = Journal.create(tmp_path / "run.zoj", opts[1])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*(grouped|rounding)")
+        for _ in range(3):
+            losses = [opt.step(model) for opt, model in zip(opts, models, strict=True)]
+            assert losses[0] == losses[1]
+        zo_core.replay(start, tmp_path / "run.zoj")
+    assert same(*models) and not models[1].image.is_contiguous() and not models[1].matrix.is_contiguous()
+    assert str(opts[0]._own["residuals"]) == str(opts[1]._own["residuals"])
+    assert same(models[0], start) or engine == "inplace"
+
+
+def test_weights_with_gaps_in_memory_are_refused():
+    gaps = nn.Parameter(torch.ones(4, 6)[:, :3])
+    with pytest.raises(ValueError, match=r"weights\[0\]: expected a contiguous tensor"):
+        zo_core.MeZO([gaps], lr=1e-2)
+
+
+class Padded(nn.Module):
+    """An embedding with a padding row that the forward reads, and a head."""
+
+    def __init__(self, dtype: torch.dtype, tied: bool = False) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.random.default_generator.manual_seed(0)
+            self.embed, self.head = nn.Embedding(40, 8, padding_idx=3), nn.Linear(8, 40)
+        if tied:
+            self.head.weight = self.embed.weight
+        self.to(dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.log_softmax(self.head(self.embed(x).float().to(self.head.weight.dtype)).float(), -1)
+
+
+WORDS = torch.tensor([[1, 2, 3], [4, 3, 3]])
+
+
+@pytest.mark.parametrize("words", [WORDS, torch.arange(80).view(4, 20) % 40], ids=["rows", "whole"])
+@pytest.mark.parametrize("engine", ["shadow", "inplace", "grouped"])
+@pytest.mark.parametrize(
+    ("method", "dtype", "options"),
+    [
+        (zo_core.MeZO, torch.bfloat16, {"weight_decay": 0.1, "eps": 0.1}),
+        (zo_core.FZOO, torch.float32, {"distribution": "factored"}),
+        (zo_core.HiZOO, torch.float32, {"smoothing": 0.1}),
+        (zo_core.HiZOO, torch.float32, {"hessian": "factored", "smoothing": 0.1}),
+    ],
+)
+def test_the_padding_row_of_an_embedding_is_in_no_probe_and_no_update(tmp_path, words, engine, method, dtype, options):
+    model, base, seen = Padded(dtype), Padded(dtype), []
+    with torch.no_grad():
+        for m in (model, base):
+            m.embed.weight[3] = 0.5  # which decay would move
+    opt = method(model, lr=1e-2, engine=engine, **options)
+    opt.journal = Journal.create(tmp_path / "run.zoj", opt)
+
+    def loss():
+        row = model.embed(words)[words == 3]
+        seen.append((row - 0.5).abs().max())
+        return model(words).square().mean() + 1e3 * (row - 0.5).float().square().sum()
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*(grouped|rounding)")
+        losses = [float(opt.step(loss)) for _ in range(3)]
+        zo_core.replay(base, tmp_path / "run.zoj")
+    assert max(losses) < 100 and bool((model.embed.weight[3] == 0.5).all())
+    assert not torch.equal(model.embed.weight[2], Padded(dtype).embed.weight[2])
+    assert Journal.open(tmp_path / "run.zoj").header.padding == ((0, 3),)
+    assert same(model, base) or engine == "inplace"
+
+
+def test_a_padding_row_that_a_head_reads_too_is_trained_as_by_gradients():
+    model = Padded(torch.float32, tied=True)
+    model(WORDS).square().mean().backward()
+    assert model.embed.weight.grad[3].any()
+    before = model.embed.weight[3].clone()
+    opt = zo_core.MeZO(model, lr=1e-2)
+    opt.step(lambda: model(WORDS).square().mean())
+    assert not torch.equal(model.embed.weight[3], before) and opt._space().padding == {}

@@ -97,6 +97,7 @@ class Header:
     base: str
     tensors: tuple[TensorInfo, ...]
     rank: int = 1  # of factored noise, whose journals alone have it
+    padding: tuple[tuple[int, int], ...] = ()  # tensors, and of each the row that no step changes; where there is one
 
     @classmethod
     def of(cls, optimizer: Recorded) -> Header:
@@ -117,6 +118,7 @@ class Header:
         try:
             found = json.loads(text)
             found["tensors"] = tuple(TensorInfo(n, tuple(s), d, r) for n, s, d, r in found["tensors"])
+            found["padding"] = tuple((i, row) for i, row in found.get("padding", ()))
             header = cls(**found)
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise JournalError(f"journal: its header is not one of format {FORMAT_VERSION}: {error}") from None
@@ -138,6 +140,7 @@ class Header:
             "hessian": header.hessian in ("", *scaling.KINDS),
             "options": isinstance(header.options, dict),
             "tensors": bool(header.tensors) and all(map(_sound, header.tensors)) and kinds == set(range(len(kinds))),
+            "padding": all(_has_row(header.tensors, *pair) for pair in header.padding),
             "names": len({t.name for t in header.tensors if isinstance(t.name, str)}) == len(header.tensors),
         }
         if wrong := [name for name, fine in right.items() if not fine]:
@@ -149,6 +152,8 @@ class Header:
         fields = dataclasses.asdict(self)
         if self.distribution != "factored":
             del fields["rank"]
+        if not self.padding:
+            del fields["padding"]
         return json.dumps(fields, separators=(",", ":")).encode()
 
     @property
@@ -177,6 +182,12 @@ def _whole(optimizer: Recorded) -> ParamSpace:
 def _sound(t: TensorInfo) -> bool:
     shape = all(type(n) is int and n >= 0 for n in t.shape)
     return shape and isinstance(t.dtype, str) and t.dtype in DTYPES and type(t.rates) is int
+
+
+def _has_row(tensors: Sequence[TensorInfo], i: object, row: object) -> bool:
+    if type(i) is not int or type(row) is not int or not 0 <= i < len(tensors):
+        return False
+    return len(tensors[i].shape) == 2 and 0 <= row < tensors[i].shape[0]
 
 
 def _compare_tensors(mine: Sequence[TensorInfo], theirs: Sequence[TensorInfo]) -> None:
@@ -528,6 +539,7 @@ def replay(
         empty_residuals(tensors, bits) if bits else [],
         header.hessian or None, [scaling.identity(t, header.hessian) for t in tensors if header.hessian],
         rank=header.rank,
+        padding=dict(header.padding),
     )  # fmt: skip
     player = _Player(header, space)
     with torch.no_grad():

@@ -245,6 +245,8 @@ class GroupedEngine(ShadowEngine):
             space, shape = self.space, self._sources[i].shape
             a, b = factors(shape, self._streams, tensor_id=i, seed=space.seed, rank=space.rank)
             a = a * (self._cs * space.rank**-0.5).view(-1, 1, 1)
+            if (row := space.padding.get(i)) is not None:
+                a[..., row] = 0
             found = self._factors[i, dtype] = a.to(dtype), b.to(dtype)
         return found
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..bindings.warn import warn
-from ..weights import ParamSpace, Probe, some
+from ..weights import ParamSpace, Probe, laid_out, some
 from .base import Engine, uninterrupted
 from .intercept import UNTRACEABLE, WRITTEN, Interception, refuse_nested
 from .scratch import Key, Scratch, aligned
@@ -182,7 +182,8 @@ class ShadowEngine(Engine):
             return self._fill(name, plan.known(plan.group_of[i]))[key]
         source = self._sources[i]
         with torch.inference_mode(False):
-            alone = torch.empty(*plan.lead, *source.shape, dtype=dtype, device=self.device)
+            size = source.numel() * math.prod(plan.lead)
+            alone = laid_out(torch.empty(size, dtype=dtype, device=self.device), source, plan.lead)
         perturb = self.space.perturb_points if plan.lead else self.space.perturb
         self._perturb(perturb([i], [source], [alone]), [i], [source])
         return alone
@@ -263,7 +264,7 @@ class ShadowEngine(Engine):
             nan = {dtype: torch.full((n,), torch.nan, dtype=dtype, device=self.device) for dtype, n in largest.items()}
         for i in which:
             source = self._sources[i]
-            self.space.tensors[i].data = nan[source.dtype][: source.numel()].view(source.shape)
+            self.space.tensors[i].data = laid_out(nan[source.dtype][: source.numel()], source)
 
     def _finds_reads_elsewhere(self, run: Callable[..., Tensor], result: Tensor) -> bool:
         """Whether the closure reads parameters where interception does not see it; they are exchanged from now on."""

@@ -18,7 +18,7 @@ from ..estimators import Estimate, Losses, update_of
 from ..journal import Journal
 from ..noise import backend_of
 from ..record import Snapshot, carried
-from ..weights import ParamSpace, Probe, space_of, versions_of
+from ..weights import ParamSpace, Probe, padding_of, space_of, versions_of
 from . import report, state
 from .options import Params, Shared, check_choices, check_group, named_params, rates_of
 from .points import losses_of
@@ -289,7 +289,8 @@ class ZOOptimizer(Stateful):
         if self._engine is None or self._look(tensors) != self._seen:
             self._units = sharding.units(self.module)
             sharding.reshard(self._units)
-            space = space_of(self._names(), self._parameters(), self._own)
+            parameters = self._parameters()
+            space = space_of(self._names(), parameters, self._own, padding_of(self.module, parameters))
             self._blocks = ()
             self._left_out()
             space.warn_of_small_eps(self.eps)

@@ -1,6 +1,7 @@
 """How an optimizer and its steps are told to a journal and to other processes."""
 
 from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,7 +15,11 @@ _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def identity_of(
-    own: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], names: Sequence[str], engine: str
+    own: Mapping[str, Any],
+    groups: Sequence[Mapping[str, Any]],
+    names: Sequence[str],
+    engine: str,
+    padding: Mapping[int, int] = MappingProxyType({}),
 ) -> Identity:
     """What does not change from step to step."""
     kinds: dict[tuple[int, bool], int] = {}
@@ -32,6 +37,7 @@ def identity_of(
         own["hessian"] or "",
         engine,
         tuple(tensors),
+        tuple(padding.items()),
     )
 
 

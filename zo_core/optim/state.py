@@ -317,7 +317,8 @@ class Stateful(torch.optim.Optimizer):
     # ---- what a journal asks -----------------------------------------------------------------------------------
 
     def _identity(self) -> Identity:
-        return identity_of(self._own, self.param_groups, self._names(), self.engine)
+        space = self._engine.space if self._engine is not None else self._space()
+        return identity_of(self._own, self.param_groups, self._names(), self.engine, space.padding)
 
     def _settings(self) -> dict[str, Any]:
         options = {k: v for k, v in self.param_groups[0].items() if isinstance(v, str | int | float)}
