@@ -293,6 +293,54 @@ def test_cached_parametrizations_see_each_probe(engine):
     assert losses[0] == losses[1]
 
 
+class Wrapped(torch.Tensor):
+    """A tensor without memory of its own, as torchao's and quanto's quantised weights are."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].inner)
+        return func(*(x.inner if isinstance(x, cls) else x for x in args), **(kwargs or {}))
+
+
+@ENGINES
+@pytest.mark.parametrize("method", [zo_core.MeZO, zo_core.HiZOO])
+def test_what_is_trained_beside_a_frozen_quantised_weight_trains_as_beside_a_plain_one(method, engine):
+    models = [network(), network()]
+    for model, kind in zip(models, (lambda x: x, Wrapped), strict=True):
+        model[0].weight = nn.Parameter(kind(model[0].weight.detach().clone()), requires_grad=False)
+        opt = method(model, lr=1e-2, engine=engine, module=model)
+        for _ in range(3):
+            opt.step(lambda model=model: (model(X) - Y).square().mean())
+        again = method(model, lr=1e-2, engine=engine)
+        again.load_state_dict(opt.state_dict())
+    assert torch.equal(models[0][2].weight, models[1][2].weight)
+    assert torch.equal(models[0][0].weight, models[1][0].weight.inner)
+
+
+@ENGINES
+def test_a_closure_that_freezes_and_unfreezes_leaves_parameters_as_it_says(engine):
+    model = network()
+    opt = zo_core.MeZO(model, lr=1e-2, engine=engine)
+
+    def loss():
+        model.requires_grad_(False)
+        value = loss_of(model)()
+        model.requires_grad_(True)
+        return value
+
+    opt.step(loss)
+    opt.step(loss)
+    assert all(p.requires_grad for p in model.parameters()) and opt.updates == 2
+
+
 # ---- options and state -------------------------------------------------------------------------------------------
 
 

@@ -264,6 +264,19 @@ def test_blocks_are_the_largest_list_or_the_named_one():
             layers.find_blocks(module, blocks)
 
 
+def test_blocks_in_a_sequence_are_those_of_the_class_that_it_has_most_of():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+    stages = nn.Sequential(nn.Linear(3, 4), nn.TransformerEncoderLayer(4, 1), Block(), Block(), Block(), nn.Flatten())
+    model = nn.Sequential(nn.Linear(2, 3), nn.Sequential(Block(), Block()), stages)
+    assert layers.find_blocks(model) == list(stages[2:5])
+    with pytest.raises(ValueError, match="found none in Sequential"):  # plain layers are no blocks
+        layers.find_blocks(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
+
+
 def test_blocks_that_are_none_are_refused():
     with pytest.raises(TypeError, match="blocks: expected modules"):
         zo_core.MeZO(network(), lr=1e-2, blocks=list(network().parameters()))
