@@ -434,6 +434,18 @@ def test_a_state_that_is_no_zeroth_order_optimizer_s_is_refused_by_what_it_has()
         opt.load_state_dict(state)
 
 
+def test_hooks_of_states_see_and_change_whole_ones():
+    model, seen = network(), []
+    opt, other = zo_core.MeZO(model, lr=1e-2), zo_core.MeZO(network(), lr=1e-2)
+    opt.step(loss_of(model))
+    saved, fresh = opt.state_dict(), other.state_dict()
+    other.register_load_state_dict_pre_hook(lambda _, given: saved if given["state"] else None)
+    other.register_load_state_dict_post_hook(lambda o: seen.append(o.updates))
+    other.register_state_dict_post_hook(lambda _, found: {"hash": found["state"][0]["hash"]})
+    other.load_state_dict(fresh)
+    assert seen == [1] and other.state_dict() == {"hash": None}
+
+
 @STATEFUL
 def test_copies_and_pickles_of_an_optimizer_and_its_model_go_on_bit_for_bit(method, dtype, options):
     model = network(dtype)
@@ -484,12 +496,14 @@ class Weights(nn.Module):
         matrix = (torch.arange(33 * 70) % 41 / 41).view(33, 70).to(dtype)
         self.image = nn.Parameter(image.to(memory_format=torch.channels_last) if permuted else image)
         self.matrix = nn.Parameter(matrix.T.contiguous().T if permuted else matrix)
+        self.scale = nn.Parameter(torch.tensor(0.5, dtype=dtype))
 
     def forward(self) -> torch.Tensor:
         x, y = self.image.float().contiguous(), self.matrix.float().contiguous()
-        return (x.square().mean() - y[:, :3].square().mean()).tanh() + functional.embedding(
-            torch.tensor([1, 2]), self.matrix
-        ).float().contiguous().square().mean()
+        return (
+            self.scale * (x.square().mean() - y[:, :3].square().mean()).tanh()
+            + functional.embedding(torch.tensor([1, 2]), self.matrix).float().contiguous().square().mean()
+        )
 
 
 @pytest.mark.parametrize("engine", ["shadow", "inplace", "grouped"])

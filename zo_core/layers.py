@@ -54,7 +54,9 @@ def find_blocks(module: nn.Module | None, blocks: Blocks | None = None) -> list[
 def _repeated(sequence: nn.Sequential) -> list[nn.Module]:
     """The modules of the class that a sequence has most of, if there are several and they consist of others."""
     composed = [m for m in sequence if next(m.parameters(), None) is not None and next(m.children(), None) is not None]
-    kinds = {type(m) for m in composed} - {nn.Sequential}  # which says nothing of what is in it
+    kinds = dict.fromkeys(
+        type(m) for m in composed if type(m) is not nn.Sequential
+    )  # which says nothing of what is in it
     found = max(([m for m in composed if type(m) is kind] for kind in kinds), key=len, default=[])
     return found if len(found) > 1 else []
 

@@ -314,7 +314,7 @@ def is_dense(t: Tensor) -> bool:
 def laid_out(flat: Tensor, like: Tensor, lead: Sequence[int] = ()) -> Tensor:
     """A flat tensor in the shape of another one and with its order in memory, or several such, of which ``lead`` is the shape."""
     if like.is_contiguous() or not is_dense(like):
-        return flat.view(*lead, *like.shape)
+        return flat.view((*lead, *like.shape))
     return flat.as_strided((*lead, *like.shape), (*(like.numel() for _ in lead), *like.stride()))
 
 

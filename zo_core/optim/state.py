@@ -288,26 +288,46 @@ class Stateful(torch.optim.Optimizer):
         if self._versions is not None:  # a residual whose weight was written since is of no weight that there is now
             changed = [a != b for a, b in zip(self._versions, versions_of(tensors), strict=False)]
             hashes = [-1 if new and h is not None else h for h, new in zip(hashes, changed, strict=False)]
-        found: dict[str, Any] = super().state_dict()
-        for i, x in enumerate(hashes):
-            found["state"][i]["hash"] = x
-        own = found["state"][0][KEY]  # its small tensors do not go on with the optimizer, as residuals and Hessians do
-        own |= {name: x.clone() for name, x in own.items() if isinstance(x, Tensor)}
-        return found
+
+        def complete(_: object, found: dict[str, Any]) -> None:
+            for i, x in enumerate(hashes):
+                found["state"][i]["hash"] = x
+            own = found["state"][0][
+                KEY
+            ]  # its small tensors do not go on with the optimizer, as residuals and Hessians do
+            own |= {name: x.clone() for name, x in own.items() if isinstance(x, Tensor)}
+
+        handle = self.register_state_dict_post_hook(complete, prepend=True)  # before those of users
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's; the run continues bit for bit. ValueError if it is not a state of such an optimizer."""
-        check_saved(saved := of_entries(state_dict), self._own)
-        super().load_state_dict({**state_dict, "state": {}})  # torch would cast all of it to the dtype of the weights
-        with torch.inference_mode(False):
-            self._own = on(
-                self._tensors()[0].device,
-                {**{name: saved[name] for name in self._own if name in saved}, **saved},
-                copy=True,
-            )
-        self._engine = self._versions = None
-        if self._exchange is not None:
-            self._exchange.compared = False
+        saved: dict[str, Any] = {}
+
+        def take(_: object, given: dict[str, Any]) -> dict[str, Any]:
+            check_saved(found := of_entries(given), self._own)
+            saved.update({**{name: found[name] for name in self._own if name in found}, **found})
+            return {**given, "state": {}}  # torch would cast all of it to the dtype of the weights
+
+        def put(_: object) -> None:
+            with torch.inference_mode(False):
+                self._own = on(self._tensors()[0].device, saved, copy=True)
+            self._engine = self._versions = None
+            if self._exchange is not None:
+                self._exchange.compared = False
+
+        handles = (  # after and before those of users
+            self.register_load_state_dict_pre_hook(take),
+            self.register_load_state_dict_post_hook(put, prepend=True),
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: the engine is rebuilt."""
