@@ -13,7 +13,6 @@ W + c z rounded, as it is in the shadow engine's copies.
 
 import sys
 import traceback
-import warnings
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from torch._C import _functorch
 from torch.nn import functional
 
+from ..bindings.warn import warn
 from ..noise import factors
 from ..weights import ParamSpace, Point
 from .base import uninterrupted
@@ -47,6 +47,7 @@ _UNBATCHED = (
     "doesn't have storage",
     "torch.func",
     "is perturbed when it is read",
+    "doesn't match the broadcast shape",  # an in-place function of a tensor that is the same at all points
 )
 
 
@@ -109,10 +110,9 @@ class GroupedEngine(ShadowEngine):
         """Leave all further evaluations to the shadow engine."""
         self.alone = reason
         self._scratch.buffers.clear()
-        warnings.warn(
+        warn(
             f"engine='grouped': the closure cannot be evaluated at several points at once: {reason}. The shadow engine "
             "evaluates it from now on, at one point after the other",
-            stacklevel=4,
         )
 
     def _agrees(self, closure: Callable[[], Tensor], points: Sequence[Point], leave_out: Collection[int]) -> bool:
@@ -149,10 +149,9 @@ class GroupedEngine(ShadowEngine):
                 raise
         self._most = size // 2  # outside of the handler, where the error still holds what the closure had made
         self._scratch.buffers.clear()
-        warnings.warn(
+        warn(
             f"engine='grouped': out of memory with {size} points at once, from now on there are {self._most} "
             "(points_at_once sets it)",
-            stacklevel=4,
         )
         return self._in_chunks(closure, points, leave_out)
 
@@ -251,6 +250,8 @@ class GroupedEngine(ShadowEngine):
             space, shape = self.space, self._sources[i].shape
             a, b = factors(shape, self._streams, tensor_id=i, seed=space.seed, rank=space.rank)
             a = a * (self._cs * space.rank**-0.5).view(-1, 1, 1)
+            if (row := space.padding.get(i)) is not None:
+                a[..., row] = 0
             found = self._factors[i, dtype] = a.to(dtype), b.to(dtype)
         return found
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..weights import ParamSpace
+from ..weights import ParamSpace, laid_out
 
 Key = tuple[int, torch.dtype]  # a tensor's number, and the dtype its copy has
 _ALIGNMENT = 64
@@ -16,7 +16,9 @@ _ALIGNMENT = 64
 class Layout(NamedTuple):
     """Copies in a buffer, and the pass that writes them."""
 
-    places: list[tuple[int, torch.Size]]  # addresses and shapes of the weights they are copies of
+    places: list[
+        tuple[int, torch.Size, tuple[int, ...]]
+    ]  # addresses, shapes and strides of the weights they are copies of
     copies: dict[Key, Tensor]
     make: Callable[..., None]  # see ``ParamSpace.perturb``
 
@@ -52,14 +54,14 @@ class Buffer:
 
         ``lead``: dimensions before those of the source, where there is a copy for each point of a group.
         """
-        places, found = [(t.data_ptr(), t.shape) for t in sources], self.layouts.get(group)
+        places, found = [(t.data_ptr(), t.shape, t.stride()) for t in sources], self.layouts.get(group)
         if found is None or found.places != places or [*found.copies] != keys:
             copies, at = dict[Key, Tensor](), 0
             found = self.layouts.pop(group, None) and None  # its tensors must not be counted below
             with torch.inference_mode(False):
                 for key, source in zip(keys, sources, strict=True):
                     end = at + math.prod(lead) * source.numel() * key[1].itemsize
-                    copies[key] = self.bytes[at:end].view(key[1]).view(*lead, *source.shape).detach()
+                    copies[key] = laid_out(self.bytes[at:end].view(key[1]), source, lead).detach()
                     at += aligned(end - at)
             perturb = space.perturb_points if lead else space.perturb
             make = perturb([i for i, _ in keys], sources, [*copies.values()])

@@ -11,7 +11,6 @@ of scripted modules, of extensions and of compiled functions around a model for 
 
 import math
 import threading
-import warnings
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -20,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..weights import ParamSpace, Probe, some
+from ..bindings.warn import warn
+from ..weights import ParamSpace, Probe, laid_out, some
 from .base import Engine, uninterrupted
 from .intercept import UNTRACEABLE, WRITTEN, Interception, refuse_nested
 from .scratch import Key, Scratch, aligned
@@ -182,7 +182,8 @@ class ShadowEngine(Engine):
             return self._fill(name, plan.known(plan.group_of[i]))[key]
         source = self._sources[i]
         with torch.inference_mode(False):
-            alone = torch.empty(*plan.lead, *source.shape, dtype=dtype, device=self.device)
+            size = source.numel() * math.prod(plan.lead)
+            alone = laid_out(torch.empty(size, dtype=dtype, device=self.device), source, plan.lead)
         perturb = self.space.perturb_points if plan.lead else self.space.perturb
         self._perturb(perturb([i], [source], [alone]), [i], [source])
         return alone
@@ -248,11 +249,10 @@ class ShadowEngine(Engine):
             with torch.inference_mode(False):
                 self._exchanged |= {i: torch.empty_like(self.space.tensors[i].data) for i in which}
             size = sum(self._exchanged[i].nbytes for i in which)
-            warnings.warn(
+            warn(
                 f"{some([self.space.names[i] for i in which], 5)}: read elsewhere than by torch's functions (compiled or "
                 "scripted code, an extension). They are exchanged for perturbed copies during each evaluation, which takes "
                 f"{size / 2**20:.1f} MiB",
-                stacklevel=2,
             )
 
     def _hide(self, which: Sequence[int]) -> None:
@@ -264,7 +264,7 @@ class ShadowEngine(Engine):
             nan = {dtype: torch.full((n,), torch.nan, dtype=dtype, device=self.device) for dtype, n in largest.items()}
         for i in which:
             source = self._sources[i]
-            self.space.tensors[i].data = nan[source.dtype][: source.numel()].view(source.shape)
+            self.space.tensors[i].data = laid_out(nan[source.dtype][: source.numel()], source)
 
     def _finds_reads_elsewhere(self, run: Callable[..., Tensor], result: Tensor) -> bool:
         """Whether the closure reads parameters without interception; if so, they are exchanged from now on."""

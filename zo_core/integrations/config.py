@@ -149,7 +149,10 @@ class FinetuneConfig(BaseModel):
         "shadow perturbs copies of the weights, grouped does so at many points at once, inplace perturbs the weights themselves.",
     )
     points_at_once: int | None = _option(
-        None, "Method", "Points that the grouped engine evaluates at once. Default: as many as pay and fit in memory.", ge=1
+        None,
+        "Method",
+        "Points that the grouped engine evaluates at once. Default: as many as pay and fit in memory.",
+        ge=1,
     )
     batch_size: int = _option(16, "Method", "Examples per forward.", ge=1)
     dropout: bool = _option(False, "Method", "Use the model's dropout in training.")

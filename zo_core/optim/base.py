@@ -18,7 +18,7 @@ from ..estimators import Estimate, Losses, update_of
 from ..journal import Journal
 from ..noise import backend_of
 from ..record import Snapshot, carried
-from ..weights import ParamSpace, Probe, space_of, versions_of
+from ..weights import ParamSpace, Probe, padding_of, space_of, versions_of
 from . import report, state
 from .options import Params, Shared, check_choices, check_group, named_params, rates_of
 from .points import losses_of
@@ -130,7 +130,7 @@ class ZOOptimizer(Stateful):
         self._own = state.new(
             type(self).__name__, operator.index(seed), distribution, int(rank), residual, hessian, device
         )
-        self._check_tensors(stacklevel=3)
+        self._check_tensors()
         self._prepare()
 
     def __init_subclass__(cls) -> None:
@@ -194,7 +194,7 @@ class ZOOptimizer(Stateful):
             forget_casts()
             sharding.reshard(self._units)
             self._versions = versions_of(self._tensors())
-        self._count_flat(torch.cat(seen), stacklevel=2)
+        self._count_flat(torch.cat(seen))
         return found.loss
 
     def _begin(self, closure: object) -> tuple[Engine, set[int]]:
@@ -208,7 +208,7 @@ class ZOOptimizer(Stateful):
         for i, group in enumerate(self.param_groups):
             check_group(group, () if i else self._shared)
         sharding.reshard(self._units)  # while weights are gathered, the module has other parameters
-        frozen = self._check_tensors(stacklevel=4)
+        frozen = self._check_tensors()
         if self._buffers.module is not self.module:
             self._buffers = Buffers(self.module)
         engine = self._prepare()
@@ -266,7 +266,7 @@ class ZOOptimizer(Stateful):
             for name in (option.name for option in self._shared):
                 if group[name] != (first := self.param_groups[0][name]):
                     raise ValueError(f"{name}: expected {first} as in the first group, got {group[name]}")
-            if len(self.param_groups) > 1 and state.KEY in dict(self.state):
+            if len(self.param_groups) > 1 and self._own:
                 self._check_processes(self._own["hessian"])
                 self._engine = self._inside = None
                 self._prepare()
@@ -285,14 +285,15 @@ class ZOOptimizer(Stateful):
             self._own = state.on(device, self._own)
             self._engine, self._versions = None, versions_of(tensors)
         if self._own["residuals"]:
-            self._clear_residuals(stacklevel=5)
+            self._clear_residuals()
         if self._engine is None or self._look(tensors) != self._seen:
             self._units = sharding.units(self.module)
             sharding.reshard(self._units)
-            space = space_of(self._names(), self._parameters(), self._own)
+            parameters = self._parameters()
+            space = space_of(self._names(), parameters, self._own, padding_of(self.module, parameters))
             self._blocks = ()
             self._left_out()
-            space.warn_of_small_eps(self.eps, stacklevel=4)
+            space.warn_of_small_eps(self.eps)
             self._engine = engines.make(self.engine, space, self.module, self.points_at_once)
             self._versions, self._seen = versions_of(space.tensors), self._look(space.tensors)
         return self._engine
