@@ -11,7 +11,6 @@ import os
 import sys
 import threading
 import time
-import warnings
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
@@ -23,6 +22,7 @@ import torch
 
 from ..kernels import reference, selfcheck
 from . import native
+from .warn import warn
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def _choose(device: torch.device) -> ModuleType:
             f"{text} ZO_CORE_BACKEND=triton insists on them: unset it to take the slow torch reference instead."
         )
     text += " The torch reference is used, which is right but slow; ZO_CORE_BACKEND=reference takes it without this warning."
-    warnings.warn(text, stacklevel=2)
+    warn(text)
     return backend
 
 

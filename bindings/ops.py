@@ -51,7 +51,6 @@ those of stream k and factor q are ``signs[k, q]``. Domains 4 and 5 are the rows
 Errors (TypeError for dtypes, ValueError for all else) come before anything is written.
 """
 
-import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
 from types import ModuleType
@@ -65,6 +64,7 @@ from torch.autograd.graph import increment_version
 from ..kernels import reference
 from ..kernels.reference import HESSIAN_RANGE, ROUNDS
 from . import cuda, native
+from .warn import warn
 
 DTYPES = tuple(native.DTYPES)
 RESIDUAL_DTYPES = (torch.int8, torch.int16)
@@ -387,7 +387,7 @@ def _check_signs(signs: Tensor, streams: Tensor, *, domain: int, tensor_id: int,
 
 @cache
 def _say_once(text: str) -> None:
-    warnings.warn(text, stacklevel=2)
+    warn(text)
 
 
 def backend_for(device: torch.device) -> ModuleType:

@@ -1,12 +1,16 @@
 """What changes around a step is followed or refused by name: tensors, buffers, casts; and steps that change nothing are told."""
 
 import copy
+import pickle
 import warnings
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+import torch.distributed.checkpoint.state_dict
 from torch import nn
+from torch.nn import functional
 from torch.nn.utils import parametrize
 from toys import X, Y, loss_of, same
 
@@ -289,6 +293,54 @@ def test_cached_parametrizations_see_each_probe(engine):
     assert losses[0] == losses[1]
 
 
+class Wrapped(torch.Tensor):
+    """A tensor without memory of its own, as torchao's and quanto's quantised weights are."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].inner)
+        return func(*(x.inner if isinstance(x, cls) else x for x in args), **(kwargs or {}))
+
+
+@ENGINES
+@pytest.mark.parametrize("method", [zo_core.MeZO, zo_core.HiZOO])
+def test_what_is_trained_beside_a_frozen_quantised_weight_trains_as_beside_a_plain_one(method, engine):
+    models = [network(), network()]
+    for model, kind in zip(models, (lambda x: x, Wrapped), strict=True):
+        model[0].weight = nn.Parameter(kind(model[0].weight.detach().clone()), requires_grad=False)
+        opt = method(model, lr=1e-2, engine=engine, module=model)
+        for _ in range(3):
+            opt.step(lambda model=model: (model(X) - Y).square().mean())
+        again = method(model, lr=1e-2, engine=engine)
+        again.load_state_dict(opt.state_dict())
+    assert torch.equal(models[0][2].weight, models[1][2].weight)
+    assert torch.equal(models[0][0].weight, models[1][0].weight.inner)
+
+
+@ENGINES
+def test_a_closure_that_freezes_and_unfreezes_leaves_parameters_as_it_says(engine):
+    model = network()
+    opt = zo_core.MeZO(model, lr=1e-2, engine=engine)
+
+    def loss():
+        model.requires_grad_(False)
+        value = loss_of(model)()
+        model.requires_grad_(True)
+        return value
+
+    opt.step(loss)
+    opt.step(loss)
+    assert all(p.requires_grad for p in model.parameters()) and opt.updates == 2
+
+
 # ---- options and state -------------------------------------------------------------------------------------------
 
 
@@ -330,3 +382,228 @@ def test_tensors_of_a_later_group_get_their_names_from_the_module():
     opt.add_param_group({"params": extra})
     assert opt._names() == ["2.weight", "2.bias", "0.weight", "0.bias", "group 2 tensor 0"]
     opt.step(loss_of(model))
+
+
+STATEFUL = pytest.mark.parametrize(
+    ("method", "dtype", "options"),
+    [
+        (zo_core.MeZO, torch.bfloat16, {"eps": 0.1}),
+        (zo_core.FZOO, torch.float32, {"reuse": True, "probes": 4}),
+        (zo_core.HiZOO, torch.float32, {}),
+        (zo_core.HiZOO, torch.bfloat16, {"hessian": "factored", "eps": 0.1}),
+    ],
+)
+
+
+@STATEFUL
+@pytest.mark.parametrize("full", [False, True])
+def test_torch_s_distributed_checkpoint_saves_an_optimizer_that_goes_on_bit_for_bit(
+    tmp_path, method, dtype, options, full
+):
+    def run(model):
+        return method(model, lr=1e-2, seed=3, **options)
+
+    kinds = dcp.state_dict.StateDictOptions(full_state_dict=full, cpu_offload=full)
+    model, loaded = network(dtype), network(dtype)
+    opt, other = run(model), run(loaded)
+    for _ in range(3):
+        opt.step(loss_of(model))
+    saved = dcp.state_dict.get_state_dict(model, opt, options=kinds)
+    dcp.save(dict(zip(("model", "opt"), saved, strict=True)), checkpoint_id=tmp_path)
+    found = dict(zip(("model", "opt"), dcp.state_dict.get_state_dict(loaded, other, options=kinds), strict=True))
+    dcp.load(found, checkpoint_id=tmp_path)
+    dcp.state_dict.set_state_dict(
+        loaded, other, model_state_dict=found["model"], optim_state_dict=found["opt"], options=kinds
+    )
+    for _ in range(3):
+        assert opt.step(loss_of(model)) == other.step(loss_of(loaded))
+    assert same(model, loaded) and str(opt.state_dict()) == str(other.state_dict())
+
+
+def test_a_state_that_is_no_zeroth_order_optimizer_s_is_refused_by_what_it_has():
+    model = network()
+    adam = torch.optim.Adam(model.parameters())
+    with pytest.raises(
+        ValueError, match="state_dict: expected an entry 'zo' in the state of the first parameter.*no param"
+    ):
+        zo_core.MeZO(model, lr=1e-2).load_state_dict(adam.state_dict())
+    opt = zo_core.MeZO(model, lr=1e-2)
+    state = opt.state_dict()
+    del state["state"][0]["zo"]["stream"]
+    with pytest.raises(ValueError, match="state_dict: expected a state with .*'stream'"):
+        opt.load_state_dict(state)
+
+
+def test_hooks_of_states_see_and_change_whole_ones():
+    model, seen = network(), []
+    opt, other = zo_core.MeZO(model, lr=1e-2), zo_core.MeZO(network(), lr=1e-2)
+    opt.step(loss_of(model))
+    saved, fresh = opt.state_dict(), other.state_dict()
+    other.register_load_state_dict_pre_hook(lambda _, given: saved if given["state"] else None)
+    other.register_load_state_dict_post_hook(lambda o: seen.append(o.updates))
+    other.register_state_dict_post_hook(lambda _, found: {"hash": found["state"][0]["hash"]})
+    other.load_state_dict(fresh)
+    assert seen == [1] and other.state_dict() == {"hash": None}
+
+
+@STATEFUL
+def test_copies_and_pickles_of_an_optimizer_and_its_model_go_on_bit_for_bit(method, dtype, options):
+    model = network(dtype)
+    opt = method(model, lr=1e-2, seed=3, **options)
+    opt.step(loss_of(model))
+    pairs = [copy.deepcopy((model, opt)), pickle.loads(pickle.dumps((model, opt)))]
+    opt.step(loss_of(model))
+    for other, copied in pairs:
+        copied.step(loss_of(other))
+        assert same(model, other) and str(opt.state_dict()) == str(copied.state_dict())
+
+
+def test_warnings_point_at_the_line_that_calls_the_library(tmp_path):
+    def line_of(text, call):
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            call()
+        (shown,) = [w for w in found if text in str(w.message)]
+        return shown.filename, shown.lineno - call.__code__.co_firstlineno
+
+    model = network(torch.bfloat16)
+    opt = zo_core.MeZO(model, lr=1e-2, eps=0.1)
+    opt.step(loss_of(model))
+    torch.optim.lr_scheduler.LambdaLR(opt, lambda step: 1.0)  # which wraps step as torch itself does
+    with torch.no_grad():
+        model[0].weight.add_(1)
+    assert line_of("written since", lambda: opt.step(loss_of(model))) == (__file__, 0)
+    assert line_of("less than the spacing", lambda: zo_core.HiZOO(model, lr=1e-2, eps=1e-6)) == (__file__, 0)
+
+    def ten_steps():
+        for _ in range(10):
+            opt.step(lambda: 1.0)
+
+    assert line_of("losses of the last 10 steps", ten_steps) == (__file__, 2)
+    model[2] = nn.Linear(16, 1)
+    assert line_of("replaced by another parameter", lambda: opt.step(loss_of(model.float()))) == (__file__, 0)
+
+
+# ---- layouts, padding --------------------------------------------------------------------------------------------
+
+
+class Weights(nn.Module):
+    """Weights in an order of their own in memory, and a loss that reads them in their logical order."""
+
+    def __init__(self, permuted: bool, dtype: torch.dtype) -> None:
+        super().__init__()
+        image = (torch.arange(5 * 3 * 4 * 6) % 37 / 37).view(5, 3, 4, 6).to(dtype)
+        matrix = (torch.arange(33 * 70) % 41 / 41).view(33, 70).to(dtype)
+        self.image = nn.Parameter(image.to(memory_format=torch.channels_last) if permuted else image)
+        self.matrix = nn.Parameter(matrix.T.contiguous().T if permuted else matrix)
+        self.scale = nn.Parameter(torch.tensor(0.5, dtype=dtype))
+
+    def forward(self) -> torch.Tensor:
+        x, y = self.image.float().contiguous(), self.matrix.float().contiguous()
+        return (
+            self.scale * (x.square().mean() - y[:, :3].square().mean()).tanh()
+            + functional.embedding(torch.tensor([1, 2]), self.matrix).float().contiguous().square().mean()
+        )
+
+
+@pytest.mark.parametrize("engine", ["shadow", "inplace", "grouped"])
+@pytest.mark.parametrize(
+    ("method", "dtype", "options"),
+    [
+        (zo_core.MeZO, torch.bfloat16, {"weight_decay": 0.1, "eps": 0.1}),
+        (zo_core.FZOO, torch.float32, {}),
+        (zo_core.HiZOO, torch.float32, {"smoothing": 0.1}),
+        (zo_core.HiZOO, torch.float16, {"hessian": "factored", "smoothing": 0.1, "eps": 0.1}),
+    ],
+)
+def test_weights_in_any_dense_order_in_memory_train_as_contiguous_ones(tmp_path, engine, method, dtype, options):
+    models = [Weights(permuted, dtype) for permuted in (False, True)]
+    start = copy.deepcopy(models[1])
+    opts = [method(model, lr=1e-2, engine=engine, **options) for model in models]
+    opts[1].journal = Journal.create(tmp_path / "run.zoj", opts[1])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*(grouped|rounding)")
+        for _ in range(3):
+            losses = [opt.step(model) for opt, model in zip(opts, models, strict=True)]
+            assert losses[0] == losses[1]
+        zo_core.replay(start, tmp_path / "run.zoj")
+    assert same(*models) and not models[1].image.is_contiguous() and not models[1].matrix.is_contiguous()
+    assert str(opts[0]._own["residuals"]) == str(opts[1]._own["residuals"])
+    assert same(models[0], start) or engine == "inplace"
+
+
+def test_weights_with_gaps_in_memory_are_refused():
+    gaps = nn.Parameter(torch.ones(4, 6)[:, :3])
+    with pytest.raises(ValueError, match=r"weights\[0\]: expected a contiguous tensor"):
+        zo_core.MeZO([gaps], lr=1e-2)
+
+
+class Padded(nn.Module):
+    """An embedding with a padding row that the forward reads, and a head."""
+
+    def __init__(self, dtype: torch.dtype, tied: bool = False) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.random.default_generator.manual_seed(0)
+            self.embed, self.head = nn.Embedding(40, 8, padding_idx=3), nn.Linear(8, 40)
+        if tied:
+            self.head.weight = self.embed.weight
+        self.to(dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.log_softmax(self.head(self.embed(x).float().to(self.head.weight.dtype)).float(), -1)
+
+
+WORDS = torch.tensor([[1, 2, 3], [4, 3, 3]])
+
+
+@pytest.mark.parametrize("words", [WORDS, torch.arange(80).view(4, 20) % 40], ids=["rows", "whole"])
+@pytest.mark.parametrize("engine", ["shadow", "inplace", "grouped"])
+@pytest.mark.parametrize(
+    ("method", "dtype", "options"),
+    [
+        (zo_core.MeZO, torch.bfloat16, {"weight_decay": 0.1, "eps": 0.1}),
+        (zo_core.FZOO, torch.float32, {"distribution": "factored"}),
+        (zo_core.HiZOO, torch.float32, {"smoothing": 0.1}),
+        (zo_core.HiZOO, torch.float32, {"hessian": "factored", "smoothing": 0.1}),
+    ],
+)
+def test_the_padding_row_of_an_embedding_is_in_no_probe_and_no_update(tmp_path, words, engine, method, dtype, options):
+    model, base, where = Padded(dtype), Padded(dtype), (words == 3).flatten().nonzero().flatten()
+    with torch.no_grad():
+        for m in (model, base):
+            m.embed.weight[3] = 0.5  # which decay would move
+    opt = method(model, lr=1e-2, engine=engine, **options)
+    opt.journal = Journal.create(tmp_path / "run.zoj", opt)
+
+    def loss():
+        row = model.embed(words).view(-1, 8)[where]
+        return model(words).square().mean() + 1e9 * (row - 0.5).float().square().sum()
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*(grouped|rounding)")
+        losses = [float(opt.step(loss)) for _ in range(3)]
+        zo_core.replay(base, tmp_path / "run.zoj")
+    assert engine != "grouped" or opt._engine.alone is None
+    assert max(losses) < 100 and bool((model.embed.weight[3] == 0.5).all())
+    assert not torch.equal(model.embed.weight[2], Padded(dtype).embed.weight[2])
+    assert Journal.open(tmp_path / "run.zoj").header.padding == ((0, 3),)
+    assert same(model, base) or engine == "inplace"
+
+
+def test_a_factored_hessian_learns_nothing_of_a_padding_row():
+    model = Padded(torch.float32)
+    opt = zo_core.HiZOO(model, lr=1e-2, hessian="factored", smoothing=0.25)
+    opt.step(lambda: model(WORDS).square().mean())
+    rows = opt._own["hessians"][0][0]
+    assert rows[3] == 0.75 and rows[2] != 0.75
+
+
+def test_a_padding_row_that_a_head_reads_too_is_trained_as_by_gradients():
+    model = Padded(torch.float32, tied=True)
+    model(WORDS).square().mean().backward()
+    assert model.embed.weight.grad[3].any()
+    before = model.embed.weight[3].clone()
+    opt = zo_core.MeZO(model, lr=1e-2)
+    opt.step(lambda: model(WORDS).square().mean())
+    assert not torch.equal(model.embed.weight[3], before) and opt._space().padding == {}

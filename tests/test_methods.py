@@ -91,8 +91,8 @@ def test_an_exception_or_a_nan_changes_nothing(name, at, engine):
     state = copy.deepcopy(opt.state_dict())
     with pytest.raises(KeyboardInterrupt):
         opt.step(fails(None))
-    for key, value in opt.state_dict()["state"]["zo"].items():
-        assert str(value) == str(state["state"]["zo"][key])
+    for key, value in opt.state_dict()["state"][0]["zo"].items():
+        assert str(value) == str(state["state"][0]["zo"][key])
     for p, q in zip(model.parameters(), undisturbed.parameters(), strict=True):
         assert torch.allclose(p, q, atol=exact, rtol=0)
     opt.step(fails(torch.tensor(math.nan)))
@@ -264,6 +264,19 @@ def test_blocks_are_the_largest_list_or_the_named_one():
             layers.find_blocks(module, blocks)
 
 
+def test_blocks_in_a_sequence_are_those_of_the_class_that_it_has_most_of():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+    stages = nn.Sequential(nn.Linear(3, 4), nn.TransformerEncoderLayer(4, 1), Block(), Block(), Block(), nn.Flatten())
+    model = nn.Sequential(nn.Linear(2, 3), nn.Sequential(Block(), Block()), stages)
+    assert layers.find_blocks(model) == list(stages[2:5])
+    with pytest.raises(ValueError, match="found none in Sequential"):  # plain layers are no blocks
+        layers.find_blocks(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
+
+
 def test_blocks_that_are_none_are_refused():
     with pytest.raises(TypeError, match="blocks: expected modules"):
         zo_core.MeZO(network(), lr=1e-2, blocks=list(network().parameters()))
@@ -306,7 +319,7 @@ def test_a_state_dict_is_of_one_moment():
     model = network()
     opt = zo_core.FZOO(model, lr=1e-2)
     opt.step(loss_of(model))
-    state = opt.state_dict()["state"]["zo"]
+    state = opt.state_dict()["state"][0]["zo"]
     opt.step(loss_of(model))
     assert (state["steps"], int(state["updates"]), int(state["stream"])) == (1, 1, 8)
 

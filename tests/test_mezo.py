@@ -349,7 +349,7 @@ def test_a_step_that_a_signal_interrupts_happens_wholly_or_not_at_all(at, number
     assert opt.updates == (1 if at == 3 else 0)
     expected = other if at == 3 else untouched
     assert all(torch.allclose(p, q, atol=1e-6) for p, q in zip(model.parameters(), expected.parameters(), strict=True))
-    assert int(opt.state["zo"]["stream"]) == opt.updates  # the next step draws the probe that comes next
+    assert int(opt._own["stream"]) == opt.updates  # the next step draws the probe that comes next
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)

@@ -9,6 +9,7 @@ from saved_runs import DATA, RUNS, SAVED_AT, STEPS, Toy, go_on, optimizer_of
 
 import zo_core
 from zo_core import Journal
+from zo_core.optim.state import of_entries
 
 pytestmark = pytest.mark.parametrize("name", RUNS)
 
@@ -51,6 +52,20 @@ def test_a_checkpoint_and_its_journal_go_on_to_the_bytes_of_the_run(name, tmp_pa
         assert path.read_bytes() == (DATA / f"{name}.zoj").read_bytes()
 
 
+def test_a_checkpoint_of_today_is_by_parameter_and_has_what_the_old_one_has(name):
+    saved = torch.load(DATA / f"{name}.pt", weights_only=True)
+    model = Toy(RUNS[name][1])
+    model.load_state_dict(saved["model"])
+    opt, again = optimizer_of(name, model), optimizer_of(name, model)
+    opt.load_state_dict(saved["optimizer"])
+    state = opt.state_dict()
+    assert list(state["state"]) == list(range(len(list(model.parameters()))))
+    again.load_state_dict(state)
+    assert str(again.state_dict()) == str(state) and str(of_entries(state)) == str(
+        {k: of_entries(saved["optimizer"])[k] for k in of_entries(state)}
+    )
+
+
 def test_a_run_made_now_leaves_the_bytes_that_it_left_then(name, tmp_path):
     old = Journal.open(DATA / f"{name}.zoj")
     model = Toy(RUNS[name][1])
@@ -58,7 +73,7 @@ def test_a_run_made_now_leaves_the_bytes_that_it_left_then(name, tmp_path):
     opt.journal = Journal.create(tmp_path / "run.zoj", opt)
     go_on(model, opt, 0, STEPS)
     state, expected = opt.state_dict(), torch.load(DATA / f"{name}.pt")["optimizer"]
-    assert state["state"]["zo"].keys() == expected["state"]["zo"].keys()
+    assert of_entries(state).keys() == of_entries(expected).keys()
     assert state["param_groups"][0].keys() == expected["param_groups"][0].keys()
     if same_backend(old):
         assert [str(record) for record in opt.journal] == [str(record) for record in old]

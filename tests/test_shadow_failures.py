@@ -33,11 +33,11 @@ def test_an_exception_at_any_module_boundary_leaves_every_bit(name):
     at(opt, loss, 1e-2, probe)
     for stop[0] in range(1, len(calls) + 1):
         del calls[:]
-        stream = opt.state_dict()["state"]["zo"]["stream"].clone()
+        stream = opt.state_dict()["state"][0]["zo"]["stream"].clone()
         with pytest.raises((RuntimeError, KeyboardInterrupt, torch.OutOfMemoryError)):
             opt.step(loss)
         assert unchanged(model, before)
-        assert torch.equal(opt.state_dict()["state"]["zo"]["stream"], stream)
+        assert torch.equal(opt.state_dict()["state"][0]["zo"]["stream"], stream)
     stop[0] = None
     opt.step(loss)
     assert not unchanged(model, before) and opt.updates == 1

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 
 import zo_core
 from zo_core.distributed import Parallel, RankError
-from zo_core.sharding import local, runs_of
+from zo_core.sharding import Pieces, Runs, local, runs_of
 
 X = torch.linspace(-1, 1, 40 * 6).view(40, 6).sin()
 Y = X[:, :1] * X[:, 1:2] + X[:, 2:3]
@@ -291,3 +291,13 @@ def refusals():
 
 def test_what_shards_cannot_have_is_refused():
     assert all(ranks.run(refusals, 2))
+
+
+def test_where_a_row_of_the_whole_tensor_is_in_a_shard():
+    whole = torch.arange(40).view(8, 5)
+    for length, starts in ((10, [15]), (2, [1, 6, 11, 16, 21, 26, 31, 36]), (40, [0]), (0, [0])):
+        shard = torch.cat([whole.view(-1)[start : start + length] for start in starts])
+        pieces = Pieces([Runs(length, starts)], [5], torch.device("cpu"))
+        for row in range(8):
+            found = torch.cat([shard[part] for part in pieces.places(0, 5 * row, 5 * row + 5)] or [shard[:0]])
+            assert found.tolist() == [x for x in whole[row].tolist() if x in shard.tolist()]

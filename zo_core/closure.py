@@ -31,6 +31,7 @@ class Evaluation:
     ) -> None:  # fmt: skip
         self.closure, self.device, self.units, self.buffers = closure, device, units, buffers
         self.space = written_in_place
+        self.calls = 0  # of the closure
         self.cpu_generator = torch.get_rng_state()
         self.cuda_generator = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
         buffers.begin()
@@ -42,6 +43,7 @@ class Evaluation:
         forget_casts()
         sharding.reshard(self.units)
         before = versions_of(self.space.tensors) if self.space is not None else []
+        self.calls += 1
         try:
             result = self.closure()
         finally:

@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 
 from . import sharding
 from .record import Snapshot
-from .weights import Probe, some
+from .weights import Point, some
 
 _FAILED, _FLOAT32, _FLOAT64, _COMPARES = range(4)  # kinds of messages; losses are sent as one of two dtypes
 _FIRST = 8  # numbers in the first part of a message: step, kind, number of points, checksum of the options, then values
@@ -114,16 +114,16 @@ class Exchange:
 
     def losses(
         self,
-        evaluate: Callable[[float, Probe | None], Tensor],
-        pass_by: Callable[[float, Probe | None], object],
-        points: Sequence[tuple[float, Probe | None]],
+        evaluate: Callable[[Sequence[Point]], Tensor],
+        pass_by: Callable[[Sequence[Point]], object],
+        points: Sequence[Point],
         number: int,
     ) -> Tensor:
         """Losses at all points, (n,), with the same bits in all processes.
 
         Args:
-            evaluate: the loss of this process's part of the batch at a point.
-            pass_by: called in its place for the points that remain when it has raised.
+            evaluate: the losses of this process's part of the batch at some points, (n,).
+            pass_by: called with these points when it has raised.
             points: all of the call; each process evaluates its share, and at least one, so that generators stay alike.
             number: of the step.
 
@@ -133,15 +133,11 @@ class Exchange:
         """
         mine = points[self.rank // self.data :: self.probes] or points[-1:]
         values = torch.zeros(-(-len(points) // self.probes), dtype=torch.float64, device="cpu")
-        found: list[Tensor] = []
         try:
-            for c, probe in mine:
-                found.append(evaluate(c, probe))
-            losses = torch.stack(found)
+            losses = evaluate(mine)
             values[: len(mine)] = losses
         except BaseException as error:
-            for c, probe in mine[len(found) + 1 :]:
-                pass_by(c, probe)
+            pass_by(mine)
             self._fail(number, error)
             raise
         code = _FLOAT64 if losses.dtype == torch.float64 else _FLOAT32
@@ -310,8 +306,8 @@ def check(
                 f"params: {some(gone)}: no parameter of the module as it is when its weights are not gathered; give the "
                 "module, or its parameters after reshard()"
             )
-        if engine == "shadow":
-            raise ValueError("engine: 'shadow' cannot serve sharded weights (DTensors): leave it out, or 'inplace'")
+        if engine in ("shadow", "grouped"):
+            raise ValueError(f"engine: {engine!r} cannot serve sharded weights (DTensors): leave it out, or 'inplace'")
     probes = processes.grid()[1] if processes is not None else 1
     if probes > 1 and engine == "inplace":
         raise ValueError(

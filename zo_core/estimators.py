@@ -6,9 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .weights import Probe
+from .weights import Point, Probe
 
-Losses = Callable[[Sequence[tuple[float, Probe | None]]], Tensor]
+Losses = Callable[[Sequence[Point]], Tensor]
 """losses([(c, probe), ...]) is the loss at theta + c z(probe) for each point, (n,); (0.0, None) is theta itself."""
 
 
@@ -52,7 +52,7 @@ def update_of(found: Estimate, lr: Tensor, decay: Tensor, trains: Tensor, smooth
 
 def both_sides(losses: Losses, probes: Sequence[Probe], eps: float, clean: bool = False) -> tuple[Tensor, ...]:
     """Losses l+ and l- at theta + eps z_k and theta - eps z_k, (n,) each; before them l0 at theta, (), if clean."""
-    points: list[tuple[float, Probe | None]] = [(c, probe) for probe in probes for c in (eps, -eps)]
+    points: list[Point] = [(c, probe) for probe in probes for c in (eps, -eps)]
     found = losses([(0.0, None), *points] if clean else points)
     plus, minus = found[int(clean) :].view(-1, 2).unbind(1)
     return (found[0], plus, minus) if clean else (plus, minus)

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import struct
-import warnings
 import zlib
 from array import array
 from collections import Counter
@@ -26,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from . import scaling
+from .bindings.warn import warn
 from .kernels.reference import DISTRIBUTIONS, MAX_RANK
 from .locks import lock, unlock
 from .noise import VERSION as NOISE_VERSION
@@ -98,6 +98,7 @@ class Header(Identity):
         try:
             found = json.loads(text)
             found["tensors"] = tuple(TensorInfo(n, tuple(s), d, r) for n, s, d, r in found["tensors"])
+            found["padding"] = tuple((i, row) for i, row in found.get("padding", ()))
             header = cls(**found)
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise JournalError(f"journal: its header is not one of format {FORMAT_VERSION}: {error}") from None
@@ -119,6 +120,7 @@ class Header(Identity):
             "hessian": header.hessian in ("", *scaling.KINDS),
             "options": isinstance(header.options, dict),
             "tensors": bool(header.tensors) and all(map(_sound, header.tensors)) and kinds == set(range(len(kinds))),
+            "padding": all(_has_row(header.tensors, *pair) for pair in header.padding),
             "names": len({t.name for t in header.tensors if isinstance(t.name, str)}) == len(header.tensors),
         }
         if wrong := [name for name, fine in right.items() if not fine]:
@@ -157,6 +159,12 @@ def _sound(t: TensorInfo) -> bool:
     """Whether shape, dtype and kind of a tensor have the right types, which JSON does not guarantee."""
     shape = all(type(n) is int and n >= 0 for n in t.shape)
     return shape and isinstance(t.dtype, str) and t.dtype in DTYPES and type(t.rates) is int
+
+
+def _has_row(tensors: Sequence[TensorInfo], i: object, row: object) -> bool:
+    if type(i) is not int or type(row) is not int or not 0 <= i < len(tensors):
+        return False
+    return len(tensors[i].shape) == 2 and 0 <= row < tensors[i].shape[0]
 
 
 def _compare_tensors(mine: Sequence[TensorInfo], theirs: Sequence[TensorInfo]) -> None:
@@ -334,7 +342,7 @@ class Journal:
                 raise JournalError(
                     "optimizer: expected one that has not stepped; Journal.resume goes on with its own steps"
                 )
-            _warn_of_rounding(journal.header, optimizer._space().tensors[0].device, 3)
+            _warn_of_rounding(journal.header, optimizer._space().tensors[0].device)
             optimizer._catch_up(lambda space: _replay(journal, space, journal.header), len(journal))
             journal._cut(len(journal))
             return journal
@@ -489,26 +497,26 @@ def replay(
             f"base: expected weights with SHA-256 {header.base}, from which the run started, got {found}"
         )
     device, bits = tensors[0].device, header.residual
-    _warn_of_rounding(header, device, 3)
+    _warn_of_rounding(header, device)
     space = ParamSpace(
         [t.name for t in header.tensors], tensors, header.seed, header.distribution,
         torch.zeros(1 + len(tensors), dtype=torch.int64, device=device),
         empty_residuals(tensors, bits) if bits else [],
         header.hessian or None, [scaling.identity(t, header.hessian) for t in tensors if header.hessian],
         rank=header.rank,
+        padding=dict(header.padding),
     )  # fmt: skip
     with torch.no_grad():
         _replay(islice(journal, steps), space, header, lambda done: progress(done, steps))
     return steps
 
 
-def _warn_of_rounding(header: Header, device: torch.device, stacklevel: int) -> None:
+def _warn_of_rounding(header: Header, device: torch.device) -> None:
     here = backend_of(device)
     if header.engine == "inplace" or here != header.backend:
         why = "the run's probes were made in place" if header.engine == "inplace" else f"here it is {here!r}"
-        warnings.warn(
+        warn(
             f"replay agrees with the run to rounding, not bit for bit: {why} (backend of the run: {header.backend!r})",
-            stacklevel=stacklevel,
         )
 
 

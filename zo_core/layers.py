@@ -12,6 +12,8 @@ Blocks = str | Sequence[nn.Module]
 def find_blocks(module: nn.Module | None, blocks: Blocks | None = None) -> list[nn.Module]:
     """The repeated blocks of a model: the ``nn.ModuleList`` of at least two modules that has most parameters.
 
+    Where there is none, the blocks of one class in an ``nn.Sequential``, of modules of their own, that have most.
+
     Args:
         module: the model.
         blocks: instead, the dotted name of a list in it, or the modules themselves.
@@ -33,18 +35,30 @@ def find_blocks(module: nn.Module | None, blocks: Blocks | None = None) -> list[
         blocks = list(named)
     elif blocks is None:
         assert module is not None
-        lists = [m for m in module.modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
+        lists = [list(m) for m in module.modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
+        lists = lists or [found for m in module.modules() if isinstance(m, nn.Sequential) and (found := _repeated(m))]
         if not lists:
             raise ValueError(
-                f"blocks: expected a model with an nn.ModuleList of blocks, found none in {type(module).__name__}: name it"
+                "blocks: expected a model with an nn.ModuleList of blocks, or an nn.Sequential of several of one class, found none "
+                f"in {type(module).__name__}: name it"
             )
-        sizes = [sum(p.numel() for p in m.parameters()) for m in lists]
-        blocks = list(lists[sizes.index(max(sizes))])
+        sizes = [sum(p.numel() for block in found for p in block.parameters()) for found in lists]
+        blocks = lists[sizes.index(max(sizes))]
     if wrong := [b for b in blocks if not isinstance(b, nn.Module)]:
         raise TypeError(f"blocks: expected modules, got {type(wrong[0]).__name__}")
     if len(blocks) < 2:
         raise ValueError(f"blocks: expected at least two to choose from, got {len(blocks)}")
     return list(blocks)
+
+
+def _repeated(sequence: nn.Sequential) -> list[nn.Module]:
+    """The modules of the class that a sequence has most of, if there are several and they consist of others."""
+    composed = [m for m in sequence if next(m.parameters(), None) is not None and next(m.children(), None) is not None]
+    kinds = dict.fromkeys(
+        type(m) for m in composed if type(m) is not nn.Sequential
+    )  # which says nothing of what is in it
+    found = max(([m for m in composed if type(m) is kind] for kind in kinds), key=len, default=[])
+    return found if len(found) > 1 else []
 
 
 def tensors_of(blocks: Sequence[nn.Module], tensors: Sequence[Tensor], module: nn.Module | None) -> list[set[int]]:

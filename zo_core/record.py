@@ -35,6 +35,7 @@ class Identity:
     hessian: str  # one of scaling.KINDS, "" for none
     engine: str
     tensors: tuple[TensorInfo, ...]
+    padding: tuple[tuple[int, int], ...] = ()  # numbers of tensors, and of each the row that no step changes
 
     @property
     def rates(self) -> list[int]:

@@ -73,10 +73,17 @@ class Pieces:
     def __init__(self, runs: Sequence[Runs], columns: Sequence[int], device: torch.device) -> None:
         """``columns``: the last dimensions of the whole tensors, 0 of a vector, which factored noise goes by."""
         self.runs = runs
+        self.widths = list(columns)
         self.columns = [n for n, r in zip(columns, runs, strict=True) for _ in r.starts]
         self.tensor_ids = [i for i, r in enumerate(runs) for _ in r.starts]
         self.offsets = [start for r in runs for start in r.starts]
         self.owners = torch.tensor(self.tensor_ids, device=device)
+
+    def places(self, i: int, first: int, last: int) -> list[slice]:
+        """Where the elements ``first`` to ``last`` of the whole tensor i are in the memory of its shard, as far as they are here."""
+        length, starts = self.runs[i]
+        spans = [(n * length - start, start, start + length) for n, start in enumerate(starts)]
+        return [slice(max(a, first) + at, min(b, last) + at) for at, a, b in spans if max(a, first) < min(b, last)]
 
     def split(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The runs of each of T tensors; empty ones where a tensor is empty, as a residual may be."""

@@ -1,9 +1,9 @@
 """The trained tensors of an optimizer as they are now, and the passes over them."""
 
 import math
-import warnings
 import zlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any
@@ -12,13 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from . import scaling, sharding
-from .bindings import ops
+from .bindings import native, ops
+from .bindings.warn import warn
 from .kernels.reference import columns_of
 
 RESIDUALS = {8: torch.int8, 16: torch.int16}  # dtypes, by bits
 _CHUNK = 1 << 20  # weights that are summed at a time for a checksum
 
 Probe = Tensor  # int64 (1,): a stream number, on the device of the weights; a probe is known by its identity
+Point = tuple[float, Probe | None]  # (c, probe) is theta + c z(probe); (0.0, None) is theta itself
 
 
 def some(names: Sequence[str], most: int = 3) -> str:
@@ -39,6 +41,9 @@ class ParamSpace:
     hessian: str | None = None  # one of scaling.KINDS
     hessians: list[list[Tensor]] = field(default_factory=list)  # of each tensor, where there is one; see ``scaling``
     rank: int = 1  # of factored noise
+    padding: dict[int, int] = field(
+        default_factory=dict
+    )  # of embeddings, the row that no pass changes; see ``padding_of``
     pieces: sharding.Pieces | None = None  # where tensors are shards of larger ones; then only ``update_`` is served
 
     def __post_init__(self) -> None:
@@ -52,6 +57,30 @@ class ParamSpace:
         for name, old in self._scales.items():  # where passes that are prepared look for them
             scales[name] = [a.copy_(b) for a, b in zip(old, scales[name], strict=True)]
         self._scales = scales
+
+    @contextmanager
+    def _written(self) -> Iterator[list[Tensor]]:
+        """The tensors for a pass that writes them: contiguous, as noise goes by that order, and afterwards with their padding rows."""
+        tensors = [t if t.is_contiguous() or not is_dense(t) else t.detach().contiguous() for t in self.tensors]
+        rows = [
+            flat[part]
+            for i, row in self.padding.items()
+            for flat in (tensors[i].detach().view(-1), *(r.view(-1) for r in self.residuals[i : i + 1] if r.numel()))
+            for part in self._places(i, row)
+        ]
+        before = [x.clone() for x in rows]
+        yield tensors
+        for x, kept in zip(rows, before, strict=True):
+            x.copy_(kept)
+        for own, written in zip(self.tensors, tensors, strict=True):
+            if own is not written:
+                own.detach().copy_(written)
+
+    def _places(self, i: int, row: int) -> list[slice]:
+        """Where the elements of a row of tensor i are in its memory here."""
+        columns = self.tensors[i].shape[1] if self.pieces is None else self.pieces.widths[i]
+        first, last = row * columns, (row + 1) * columns
+        return [slice(first, last)] if self.pieces is None else self.pieces.places(i, first, last)
 
     def update_(
         self,
@@ -93,19 +122,20 @@ class ParamSpace:
         whole: dict[str, Any] = (
             {"tensor_ids": list(range(len(self.tensors))), "offsets": []} if self.pieces is None else {}
         )
-        (self.pieces or torch.ops.zo_core).update_(
-            self.tensors,
-            **whole,
-            streams=torch.cat(list(probes)) if probes else torch.empty(0, dtype=torch.int64, device=coeffs.device),
-            coeffs=coeffs,
-            counters=self.counters,
-            decay=decay,
-            update=update,
-            residuals=self.residuals or None,
-            **{"hessians": [], **self._scales},
-            **more,
-            **self._noise(),
-        )
+        with self._written() as tensors:
+            (self.pieces or torch.ops.zo_core).update_(
+                tensors,
+                **whole,
+                streams=torch.cat(list(probes)) if probes else torch.empty(0, dtype=torch.int64, device=coeffs.device),
+                coeffs=coeffs,
+                counters=self.counters,
+                decay=decay,
+                update=update,
+                residuals=self.residuals or None,
+                **{"hessians": [], **self._scales},
+                **more,
+                **self._noise(),
+            )
 
     def replay_(self, streams: Tensor, coeffs: Tensor, decay: Tensor, updates: Tensor | None) -> None:
         """S times ``update_`` without a Hessian, one step after the other, to the same bits in one pass.
@@ -116,18 +146,19 @@ class ParamSpace:
             decay: float32 (S, T).
             updates: int64 (S,), streams of the stochastic rounding; None rounds to nearest.
         """
-        torch.ops.zo_core.replay_(
-            self.tensors,
-            list(range(len(self.tensors))),
-            [],
-            streams,
-            coeffs,
-            counters=self.counters,
-            decay=decay,
-            updates=updates,
-            residuals=self.residuals or None,
-            **self._noise(),
-        )
+        with self._written() as tensors:
+            torch.ops.zo_core.replay_(
+                tensors,
+                list(range(len(tensors))),
+                [],
+                streams,
+                coeffs,
+                counters=self.counters,
+                decay=decay,
+                updates=updates,
+                residuals=self.residuals or None,
+                **self._noise(),
+            )
 
     def _learn(self, probes: Sequence[Probe], curvature: Tensor, smoothing: Tensor) -> list[list[Tensor]]:
         """New factors of all tensors, which are the old ones where curvature and smoothing are zero."""
@@ -149,6 +180,9 @@ class ParamSpace:
                         [z.zero_()], [], [i], [first], probe, one, counters=uncounted, **self._noise()
                     )
                     weighted.addcmul_(z.square_(), weight)
+                if (row := self.padding.get(i)) is not None:
+                    columns = self.tensors[i].shape[1]
+                    weighted[max(0, row * columns - first) : max(0, (row + 1) * columns - first)] = 0
                 return weighted
 
             out.append(scaling.factors(h, squares, smoothing[i]))
@@ -172,13 +206,52 @@ class ParamSpace:
         scales = {"hessians": [], **{name: [scale[i] for i in which] for name, scale in self._scales.items()}}
         device = self.counters.device
         beside = {"tensor_ids": which, "offsets": [], "residuals": residuals, **scales}
-        run = ops.prepare_perturb(device, sources, out, **beside)
+        still = [(n, row) for n, i in enumerate(which) if (row := self.padding.get(i)) is not None]
+        ordered = all(t.is_contiguous() for t in (*sources, *out))
+        run = ops.prepare_perturb(device, sources, out, **beside) if ordered else None
 
         def make(sources: Sequence[Tensor], probe: Probe, coeffs: Tensor, counters: Tensor) -> None:
-            scalars = {"streams": probe, "coeffs": coeffs, "counters": counters}
-            run(sources, **scalars, seed=self.seed, distribution=self.distribution, rank=self.rank)
+            scalars: dict[str, Any] = {"streams": probe, "coeffs": coeffs, "counters": counters}
+            scalars |= {"seed": self.seed, "distribution": self.distribution, "rank": self.rank}
+            if run is not None:
+                run(sources, **scalars)
+            else:  # noise goes by the index in the contiguous tensor
+                flat = [t.contiguous() for t in sources]
+                made = [t if t.is_contiguous() else torch.empty(t.shape, dtype=t.dtype, device=device) for t in out]
+                ops.prepare_perturb(device, flat, made, **beside)(flat, **scalars)
+                for t, x in zip(out, made, strict=True):
+                    if t is not x:
+                        t.copy_(x)
+            for n, row in still:
+                out[n][row].copy_(sources[n][row])
 
         return make
+
+    def perturb_points(
+        self, which: Sequence[int], sources: Sequence[Tensor], out: Sequence[Tensor]
+    ) -> Callable[[Sequence[Tensor], Tensor, Tensor, Tensor], None]:
+        """As ``perturb``, at P points: out is n tensors (P, *shape), of which [p] is at theta + coeffs[p] z(streams[p]).
+
+        Returns:
+            A function of sources, streams, int64 (P,), coeffs, float32 (P,), and counters, int64 (1 + n P,).
+        """
+        n, points = len(which), len(out[0])
+        if ops.backend_for(self.counters.device) is not native:
+            makes = [self.perturb(which, sources, [copies[p] for copies in out]) for p in range(points)]
+
+            def one_by_one(sources: Sequence[Tensor], streams: Tensor, coeffs: Tensor, counters: Tensor) -> None:
+                for p, make in enumerate(makes):
+                    make(sources, streams[p : p + 1], coeffs[p].expand(1, n), counters[: 1 + n])
+
+            return one_by_one
+        every = [(i, source, copy) for i, source, copies in zip(which, sources, out, strict=True) for copy in copies]
+        make = self.perturb(*zip(*every, strict=True))
+
+        def at_once(sources: Sequence[Tensor], streams: Tensor, coeffs: Tensor, counters: Tensor) -> None:
+            each = [source for source in sources for _ in range(points)]
+            make(each, streams, coeffs.diag().repeat(1, n), counters)  # no work for a coefficient of zero
+
+        return at_once
 
     def perturb_rows(
         self, i: int, source: Tensor, rows: Tensor, out: Tensor, probe: Probe, coeffs: Tensor, counters: Tensor
@@ -187,9 +260,11 @@ class ParamSpace:
         residual = self.residuals[i] if self.residuals and self.residuals[i].numel() else None
         scales = {name.removesuffix("s"): scale[i] for name, scale in self._scales.items()}
         ops.backend_for(probe.device).run_rows(  # what torch.ops.zo_core.perturb_rows calls when it has checked all of this
-            source, rows, out, i, 0, probe, coeffs, counters=counters, residual=residual, seed=self.seed,
+            source.contiguous(), rows, out, i, 0, probe, coeffs, counters=counters, residual=residual, seed=self.seed,
             distribution=self.distribution, rank=self.rank, **scales,
         )  # fmt: skip
+        if (row := self.padding.get(i)) is not None:
+            out.copy_(torch.where((rows == row).unsqueeze(1), source[row].to(out.dtype), out))
 
     def full(self, c: float, leave_out: Collection[int] = ()) -> Tensor:
         """A row of coefficients: c for every tensor but those left out, float32 (1, T)."""
@@ -208,7 +283,7 @@ class ParamSpace:
         return out
 
     @torch.no_grad()
-    def warn_of_small_eps(self, eps: float, stacklevel: int) -> None:
+    def warn_of_small_eps(self, eps: float) -> None:
         """A warning that names the tensors that are too coarse for probes of this size."""
         small = []
         for name, p in zip(self.names, self.tensors, strict=True):
@@ -217,17 +292,49 @@ class ParamSpace:
                 if 0 < rms < math.inf and eps < 2.0 ** math.floor(math.log2(rms)) * torch.finfo(p.dtype).eps:
                     small.append(name)
         if small:
-            warnings.warn(
+            warn(
                 f"eps={eps} is less than the spacing of its numbers around the RMS of {some(small)}: such probes are mostly "
                 "rounding. Use a larger eps or float32 weights.",
-                stacklevel=stacklevel + 1,
             )
 
     def _noise(self) -> dict[str, Any]:
         return {"seed": ops.signed64(self.seed), "distribution": self.distribution, "rank": self.rank}
 
 
-def space_of(names: list[str], parameters: Sequence[Tensor], own: dict[str, Any]) -> ParamSpace:
+def is_dense(t: Tensor) -> bool:
+    """Whether the elements of a strided tensor fill its memory once, in whatever order: channels_last, a transposed matrix."""
+    size = 1
+    for stride, n in sorted((stride, n) for stride, n in zip(t.stride(), t.shape, strict=True) if n != 1):
+        if stride != size:
+            return False
+        size *= n
+    return True
+
+
+def laid_out(flat: Tensor, like: Tensor, lead: Sequence[int] = ()) -> Tensor:
+    """A flat tensor in the shape of another one and with its order in memory, or several such, of which ``lead`` is the shape."""
+    if like.is_contiguous() or not is_dense(like):
+        return flat.view((*lead, *like.shape))
+    return flat.as_strided((*lead, *like.shape), (*(like.numel() for _ in lead), *like.stride()))
+
+
+def padding_of(module: nn.Module | None, parameters: Sequence[Tensor]) -> dict[int, int]:
+    """By number, the row of each embedding that stays as it is: its ``padding_idx``, to which torch gives no gradient.
+
+    A matrix that another module reads too (a tied head) has none: a gradient would reach all of its rows.
+    """
+    numbers, found = {id(p): i for i, p in enumerate(parameters)}, dict[int, set[int | None]]()
+    for m in modules_of(module):
+        row = m.padding_idx if isinstance(m, nn.Embedding | nn.EmbeddingBag) else None
+        for p in m._parameters.values():
+            if id(p) in numbers:
+                found.setdefault(numbers[id(p)], set()).add(row)
+    return {i: row for i, rows in found.items() for row in rows if row is not None and len(rows) == 1}
+
+
+def space_of(
+    names: list[str], parameters: Sequence[Tensor], own: dict[str, Any], padding: dict[int, int] | None = None
+) -> ParamSpace:
     """The space of these parameters as they are now, checked by a pass that changes nothing.
 
     Args:
@@ -235,6 +342,7 @@ def space_of(names: list[str], parameters: Sequence[Tensor], own: dict[str, Any]
         parameters: tensors, or DTensors, of which the space has the shards.
         own: the state of an optimizer. Its counters, residuals and Hessians grow where there are more tensors than
             before; a residual starts from 0, and a Hessian from 1, where it does not fit its tensor any longer.
+        padding: see ``ParamSpace``.
     """
     tensors, pieces = [sharding.local(p) for p in parameters], None
     ops.require_one_device(names, tensors)
@@ -260,7 +368,7 @@ def space_of(names: list[str], parameters: Sequence[Tensor], own: dict[str, Any]
                 hessians[i] if i < known and fits[i] else scaling.identity(p, kind) for i, p in enumerate(tensors)
             ]
             if anew := [name for name, fine in zip(names, fits, strict=False) if not fine]:
-                warnings.warn(f"{some(anew)}: has another shape; its Hessian starts from 1", stacklevel=5)
+                warn(f"{some(anew)}: has another shape; its Hessian starts from 1")
     space = ParamSpace(
         names,
         tensors,
@@ -271,6 +379,7 @@ def space_of(names: list[str], parameters: Sequence[Tensor], own: dict[str, Any]
         own["hessian"],
         hessians,
         rank=own.get("rank", 1),
+        padding=padding or {},
         pieces=pieces,
     )
     space.update_([], torch.empty(0, len(tensors), dtype=torch.float32, device=device))
@@ -296,7 +405,7 @@ def inside(module: nn.Module | None, parameters: Sequence[Tensor]) -> set[int]:
     return {numbers[id(p)] for m in modules_of(module) for p in m._parameters.values() if id(p) in numbers}
 
 
-def check_absent(module: nn.Module, names: Sequence[str], gone: Sequence[int], stacklevel: int) -> None:
+def check_absent(module: nn.Module, names: Sequence[str], gone: Sequence[int]) -> None:
     """A warning that names tensors that were the module's; RuntimeError if what it has instead is on the meta device."""
     now = dict(module.named_parameters())
     lost = [names[i] for i in gone]
@@ -312,10 +421,9 @@ def check_absent(module: nn.Module, names: Sequence[str], gone: Sequence[int], s
         for which, how in ((replaced, "replaced by another parameter"), (absent, "no longer a parameter of the module"))
         if which
     )
-    warnings.warn(
+    warn(
         f"{what}. What the optimizer trains is not what the module reads: make the optimizer after parameters are replaced "
         "(load_state_dict(assign=True), a new head, another adapter)",
-        stacklevel=stacklevel + 1,
     )
 
 
@@ -334,9 +442,7 @@ def hashes_of(tensors: Sequence[Tensor], residuals: Sequence[Tensor]) -> list[in
     return [checksum(0, p.cpu()) if r.numel() else None for p, r in zip(tensors, residuals, strict=False)]
 
 
-def clear_residuals(
-    names: Sequence[str], residuals: Sequence[Tensor], written: Sequence[bool], stacklevel: int
-) -> None:
+def clear_residuals(names: Sequence[str], residuals: Sequence[Tensor], written: Sequence[bool]) -> None:
     """Zero the residuals of tensors that somebody else has written (a loaded checkpoint, say), with a warning."""
     cleared = []
     for name, residual, wrong in zip(names, residuals, written, strict=False):
@@ -344,9 +450,7 @@ def clear_residuals(
             cleared += [name] if residual.numel() else []
             residual.zero_()
     if cleared:
-        warnings.warn(
-            f"{some(cleared)}: written since the last step; the residuals there start from 0", stacklevel=stacklevel + 1
-        )
+        warn(f"{some(cleared)}: written since the last step; the residuals there start from 0")
 
 
 def checksum(before: int, t: Tensor) -> int:

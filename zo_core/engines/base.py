@@ -7,9 +7,10 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
-from ..weights import ParamSpace, Probe
+from ..weights import ParamSpace, Point, Probe
 
 _SIGNALS = tuple(map(int, signal.valid_signals()))
 
@@ -24,6 +25,12 @@ class Engine(Protocol):
     ) -> Tensor:
         """The closure's result at theta + c z(probe), z = 0 in tensors left out; at theta without a probe."""
         ...
+
+    def evaluate_all(
+        self, closure: Callable[[], Tensor], points: Sequence[Point], leave_out: Collection[int] = ()
+    ) -> Tensor:
+        """The closure's results at all of these points, (n,): here one call of it after the other."""
+        return torch.stack([self.evaluate(closure, c, probe, leave_out) for c, probe in points])
 
     def update(
         self, probes: Sequence[Probe], coeffs: Tensor, decay: Tensor, update: Tensor | None,

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from ..weights import ParamSpace, Probe
-from .base import uninterrupted
+from .base import Engine, uninterrupted
 
 
-class InPlaceEngine:
+class InPlaceEngine(Engine):
     """Evaluates at theta + c z by adding to theta; the way back is fused into whatever comes next.
 
     For closures that are arbitrary functions of the parameters. MeZO's step is three passes: to +eps z, on to

@@ -31,7 +31,10 @@ _METHODS = set(
 )
 _ADDRESSES = {"data_ptr", "untyped_storage", "storage", "numpy", "__array__", "__dlpack__", "_typed_storage"}
 _MUTATORS = {"__setitem__", *(f"__i{op}__" for op in "add sub mul truediv floordiv mod pow and or xor".split())}
-_AUTOCAST = {functional.linear, torch.matmul, torch.mm, torch.bmm, torch.addmm}  # autocast casts all they are given
+_PRODUCTS = {  # functions that multiply by a matrix, with the place of the matrix among the arguments
+    functional.linear: 1, torch.addmm: 2, torch.matmul: 1, torch.mm: 1, Tensor.matmul: 1, Tensor.__matmul__: 1, Tensor.mm: 1,
+}  # fmt: skip
+_AUTOCAST = {*_PRODUCTS, torch.bmm}  # autocast casts all they are given
 UNTRACEABLE = "is perturbed when it is read, which a compiled function does once and for all"
 WRITTEN = "weights change in opt.step only: write them outside of it"
 
@@ -45,6 +48,13 @@ class Values(Protocol):
 
     def read_rows(self, i: int, index: Tensor) -> Tensor:
         """Rows of matrix i, as an embedding returns them: (*index.shape, columns)."""
+        ...
+
+    def product(self, i: int, x: Tensor, dtype: torch.dtype | None, transposed: bool, bias: Any) -> Tensor | None:
+        """X times matrix i, or its transpose, plus a bias if there is one; None: the matrix is to be read for it.
+
+        Asked only where the engine evaluates under ``torch.vmap``.
+        """
         ...
 
 
@@ -94,6 +104,7 @@ class Interception:
         self._numbers = {id(p): i for i, p in enumerate(space.tensors)}
         self._class = type("Intercepted", (Intercepted,), {"interception": weakref.proxy(self)})
         self._classes: list[tuple[Tensor, type]] = []  # tensors that are intercepted now, and what they were before
+        self.level: int | None = None  # of torch.vmap, where the engine itself evaluates under it
 
     def start(self, which: Iterable[int]) -> None:
         """Intercept these tensors from now on."""
@@ -123,7 +134,7 @@ class Interception:
 
     def call(self, func: Callable[..., Any], asks: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Func of these arguments, with values in the places of parameters; RuntimeError for what cannot be served."""
-        if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() != self.level:
             self._refuse_transforms(args, kwargs)
         written = args[:1] if asks == "write" else kwargs.get("out")
         if func is functional.embedding and type(args[1]) is self._class:
@@ -136,9 +147,33 @@ class Interception:
             raise RuntimeError(f"closure: {func.__name__} writes {names[0]} during an evaluation; {WRITTEN}")
         kind = self._tensors[0].device.type
         dtype = torch.get_autocast_dtype(kind) if func in _AUTOCAST and torch.is_autocast_enabled(kind) else None
+        served = func in _PRODUCTS and self.level is not None
+        if served and (found := self._product(func, args, kwargs, dtype)) is not None:
+            return found
         values, numbers, keep = self._values, self._numbers, asks == "address"
         args, kwargs = _map((args, kwargs), self._class, lambda p: values.read(numbers[id(p)], dtype, keep))
         return func(*args, **kwargs)
+
+    def _product(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], dtype: torch.dtype | None
+    ) -> Tensor | None:
+        """What the engine says a product with an intercepted matrix is; None if it leaves that to torch."""
+        place = _PRODUCTS[func]
+        linear = func is functional.linear
+        bias = (args[2] if len(args) > 2 else kwargs.get("bias")) if linear else args[0] if place == 2 else None
+        if (
+            len(args) <= place
+            or type(args[place]) is not self._class
+            or (kwargs and not (linear and [*kwargs] == ["bias"]))
+        ):
+            return None
+        i, x = self._numbers[id(args[place])], args[place - 1]
+        if type(x) is self._class or not isinstance(x, Tensor):
+            return None
+        if type(bias) is self._class:
+            bias = self._values.read(self._numbers[id(bias)], dtype, False)
+        found: Tensor | None = self._values.product(i, x, dtype, linear, bias)
+        return found
 
     def _named(self, x: Any) -> list[str]:
         found: list[str] = []

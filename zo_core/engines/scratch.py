@@ -1,12 +1,13 @@
 """Scratch memory of the shadow engine: two buffers that take turns to hold the perturbed copies of a group of tensors."""
 
+import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..weights import ParamSpace
+from ..weights import ParamSpace, laid_out
 
 Key = tuple[int, torch.dtype]  # a tensor's number, and the dtype its copy has
 _ALIGNMENT = 64
@@ -15,7 +16,9 @@ _ALIGNMENT = 64
 class Layout(NamedTuple):
     """Copies in a buffer, and the pass that writes them."""
 
-    places: list[tuple[int, torch.Size]]  # addresses and shapes of the weights they are copies of
+    places: list[
+        tuple[int, torch.Size, tuple[int, ...]]
+    ]  # addresses, shapes and strides of the weights they are copies of
     copies: dict[Key, Tensor]
     make: Callable[..., None]  # see ``ParamSpace.perturb``
 
@@ -39,18 +42,29 @@ class Buffer:
         """Whether a tensor of this buffer is still in use elsewhere, so that it must not be overwritten."""
         return self._sharing() > self._own
 
-    def lay_out(self, group: Hashable, keys: Sequence[Key], sources: Sequence[Tensor], space: ParamSpace) -> Layout:
-        """Tensors for these keys, in the shapes of their sources: those of the last time, unless the weights have moved."""
-        places, found = [(t.data_ptr(), t.shape) for t in sources], self.layouts.get(group)
+    def lay_out(
+        self,
+        group: Hashable,
+        keys: Sequence[Key],
+        sources: Sequence[Tensor],
+        space: ParamSpace,
+        lead: tuple[int, ...] = (),
+    ) -> Layout:
+        """Tensors for these keys, in the shapes of their sources: those of the last time, unless the weights have moved.
+
+        ``lead``: dimensions before those of the source, where there is a copy for each point of a group.
+        """
+        places, found = [(t.data_ptr(), t.shape, t.stride()) for t in sources], self.layouts.get(group)
         if found is None or found.places != places or [*found.copies] != keys:
             copies, at = dict[Key, Tensor](), 0
             found = self.layouts.pop(group, None) and None  # its tensors must not be counted below
             with torch.inference_mode(False):
                 for key, source in zip(keys, sources, strict=True):
-                    end = at + source.numel() * key[1].itemsize
-                    copies[key] = self.bytes[at:end].view(key[1]).view(source.shape).detach()
+                    end = at + math.prod(lead) * source.numel() * key[1].itemsize
+                    copies[key] = laid_out(self.bytes[at:end].view(key[1]), source, lead).detach()
                     at += aligned(end - at)
-            make = space.perturb([i for i, _ in keys], sources, [*copies.values()])
+            perturb = space.perturb_points if lead else space.perturb
+            make = perturb([i for i, _ in keys], sources, [*copies.values()])
             found = self.layouts[group] = Layout(places, copies, make)
             self._own = self._sharing()
         return found

@@ -9,8 +9,8 @@ parameter's ``data`` is its perturbed copy. A compiled module's parameters are e
 of scripted modules, of extensions and of compiled functions around a model for a whole evaluation.
 """
 
+import math
 import threading
-import warnings
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -19,16 +19,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..weights import ParamSpace, Probe, some
-from .base import uninterrupted
+from ..bindings.warn import warn
+from ..weights import ParamSpace, Probe, laid_out, some
+from .base import Engine, uninterrupted
 from .intercept import UNTRACEABLE, WRITTEN, Interception, refuse_nested
 from .scratch import Key, Scratch, aligned
-from .structure import Region, compiled_regions, groups, refuse_aliases
+from .structure import Plan, Region, compiled_regions, groups, refuse_aliases
 
 _CHECKS = 8  # evaluations that are looked at for reads elsewhere, while the closure's result does not change
 
 
-class ShadowEngine:
+class ShadowEngine(Engine):
     """Evaluates at theta + c z without writing theta: bit-identical weights after any number of probes.
 
     The clean point is one like all others, so that all losses of a step take one path through torch. At the first
@@ -41,12 +42,10 @@ class ShadowEngine:
         self.space, self.module, self.device = space, module, space.counters.device
         self._numbers = {id(p): i for i, p in enumerate(space.tensors)}
         refuse_aliases(module, space, self._numbers)
-        self._groups = groups(module, space.tensors)
-        self._group_of = {i: g for g, group in enumerate(self._groups) for i in group}
+        self._plan = Plan(groups(module, space.tensors))
         self._regions = compiled_regions(module, self._numbers)
         self._interception, self._scratch = Interception(space, self), Scratch(self.device)
         self._lock = threading.RLock()  # modules may run in threads of their own
-        self._dtypes: dict[int, torch.dtype] = {}  # of the last read of each tensor that was ever read as a whole
         self._looked_up: set[int] = set()  # embeddings of which rows were read
         self._exchanged: dict[int, Tensor] = {}  # copies that parameters are exchanged for in whole evaluations
         self._checks = _CHECKS  # comparisons that may still be made
@@ -173,31 +172,47 @@ class ShadowEngine:
 
     def _copy(self, key: Key) -> Tensor:
         """A copy in its group's buffer. One that its group was filled without is made alone, and with it the next time."""
-        (i, dtype), group = key, self._group_of[key[0]]
-        buffer = self._scratch.holding(group)
-        if buffer is not None and (found := buffer.layouts[group].copies.get(key)) is not None:
+        (i, dtype), plan = key, self._plan
+        name = (plan.group_of[i], *plan.lead)
+        buffer = self._scratch.holding(name)
+        if buffer is not None and (found := buffer.layouts[name].copies.get(key)) is not None:
             return found
-        self._dtypes[i] = dtype
+        plan.dtypes[i] = dtype
         if buffer is None:
-            return self._fill(group, [(j, self._dtypes[j]) for j in self._groups[group] if j in self._dtypes])[key]
+            return self._fill(name, plan.known(plan.group_of[i]))[key]
         source = self._sources[i]
         with torch.inference_mode(False):
-            alone = torch.empty(source.shape, dtype=dtype, device=self.device)
-        self._perturb(self.space.perturb([i], [source], [alone]), [i], [source])
+            size = source.numel() * math.prod(plan.lead)
+            alone = laid_out(torch.empty(size, dtype=dtype, device=self.device), source, plan.lead)
+        perturb = self.space.perturb_points if plan.lead else self.space.perturb
+        self._perturb(perturb([i], [source], [alone]), [i], [source])
         return alone
 
     def _fill(self, group: Hashable, keys: list[Key]) -> dict[Key, Tensor]:
         """Copies of a group's tensors, made in one pass."""
         self._refuse_writes()  # before a buffer is taken, which forgets its copies
         which, sources = [i for i, _ in keys], [self._sources[i] for i, _ in keys]
-        buffer = self._scratch.take(sum(aligned(s.numel() * k[1].itemsize) for k, s in zip(keys, sources, strict=True)))
-        layout = buffer.lay_out(group, keys, sources, self.space)
+        lead = self._plan.lead
+        sizes = [aligned(math.prod(lead) * s.numel() * k[1].itemsize) for k, s in zip(keys, sources, strict=True)]
+        buffer = self._scratch.take(sum(sizes))
+        layout = buffer.lay_out(group, keys, sources, self.space, lead)
         self._perturb(layout.make, which, sources)
         buffer.filled(group)
         return layout.copies
 
+    def product(self, i: int, x: Tensor, dtype: torch.dtype | None, transposed: bool, bias: Any) -> Tensor | None:
+        """Torch multiplies by a copy."""
+        return None
+
     def read_rows(self, i: int, index: Tensor) -> Tensor:
         """Rows of matrix i of theta + c z, as an embedding returns them: (*index.shape, columns)."""
+        source = self._sources[i]
+        out = torch.empty(*index.shape, source.shape[1], dtype=source.dtype, device=source.device)
+        self._look_up(i, index, out, self._probe, self._row[:, :1])
+        return out
+
+    def _look_up(self, i: int, index: Tensor, out: Tensor, probe: Probe, c: Tensor) -> None:
+        """Write these rows of matrix i of theta + c z to ``out``."""
         self._looked_up.add(i)
         source, rows = self._sources[i], index.reshape(-1).to(torch.int64)
         inside = ((rows >= 0) & (rows < source.shape[0])).all()
@@ -205,9 +220,8 @@ class ShadowEngine:
             torch._assert_async(inside)  # no wait for the device, as torch's own check
         elif not inside:
             raise IndexError(f"embedding: index out of range in {self.space.names[i]}")
-        out = torch.empty(rows.numel(), source.shape[1], dtype=source.dtype, device=source.device)
-        self.space.perturb_rows(i, source, rows, out, self._probe, self._row[:, :1], self._uncounted[:2])
-        return out.view(*index.shape, source.shape[1])
+        out = out.view(rows.numel(), source.shape[1])
+        self.space.perturb_rows(i, source, rows, out, probe, c, self._uncounted[:2])
 
     # ---- what reads parameters where interception does not see it ------------------------------------------------
 
@@ -235,11 +249,10 @@ class ShadowEngine:
             with torch.inference_mode(False):
                 self._exchanged |= {i: torch.empty_like(self.space.tensors[i].data) for i in which}
             size = sum(self._exchanged[i].nbytes for i in which)
-            warnings.warn(
+            warn(
                 f"{some([self.space.names[i] for i in which], 5)}: read elsewhere than by torch's functions (compiled or "
                 "scripted code, an extension). They are exchanged for perturbed copies during each evaluation, which takes "
                 f"{size / 2**20:.1f} MiB",
-                stacklevel=2,
             )
 
     def _hide(self, which: Sequence[int]) -> None:
@@ -251,7 +264,7 @@ class ShadowEngine:
             nan = {dtype: torch.full((n,), torch.nan, dtype=dtype, device=self.device) for dtype, n in largest.items()}
         for i in which:
             source = self._sources[i]
-            self.space.tensors[i].data = nan[source.dtype][: source.numel()].view(source.shape)
+            self.space.tensors[i].data = laid_out(nan[source.dtype][: source.numel()], source)
 
     def _finds_reads_elsewhere(self, run: Callable[..., Tensor], result: Tensor) -> bool:
         """Whether the closure reads parameters without interception; if so, they are exchanged from now on."""
@@ -264,7 +277,7 @@ class ShadowEngine:
         if not self._checks:
             return False
         self._checks, self._result = self._checks - 1, result
-        seen = {*self._dtypes, *self._looked_up, *(i for r in self._regions for i in r.tensors)}
+        seen = {*self._plan.dtypes, *self._looked_up, *(i for r in self._regions for i in r.tensors)}
         rest = [i for i in range(len(self.space.tensors)) if i not in self._exchanged]
         found = False
         for which in ([i for i in rest if i not in seen], [i for i in rest if i in seen]):

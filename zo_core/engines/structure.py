@@ -32,6 +32,24 @@ def groups(module: nn.Module, tensors: Sequence[Tensor], most: int | None = None
     return out + [[i] for i in left.values()]
 
 
+class Plan:
+    """Which parameters are copied together, and how.
+
+    Args:
+        groups: numbers of the tensors in each.
+        lead: dimensions of a copy before those of its tensor.
+    """
+
+    def __init__(self, groups: list[list[int]], lead: tuple[int, ...] = ()) -> None:
+        self.groups, self.lead = groups, lead
+        self.group_of = {i: g for g, group in enumerate(groups) for i in group}
+        self.dtypes: dict[int, torch.dtype] = {}  # of the last read of each tensor that was ever read as a whole
+
+    def known(self, group: int) -> list[tuple[int, torch.dtype]]:
+        """Tensors of a group of which copies are made, and their dtypes."""
+        return [(i, self.dtypes[i]) for i in self.groups[group] if i in self.dtypes]
+
+
 def refuse_aliases(module: nn.Module, space: ParamSpace, numbers: dict[int, int]) -> None:
     """ValueError if the module keeps a tensor that shares memory with a parameter: a probe would not reach it."""
     spans = sorted((p.data_ptr(), p.data_ptr() + p.nbytes, n) for p, n in zip(space.tensors, space.names, strict=True))

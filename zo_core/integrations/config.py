@@ -143,8 +143,16 @@ class FinetuneConfig(BaseModel):
     residual: Literal["none", "8", "16"] = _option(
         "8", "Method", "Extra bits for each 16-bit weight, so that small updates are not rounded away."
     )
-    engine: Literal["shadow", "inplace"] = _option(
-        "shadow", "Method", "shadow perturbs copies of the weights, inplace the weights themselves."
+    engine: Literal["shadow", "grouped", "inplace"] = _option(
+        "shadow",
+        "Method",
+        "shadow perturbs copies of the weights, grouped does so at many points at once, inplace perturbs the weights themselves.",
+    )
+    points_at_once: int | None = _option(
+        None,
+        "Method",
+        "Points that the grouped engine evaluates at once. Default: as many as pay and fit in memory.",
+        ge=1,
     )
     batch_size: int = _option(16, "Method", "Examples per forward.", ge=1)
     dropout: bool = _option(False, "Method", "Use the model's dropout in training.")
@@ -202,7 +210,7 @@ class FinetuneConfig(BaseModel):
     def optimizer(self, model: nn.Module) -> zo_core.ZOOptimizer:
         """The optimizer of the trainable parameters of a model. RunError if it refuses an option."""
         method = METHODS[self.method]
-        own = ["lr", "eps", "weight_decay", "probes", "seed", "distribution", "rank", "rho", "engine"]
+        own = ["lr", "eps", "weight_decay", "probes", "seed", "distribution", "rank", "rho", "engine", "points_at_once"]
         own += [name for name in ("smoothing", "alpha") if name in method.defaults]
         options: dict[str, Any] = {name: getattr(self, name) for name in own}
         options["residual"] = None if self.residual == "none" else int(self.residual)

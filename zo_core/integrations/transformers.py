@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 import zo_core
+from zo_core.bindings.warn import warn
 from zo_core.distributed import Parallel
 from zo_core.optim.base import ZOOptimizer
 from zo_core.optim.options import Options
@@ -50,7 +50,7 @@ class ZOArguments(_Arguments):
         distribution: "gaussian", "rademacher" or "factored"; None takes the method's default.
         rank: rank of factored probes.
         residual: extra bits for each 16-bit weight: 8, 16 or None.
-        engine: "shadow", "inplace" or None; see ``ZOOptimizer``.
+        engine: "shadow", "grouped" (docs/engines.md), "inplace" or None; see ``ZOOptimizer``.
         zo_options: other options of the method, as a dict or its JSON. The seed of the noise is ``seed`` unless given here.
 
     Raises:
@@ -183,10 +183,9 @@ class ZOMixin(_Trainer):
         def closure() -> Tensor:
             losses = [evaluate(model, inputs, num_items_in_batch) for inputs in self._window]
             if losses[0].element_size() < 4:
-                warnings.warn(
+                warn(
                     f"the model computes its loss in {losses[0].dtype}, too few digits for a difference of losses: "
                     "give compute_loss_func (docs/integrations.md)",
-                    stacklevel=1,
                 )
             return torch.stack(losses).float().sum()
 

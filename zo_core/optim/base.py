@@ -9,19 +9,19 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .. import layers, sharding
+from .. import engines, layers, sharding
 from ..closure import Buffers, Evaluation, forget_casts
 from ..distributed import Exchange, Parallel, check, is_sharded
 from ..engines.base import Engine, uninterrupted
 from ..engines.inplace import InPlaceEngine
-from ..engines.shadow import ShadowEngine
 from ..estimators import Estimate, Losses, update_of
 from ..journal import Journal
 from ..noise import backend_of
 from ..record import Snapshot, carried
-from ..weights import ParamSpace, Probe, space_of, versions_of
+from ..weights import ParamSpace, Probe, padding_of, space_of, versions_of
 from . import report, state
 from .options import Params, Shared, check_choices, check_group, named_params, rates_of
+from .points import losses_of
 from .state import Stateful, refuse_meta
 
 
@@ -50,9 +50,12 @@ class ZOOptimizer(Stateful):
         residual: low-order bits, 8 or 16, that each 16-bit weight keeps in a tensor of this optimizer (1 or 2 bytes a
             weight), or None. The value that is trained is weight + residual, the weight alone is the value rounded.
             float32 weights keep none. docs/precision.md says what each costs and saves.
-        engine: "shadow" perturbs what modules read and never writes a weight to probe it; "inplace" writes the
-            weights, for closures that are arbitrary functions of them, and for sharded ones (DTensors). None: shadow
-            where a module is known and no weight is sharded.
+        engine: "shadow" perturbs what modules read and never writes a weight to probe it; "grouped" does so at all
+            points of a step in one call of the closure; "inplace" writes the weights, for closures that are arbitrary
+            functions of them, and for sharded ones (DTensors). None: shadow where a module is known and no weight is
+            sharded. docs/engines.md says which to take.
+        points_at_once: at how many points the grouped engine evaluates at once, at most; None: as many as memory holds
+            and the processor has a use for.
         module: the module whose forwards use the tensors, where ``params`` is not that module itself.
         processes: how the processes of ``torch.distributed`` share a step (docs/distributed.md); None: each is alone.
         method: further options of the method, each a ``Shared`` of its class.
@@ -94,6 +97,7 @@ class ZOOptimizer(Stateful):
         stochastic_rounding: bool = True,
         residual: int | None = 8,
         engine: str | None = None,
+        points_at_once: int | None = None,
         module: nn.Module | None = None,
         processes: Parallel | None = None,
         method: Mapping[str, float] | None = None,
@@ -102,9 +106,11 @@ class ZOOptimizer(Stateful):
         probes, distribution, rho, hessian = (v if v is not None else self._default[k] for k, v in given.items())
         check_choices(
             seed=seed, distribution=distribution, rank=rank, residual=residual, engine=engine, hessian=hessian,
+            points_at_once=points_at_once,
             curvature=self._measures_curvature,
         )  # fmt: skip
         self.stochastic_rounding, self.blocks, self.processes = stochastic_rounding, blocks, processes
+        self.points_at_once = points_at_once
         self.module = params if isinstance(params, nn.Module) and module is None else module
         if isinstance(self.module, nn.parallel.DistributedDataParallel):
             raise ValueError(
@@ -112,8 +118,8 @@ class ZOOptimizer(Stateful):
                 "accelerate: prepare_model(model, evaluation_mode=True)), and processes=zo_core.distributed.Parallel()"
             )
         sharding.reshard(sharding.units(self.module))  # an evaluation may have left weights gathered
-        if engine == "shadow" and self.module is None:
-            raise ValueError("engine: 'shadow' needs the module whose forwards use the tensors: pass module=")
+        if engine in engines.NEED_MODULE and self.module is None:
+            raise ValueError(f"engine: {engine!r} needs the module whose forwards use the tensors: pass module=")
         groups = named_params(params)
         shared = {"eps": eps, "probes": probes, "rho": rho, **(method or {})}
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "decay_vectors": True, **shared})
@@ -124,7 +130,7 @@ class ZOOptimizer(Stateful):
         self._own = state.new(
             type(self).__name__, operator.index(seed), distribution, int(rank), residual, hessian, device
         )
-        self._check_tensors(stacklevel=3)
+        self._check_tensors()
         self._prepare()
 
     def __init_subclass__(cls) -> None:
@@ -171,7 +177,7 @@ class ZOOptimizer(Stateful):
         evaluation = Evaluation(closure, stream.device, self._units, self._buffers, in_place)
         done, self._stepping = False, True
         try:
-            found = self.estimate(self._losses(engine, evaluation, left_out, seen))
+            found = self.estimate(losses_of(engine, evaluation, left_out, self._exchange, self._steps, seen))
             with uninterrupted():  # the record, the weights and the counts change together
                 self._buffers.end(self._move(engine, found, left_out))
                 done = True
@@ -188,7 +194,7 @@ class ZOOptimizer(Stateful):
             forget_casts()
             sharding.reshard(self._units)
             self._versions = versions_of(self._tensors())
-        self._count_flat(torch.cat(seen), stacklevel=2)
+        self._count_flat(torch.cat(seen))
         return found.loss
 
     def _begin(self, closure: object) -> tuple[Engine, set[int]]:
@@ -202,33 +208,13 @@ class ZOOptimizer(Stateful):
         for i, group in enumerate(self.param_groups):
             check_group(group, () if i else self._shared)
         sharding.reshard(self._units)  # while weights are gathered, the module has other parameters
-        frozen = self._check_tensors(stacklevel=4)
+        frozen = self._check_tensors()
         if self._buffers.module is not self.module:
             self._buffers = Buffers(self.module)
         engine = self._prepare()
         if (exchange := self._joined()) is not None:
             exchange.start(self._steps, report.options_of(self.param_groups), self._snapshot)
         return engine, self._left_out() | frozen
-
-    def _losses(self, engine: Engine, evaluation: Evaluation, left_out: set[int], seen: list[Tensor]) -> Losses:
-        """What gives a method the losses at the points that it asks for; they are added to ``seen``."""
-        exchange, number = self._exchange, self._steps
-
-        def evaluate(c: float, probe: Probe | None) -> Tensor:
-            return engine.evaluate(evaluation, c, probe, left_out)
-
-        def pass_by(c: float, probe: Probe | None) -> None:
-            if isinstance(engine, InPlaceEngine):  # going there and back rounds, as it does in other processes
-                engine.evaluate(lambda: engine.space.counters, c, probe, left_out)
-
-        def losses(points: Sequence[tuple[float, Probe | None]]) -> Tensor:
-            if exchange is None:
-                seen.append(torch.stack([evaluate(c, probe) for c, probe in points]))
-            else:
-                seen.append(exchange.losses(evaluate, pass_by, points, number))
-            return seen[-1]
-
-        return losses
 
     def _move(self, engine: Engine, found: Estimate, left_out: set[int]) -> Tensor:
         """Write the step's record, move the weights and count the step. Returns whether it moved them, bool (1,)."""
@@ -280,7 +266,7 @@ class ZOOptimizer(Stateful):
             for name in (option.name for option in self._shared):
                 if group[name] != (first := self.param_groups[0][name]):
                     raise ValueError(f"{name}: expected {first} as in the first group, got {group[name]}")
-            if len(self.param_groups) > 1 and state.KEY in dict(self.state):
+            if len(self.param_groups) > 1 and self._own:
                 self._check_processes(self._own["hessian"])
                 self._engine = self._inside = None
                 self._prepare()
@@ -299,15 +285,16 @@ class ZOOptimizer(Stateful):
             self._own = state.on(device, self._own)
             self._engine, self._versions = None, versions_of(tensors)
         if self._own["residuals"]:
-            self._clear_residuals(stacklevel=5)
+            self._clear_residuals()
         if self._engine is None or self._look(tensors) != self._seen:
             self._units = sharding.units(self.module)
             sharding.reshard(self._units)
-            space = space_of(self._names(), self._parameters(), self._own)
+            parameters = self._parameters()
+            space = space_of(self._names(), parameters, self._own, padding_of(self.module, parameters))
             self._blocks = ()
             self._left_out()
-            space.warn_of_small_eps(self.eps, stacklevel=4)
-            self._engine = ShadowEngine(space, self.module) if self.engine == "shadow" else InPlaceEngine(space)  # type: ignore[arg-type]
+            space.warn_of_small_eps(self.eps)
+            self._engine = engines.make(self.engine, space, self.module, self.points_at_once)
             self._versions, self._seen = versions_of(space.tensors), self._look(space.tensors)
         return self._engine
 

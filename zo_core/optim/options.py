@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .. import layers, scaling
 from ..bindings import ops
 from ..distributed import Parallel
+from ..engines import ENGINES
 from ..kernels.reference import DISTRIBUTIONS
 
 Params = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
@@ -32,6 +33,7 @@ class Options(TypedDict, total=False):
     stochastic_rounding: bool
     residual: int | None
     engine: str | None
+    points_at_once: int | None
     module: nn.Module | None
     processes: Parallel | None
 
@@ -64,6 +66,7 @@ def check_choices(
     rank: int,
     residual: int | None,
     engine: str | None,
+    points_at_once: int | None,
     hessian: str | None,
     curvature: bool,
 ) -> None:
@@ -75,8 +78,10 @@ def check_choices(
     ops.check_rank(distribution, int(rank))
     if residual not in (None, 8, 16):
         raise ValueError(f"residual: expected None, 8 or 16 bits, got {residual!r}")
-    if engine not in (None, "shadow", "inplace"):
-        raise ValueError(f"engine: expected 'shadow', 'inplace' or None, got {engine!r}")
+    if engine is not None and engine not in ENGINES:
+        raise ValueError(f"engine: expected one of {list(ENGINES)} or None, got {engine!r}")
+    if points_at_once is not None and (type(points_at_once) is not int or points_at_once < 1):
+        raise ValueError(f"points_at_once: expected a positive integer or None, got {points_at_once!r}")
     if hessian is not None and (hessian not in scaling.KINDS or not curvature):
         which = list(scaling.KINDS) if curvature else "none, as this method measures no curvature"
         raise ValueError(f"hessian: expected {which}, got {hessian!r}; HiZOO and SPSA take one")

@@ -1,6 +1,7 @@
 """The data that an optimizer gives a journal and other processes: its identity, its options and the record of each step."""
 
 from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,7 +15,11 @@ _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def identity_of(
-    own: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], names: Sequence[str], engine: str
+    own: Mapping[str, Any],
+    groups: Sequence[Mapping[str, Any]],
+    names: Sequence[str],
+    engine: str,
+    padding: Mapping[int, int] = MappingProxyType({}),
 ) -> Identity:
     """The identity of an optimizer with this state and these groups."""
     kinds: dict[tuple[int, bool], int] = {}
@@ -26,6 +31,7 @@ def identity_of(
     return Identity(
         method=own["method"], seed=own["seed"], distribution=own["distribution"], rank=own.get("rank", 1),
         residual=own["residual"] or 0, hessian=own["hessian"] or "", engine=engine, tensors=tuple(tensors),
+        padding=tuple(padding.items()),
     )  # fmt: skip
 
 

@@ -1,10 +1,12 @@
 """What an optimizer keeps between steps, how it is saved and loaded, and what there is to ask about it.
 
-torch keeps state by parameter. Here all of it belongs to the optimizer as a whole: it is one dict under one key, with
-residuals and Hessians as lists that have one entry for each tensor.
+Here it is one dict, with residuals and Hessians as lists that have one entry for each tensor. torch, and what saves
+optimizers (``torch.distributed.checkpoint``, accelerate, Trainer), expects an entry for each parameter, whatever its name is: in
+that form it is saved. A parameter's entry has its residual and its Hessian, and the first one's has all else, under ``KEY``.
 """
 
-import warnings
+import json
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import layers, sharding
+from ..bindings.warn import warn
 from ..distributed import Exchange, Parallel
 from ..engines.base import Engine, uninterrupted
 from ..record import Identity, Progress
@@ -19,7 +22,7 @@ from ..weights import ParamSpace, check_absent, clear_residuals, hashes_of, insi
 from .report import identity_of
 
 _FLAT = 10  # steps in a row with the same losses at all points that are worth a warning
-KEY = "zo"  # of the optimizer-wide entry in ``optimizer.state``
+KEY = "zo"  # of what belongs to the optimizer as a whole, in the entry of its first parameter
 
 
 def new(
@@ -52,9 +55,45 @@ def on(device: torch.device, own: Any, copy: bool = False) -> Any:
     return own.to(device, copy=copy) if isinstance(own, Tensor) else own
 
 
-def to_save(own: Mapping[str, Any], hashes: Sequence[int | None]) -> dict[str, Any]:
-    """A state of now: its small tensors do not go on with the optimizer, as the residuals and Hessians do."""
-    return {**own, **{name: x.clone() for name, x in own.items() if isinstance(x, Tensor)}, "hashes": hashes}
+_LISTS = {"residuals": "residual", "hessians": "hessian", "hashes": "hash"}  # by tensor, and a tensor's own
+
+
+def entries(own: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A state as an entry for each tensor.
+
+    Checkpoints are loaded into the state of a new optimizer, tensor by tensor and list by list, so that these must have the
+    lengths that they have from the start; what has another length after a step is a string.
+    """
+    out: list[dict[str, Any]] = [{} for _ in own["counters"][1:]]
+    for many, one in _LISTS.items():
+        for entry, x in zip(out, own[many], strict=False):
+            entry[one] = x
+    carry = {"dtype": str(own["carry"].dtype).removeprefix("torch."), "values": own["carry"].tolist()}
+    out[0][KEY] = {k: v for k, v in own.items() if k not in _LISTS} | {"carry": json.dumps(carry)}
+    return out
+
+
+def of_entries(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """The state in a saved state_dict, of this form or the one of earlier versions, one dict for the whole optimizer.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = state_dict.get("state", {})
+    if isinstance(old := found.get(KEY), dict):
+        return old
+    names = [name for group in state_dict.get("param_groups", ()) for name in group["params"]]
+    given = [found.get(name, {}) for name in names]  # torch may leave out empty ones
+    if not given or not isinstance(given[0].get(KEY), dict):
+        raise ValueError(
+            f"state_dict: expected an entry {KEY!r} in the state of the first parameter, as zo_core optimizers save, got entries "
+            f"of {some([str(name) for name in found]) or 'no parameter'}"
+        )
+    own: dict[str, Any] = given[0][KEY] | {many: [e[one] for e in given if one in e] for many, one in _LISTS.items()}
+    if isinstance(own.get("carry"), str):
+        carry = json.loads(own["carry"])
+        own["carry"] = torch.tensor(carry["values"], dtype=getattr(torch, carry["dtype"]))
+    return own
 
 
 def refuse_meta(named: Iterable[tuple[str, Tensor]]) -> None:
@@ -66,12 +105,11 @@ def refuse_meta(named: Iterable[tuple[str, Tensor]]) -> None:
         )
 
 
-def check_saved(saved: Any, own: Mapping[str, Any]) -> None:
+def check_saved(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     """ValueError unless this is a state that an optimizer with the state ``own`` can go on with."""
-    if not isinstance(saved, dict) or (set(saved) ^ set(own)) - {"rank"}:
+    if (set(saved) ^ set(own)) - {"rank"}:
         raise ValueError(
-            f"state_dict: expected state[{KEY!r}] with {sorted(own)} as zo_core optimizers "
-            f"save, got {sorted(saved) if isinstance(saved, dict) else saved!r}"
+            f"state_dict: expected a state with {sorted(own)} as zo_core optimizers save, got {sorted(saved)}"
         )
     for name in ("method", "hessian"):
         if saved[name] != own[name]:
@@ -108,9 +146,11 @@ class Stateful(torch.optim.Optimizer):
 
     module: nn.Module | None
     engine: str
+    points_at_once: int | None
     stochastic_rounding: bool
     blocks: layers.Blocks | None
     processes: Parallel | None
+    _own: dict[str, Any] = {}  # noqa: RUF012 (see ``new``; each object gets one of its own)
     _engine: Engine | None = None
     _exchange: Exchange | None = None
     _stepping = False
@@ -133,7 +173,7 @@ class Stateful(torch.optim.Optimizer):
     def _names(self) -> list[str]:
         return names_of(self.param_groups)
 
-    def _check_tensors(self, stacklevel: int) -> set[int]:
+    def _check_tensors(self) -> set[int]:
         """Refuse tensors that cannot be trained any longer, and name those that are not used; numbers of frozen ones."""
         parameters, names = self._parameters(), self._names()
         if len(parameters) < (known := len(self._own["counters"]) - 1):
@@ -152,10 +192,10 @@ class Stateful(torch.optim.Optimizer):
             found = inside(self.module, parameters)
             gone, self._inside = (self._inside or set()) - found, found
             if gone:
-                check_absent(self.module, names, sorted(gone), stacklevel + 1)
+                check_absent(self.module, names, sorted(gone))
         return frozen
 
-    def _clear_residuals(self, stacklevel: int) -> None:
+    def _clear_residuals(self) -> None:
         """Zero the residuals of weights that somebody else has written."""
         own, tensors, versions = self._own, self._tensors(), versions_of(self._tensors())
         if self._versions is None:  # since a state was loaded: are these the weights it was saved with?
@@ -163,19 +203,20 @@ class Stateful(torch.optim.Optimizer):
             written = [saved is not None and saved != now for now, saved in pairs]
         else:
             written = [a != b for a, b in zip(self._versions, versions, strict=False)]
-        clear_residuals(self._names(), own["residuals"], written, stacklevel)
+        clear_residuals(self._names(), own["residuals"], written)
         self._versions, own["hashes"] = versions, []
 
     # ---- the state ---------------------------------------------------------------------------------------------
 
     @property
-    def _own(self) -> dict[str, Any]:
-        """The state: see ``new``."""
-        return self.state[KEY]  # type: ignore[index, no-any-return]
+    def state(self) -> Any:  # type: ignore[override]
+        """The state by parameter, made anew each time: see ``entries``."""
+        own = zip(self._parameters(), entries(self._own), strict=True) if self._own else ()
+        return defaultdict(dict, own)
 
-    @_own.setter
-    def _own(self, value: dict[str, Any]) -> None:
-        self.state[KEY] = value  # type: ignore[index]
+    @state.setter
+    def state(self, value: object) -> None:
+        """Nothing: torch sets an empty one, and ``load_state_dict`` takes what is saved."""
 
     @property
     def carry(self) -> Tensor:
@@ -203,7 +244,7 @@ class Stateful(torch.optim.Optimizer):
         """Steps of this object, made or loaded, whose losses were the same at all points (waits for the device)."""
         return int(self._flat[0]) if self._flat is not None else 0
 
-    def _count_flat(self, losses: Tensor, stacklevel: int) -> None:
+    def _count_flat(self, losses: Tensor) -> None:
         """Count a step whose losses are all the same; the tenth in a row is worth a warning."""
         before = torch.zeros(2, dtype=torch.int64, device=losses.device) if self._flat is None else self._flat
         same = (
@@ -212,11 +253,10 @@ class Stateful(torch.optim.Optimizer):
         self._flat = torch.stack((before[0] + same, (before[1] + 1) * same))
         if (losses.device.type == "cpu" or self._steps % _FLAT == 0) and not self._told and self._flat[1] >= _FLAT:
             self._told = True
-            warnings.warn(
+            warn(
                 f"step: the losses of the last {int(self._flat[1])} steps were the same at all probes, so nothing was learned. "
                 "The loss does not depend on the trained tensors (it is a constant, or reads other tensors: replaced ones, "
                 "another adapter's, those of another process), or eps is too small for a change to show",
-                stacklevel=stacklevel + 1,
             )
 
     @property
@@ -242,33 +282,63 @@ class Stateful(torch.optim.Optimizer):
         """As torch's; with residuals there are hashes of the weights they belong to. Not inside a closure."""
         if self._stepping:
             raise RuntimeError("state_dict: called from inside the closure, in the middle of a step")
-        hashes = self._own["hashes"]
-        if self._versions is not None:
-            self._clear_residuals(stacklevel=2)
+        hashes, tensors = self._own["hashes"], self._tensors()
         if self._versions is not None or not hashes:  # else it was loaded, and so were its hashes
-            hashes = hashes_of(self._tensors(), self._own["residuals"])
-        found: dict[str, Any] = super().state_dict()
-        return {**found, "state": {**found["state"], KEY: to_save(self._own, hashes)}}
+            hashes = hashes_of(tensors, self._own["residuals"])
+        if self._versions is not None:  # a residual whose weight was written since is of no weight that there is now
+            changed = [a != b for a, b in zip(self._versions, versions_of(tensors), strict=False)]
+            hashes = [-1 if new and h is not None else h for h, new in zip(hashes, changed, strict=False)]
+
+        def complete(_: object, found: dict[str, Any]) -> None:
+            for i, x in enumerate(hashes):
+                found["state"][i]["hash"] = x
+            own = found["state"][0][
+                KEY
+            ]  # its small tensors do not go on with the optimizer, as residuals and Hessians do
+            own |= {name: x.clone() for name, x in own.items() if isinstance(x, Tensor)}
+
+        handle = self.register_state_dict_post_hook(complete, prepend=True)  # before those of users
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's; the run continues bit for bit. ValueError if it is not a state of such an optimizer."""
-        check_saved(state_dict.get("state", {}).get(KEY), self._own)
-        super().load_state_dict(state_dict)
-        with torch.inference_mode(False):
-            self._own = on(self._tensors()[0].device, self._own, copy=True)
-        self._engine = self._versions = None
-        if self._exchange is not None:
-            self._exchange.compared = False
+        saved: dict[str, Any] = {}
+
+        def take(_: object, given: dict[str, Any]) -> dict[str, Any]:
+            check_saved(found := of_entries(given), self._own)
+            saved.update({**{name: found[name] for name in self._own if name in found}, **found})
+            return {**given, "state": {}}  # torch would cast all of it to the dtype of the weights
+
+        def put(_: object) -> None:
+            with torch.inference_mode(False):
+                self._own = on(self._tensors()[0].device, saved, copy=True)
+            self._engine = self._versions = None
+            if self._exchange is not None:
+                self._exchange.compared = False
+
+        handles = (  # after and before those of users
+            self.register_load_state_dict_pre_hook(take),
+            self.register_load_state_dict_post_hook(put, prepend=True),
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: the engine is rebuilt."""
-        own = {name: getattr(self, name) for name in ("stochastic_rounding", "blocks", "engine", "module", "processes")}
-        return {**super().__getstate__(), **own}
+        names = "stochastic_rounding", "blocks", "engine", "points_at_once", "module", "processes"
+        return {name: getattr(self, name) for name in (*names, "_own", "param_groups", "defaults")}
 
     # ---- what a journal asks -----------------------------------------------------------------------------------
 
     def _identity(self) -> Identity:
-        return identity_of(self._own, self.param_groups, self._names(), self.engine)
+        space = self._engine.space if self._engine is not None else self._space()
+        return identity_of(self._own, self.param_groups, self._names(), self.engine, space.padding)
 
     def _settings(self) -> dict[str, Any]:
         options = {k: v for k, v in self.param_groups[0].items() if isinstance(v, str | int | float)}

@@ -1,0 +1,312 @@
+"""All points of a step in one call of the closure, under ``torch.vmap`` over the points.
+
+Parameters answer as they do to the shadow engine; what they answer is a value for each point. Activations then have a
+dimension for the points, which torch carries through the closure unseen.
+
+A matrix with factored noise is never copied: (W + c z) x = W x + c r^-1/2 sum_q a_q (b_q . x), so W is read once for all
+points, in one product over the rows of all of them, and each point adds a product of rank r. All else (vectors, other
+noise, matrices that are read otherwise than to be multiplied) is a batch of perturbed copies, made in one pass.
+
+The weight in such a product is rounded to its dtype, as in a plain forward: a residual does not come into it, nor is
+W + c z rounded, as it is in the shadow engine's copies.
+"""
+
+import sys
+import traceback
+from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._C import _functorch
+from torch.nn import functional
+
+from ..bindings.warn import warn
+from ..noise import factors
+from ..weights import ParamSpace, Point
+from .base import uninterrupted
+from .folds import batched, fold_attention, points_first
+from .shadow import ShadowEngine
+from .structure import GROUP, Plan, groups
+
+_ROWS = {"cpu": 1024}  # that a matrix is multiplied by at once, from where on more make it no faster
+_MANY_ROWS = 1 << 16  # of other devices
+_ROUNDING = {
+    torch.float32: 1e-4,
+    torch.float16: 1e-2,
+    torch.bfloat16: 3e-2,
+}  # of a loss, relative, by what is computed in
+_OURS = (Path(torch.__file__).parent, Path(__file__).parent.parent)  # whose lines are not the closure's
+# What torch says where a function cannot be batched, in words that all versions since 2.4 have.
+_UNBATCHED = (
+    "vmap",
+    "functorch",
+    "batching rule",
+    "doesn't have storage",
+    "torch.func",
+    "is perturbed when it is read",
+    "doesn't match the broadcast shape",  # an in-place function of a tensor that is the same at all points
+)
+
+
+class GroupedEngine(ShadowEngine):
+    """Evaluates at all points of a step at once.
+
+    What cannot be evaluated so is left to the shadow engine, which this one is a kind of, from then on: a closure that
+    torch cannot batch (``item``, branches on values, writes into tensors that are not batched), modules that are compiled or
+    scripted, or that write their buffers. A warning names the reason and the line. The first points are evaluated
+    both ways, and a difference beyond rounding has the same consequence.
+
+    Args:
+        space: the trained tensors.
+        module: whose forwards use them.
+        points_at_once: at most; None: as many as fill the processor with rows, and fit in memory.
+    """
+
+    def __init__(self, space: ParamSpace, module: nn.Module, points_at_once: int | None = None) -> None:
+        super().__init__(space, module)
+        self.points_at_once = points_at_once
+        self.alone: str | None = None  # why the shadow engine evaluates, where it does
+        self._known = False  # whether losses were compared
+        self._most: int | None = None  # points at once that memory was found to hold
+        self._rows, self._widest = 1, 0  # largest of the products so far: rows, and bytes of the result, of one point
+        self._copied: dict[int, torch.dtype] = {}  # tensors that were copied for several points, and their dtypes
+        self._factored = space.distribution == "factored" and not space.hessian
+        self._plans: dict[int, Plan] = {}  # by the number of points
+        self._alone = self._plan  # of the shadow engine
+        # Of the evaluation that runs:
+        self._streams, self._cs = self._clean, space.full(0)[0, :1]  # of each point: stream and coefficient
+        self._factors: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
+        fold_attention()
+
+    # ---- the engine --------------------------------------------------------------------------------------------
+
+    def evaluate_all(
+        self, closure: Callable[[], Tensor], points: Sequence[Point], leave_out: Collection[int] = ()
+    ) -> Tensor:
+        """The closure's results at all of these points, (n,)."""
+        why = ""
+        if self.alone is None:
+            try:
+                if self._known or self._agrees(closure, points[:2], leave_out):
+                    return self._in_chunks(closure, points, leave_out)
+            except Exception as error:
+                if not _unbatched(error):
+                    raise
+                why = _reason(error)
+        found = super().evaluate_all(closure, points, leave_out)  # which raises what is the closure's own
+        if why:
+            self._leave(why)
+        return found
+
+    def restore(self) -> None:
+        """End an evaluation, wherever it was left: parameters are theta again."""
+        super().restore()
+        self._interception.level, self._plan, self._factors = None, self._alone, {}
+
+    def _leave(self, reason: str) -> None:
+        """Leave all further evaluations to the shadow engine."""
+        self.alone = reason
+        self._scratch.buffers.clear()
+        warn(
+            f"engine='grouped': the closure cannot be evaluated at several points at once: {reason}. The shadow engine "
+            "evaluates it from now on, at one point after the other",
+        )
+
+    def _agrees(self, closure: Callable[[], Tensor], points: Sequence[Point], leave_out: Collection[int]) -> bool:
+        """Whether the first points have the losses that the shadow engine finds; not known while these are not finite."""
+        if not (why := self._elsewhere()):
+            grouped = self._at(closure, points, leave_out)
+            alone = super().evaluate_all(closure, points, leave_out)
+            if not (why := self._elsewhere()) and getattr(getattr(closure, "buffers", None), "moving", False):
+                why = "its modules write their buffers"
+            elif not why and alone.isfinite().all():
+                most = max(_ROUNDING.get(dtype, 0.0) for dtype in {torch.float32, *self._alone.dtypes.values()})
+                apart, size = (grouped - alone).abs(), alone.abs() + (alone - alone[0]).abs()
+                self._known = bool((apart <= most * size + 1e-7).all())
+                if not self._known:
+                    why = f"its losses are {grouped.tolist()} then, and {alone.tolist()} at one point at a time"
+        if why:
+            self._leave(why)
+        return self._known
+
+    def _elsewhere(self) -> str:
+        """What of the module is not read by torch's functions, which alone answer for several points."""
+        if self._exchanged or self._regions:
+            return "parameters are read by compiled or scripted code, by an extension or as a class of their own"
+        return ""
+
+    def _in_chunks(self, closure: Callable[[], Tensor], points: Sequence[Point], leave_out: Collection[int]) -> Tensor:
+        """Results at all points, as many at once as there is room for, in parts of about one size."""
+        parts = -(-len(points) // self._at_once())
+        size = -(-len(points) // parts)
+        try:
+            return torch.cat([self._at(closure, points[i : i + size], leave_out) for i in range(0, len(points), size)])
+        except (RuntimeError, MemoryError) as error:
+            if not _out_of_memory(error) or self._most is not None or size == 1:
+                raise
+        self._most = size // 2  # outside of the handler, where the error still holds what the closure had made
+        self._scratch.buffers.clear()
+        warn(
+            f"engine='grouped': out of memory with {size} points at once, from now on there are {self._most} "
+            "(points_at_once sets it)",
+        )
+        return self._in_chunks(closure, points, leave_out)
+
+    def _at_once(self) -> int:
+        """How many points are evaluated at once, at most."""
+        most = self._most or sys.maxsize
+        if self.points_at_once is not None:
+            return min(self.points_at_once, most)
+        enough = _ROWS.get(self.device.type, _MANY_ROWS) // self._rows
+        memory = _free_memory(self.device) // 2 // max(1, 16 * self._widest)
+        copied = [self.space.tensors[i].numel() * dtype.itemsize for i, dtype in self._copied.items()]
+        room = max(2 * GROUP, sum(t.nbytes for t in self.module.parameters()) // 20) // (2 * max(copied, default=1))
+        return max(1, min(enough, memory, room, most))
+
+    def _at(self, closure: Callable[[], Tensor], points: Sequence[Point], leave_out: Collection[int]) -> Tensor:
+        """Results of one call of the closure, at all of these points."""
+        outside = _functorch.maybe_current_level()
+
+        def one(_: Tensor) -> Tensor:
+            self._interception.level = _functorch.maybe_current_level()
+            return closure()
+
+        try:
+            with uninterrupted():
+                self._begin_at(points, leave_out)
+            found = torch.vmap(one, randomness="same")(self._cs)
+            self._refuse_writes()
+            return found
+        finally:
+            with uninterrupted():
+                while _functorch.maybe_current_level() != outside:  # a signal came where vmap could not undo its own
+                    _functorch._vmap_decrement_nesting()
+                self.restore()
+
+    def _begin_at(self, points: Sequence[Point], leave_out: Collection[int]) -> None:
+        """Let parameters answer with their values at these points."""
+        self._begin(0.0, self._clean, leave_out, hide=False)
+        if (n := len(points)) not in self._plans:
+            self._plans[n] = Plan(groups(self.module, self.space.tensors, GROUP // n), (n,))
+            self._plans[n].dtypes = self._copied
+        self._plan = self._plans[n]
+        self._streams = torch.cat([self._clean if probe is None else probe for _, probe in points])
+        cs = [0.0 if probe is None else c for c, probe in points]
+        self._cs = torch.tensor(cs, dtype=torch.float32, device=self.device)
+
+    def _perturb(self, make: Callable[..., None], which: Sequence[int], sources: list[Tensor]) -> None:
+        """Write theta + c z of these tensors, at all points, where ``make`` was prepared for."""
+        if not (lead := self._plan.lead):
+            return super()._perturb(make, which, sources)
+        make(sources, self._streams, self._cs, self._uncounted.new_empty(1 + len(which) * lead[0]))
+
+    # ---- what a read answers -----------------------------------------------------------------------------------
+
+    def read(self, i: int, dtype: torch.dtype | None = None, keep: bool = False) -> Tensor:
+        """Tensor i at all points, batched, in this dtype or its own."""
+        if (level := self._interception.level) is None:
+            return super().read(i, dtype, keep)
+        with self._lock:
+            return batched(self._copy((i, dtype or self._sources[i].dtype)).detach(), level)
+
+    def product(self, i: int, x: Tensor, dtype: torch.dtype | None, transposed: bool, bias: Any) -> Tensor | None:
+        """X times matrix i, or its transpose, plus a bias if there is one, batched; None if x is not of its kind."""
+        level, source = self._interception.level, self._sources[i]
+        assert level is not None
+        dtype, points = dtype or source.dtype, self._plan.lead[0]
+        if source.dim() != 2 or x.dim() < 1 or x.shape[-1] != source.shape[1 if transposed else 0]:
+            return None
+        n, raw = x.shape[-1], points_first(x, level)
+        rows = (x if raw is None else raw).to(dtype).reshape(-1, n)
+        count = len(rows) if raw is None else len(rows) // points
+        each = rows.expand(points, count, n) if raw is None else rows.view(points, count, n)
+        if isinstance(bias, Tensor):
+            first = points_first(bias, level)
+            bias = (bias if first is None else first.unsqueeze(1)).to(dtype)
+        with self._lock:
+            if self._factored:
+                y = self._add_factors(rows @ turned(source.to(dtype), transposed), each, i, transposed, bias)
+            else:
+                copies = turned(self._copy((i, dtype)), transposed)
+                y = torch.bmm(each, copies) if bias is None else torch.baddbmm(bias, each, copies)
+        self._rows, self._widest = max(self._rows, count), max(self._widest, y[0].nbytes)
+        return batched(y.view(points, *x.shape[:-1], y.shape[-1]), level)
+
+    def _add_factors(self, y: Tensor, x: Tensor, i: int, transposed: bool, bias: Any) -> Tensor:
+        """W x + c r^-1/2 sum_q a_q (b_q . x) + bias at all points, (P, rows, columns), of W x of all their rows."""
+        points = len(x)
+        a, b = self._factors_of(i, y.dtype)
+        left, right = (b, a) if transposed else (a, b)
+        y = y.view(points, -1, y.shape[-1]) if len(y) == points * x.shape[1] else y.expand(points, *y.shape)
+        y = torch.baddbmm(y, x @ left.mT, right)
+        return y if bias is None else y.add_(bias)
+
+    def _factors_of(self, i: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Signs of the rows of matrix i times c r^-1/2, (P, r, R), and of its columns, (P, r, C)."""
+        if (found := self._factors.get((i, dtype))) is None:
+            space, shape = self.space, self._sources[i].shape
+            a, b = factors(shape, self._streams, tensor_id=i, seed=space.seed, rank=space.rank)
+            a = a * (self._cs * space.rank**-0.5).view(-1, 1, 1)
+            if (row := space.padding.get(i)) is not None:
+                a[..., row] = 0
+            found = self._factors[i, dtype] = a.to(dtype), b.to(dtype)
+        return found
+
+    def read_rows(self, i: int, index: Tensor) -> Tensor:
+        """Rows of matrix i at all points, as an embedding returns them: (*index.shape, columns), batched."""
+        if (level := self._interception.level) is None:
+            return super().read_rows(i, index)
+        raw, source = points_first(index, level), self._sources[i]
+        if raw is not None:
+            return functional.embedding(index, self.read(i))
+        if self._factored:
+            a, b = self._factors_of(i, source.dtype)
+            out = functional.embedding(index, source) + (
+                a[:, :, index].unsqueeze(-1) * b.unflatten(-1, (*(1,) * index.dim(), -1))
+            ).sum(1)
+            return batched(out, level)
+        out = torch.empty(len(self._cs), *index.shape, source.shape[1], dtype=source.dtype, device=self.device)
+        for copy, stream, c in zip(out, self._streams.split(1), self._cs, strict=True):
+            self._look_up(i, index, copy, stream, c.view(1, 1))
+        return batched(out, level)
+
+
+def turned(matrix: Tensor, transposed: bool) -> Tensor:
+    """The matrix, or its transpose."""
+    return matrix.mT if transposed else matrix
+
+
+def _unbatched(error: Exception) -> bool:
+    """Whether torch may have raised this because it cannot batch something. Python code's own ``raise`` is not torch's."""
+    line = traceback.extract_tb(error.__traceback__)[-1].line or ""
+    return not _out_of_memory(error) and (
+        any(words in str(error).lower() for words in _UNBATCHED)
+        or (isinstance(error, RuntimeError | ValueError | TypeError | IndexError) and not line.startswith("raise"))
+    )
+
+
+def _reason(error: Exception) -> str:
+    """What an error says, and where in the closure it was raised."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not Path(f.filename).is_relative_to(_OURS[0])]
+    frames = [f for f in frames if not Path(f.filename).is_relative_to(_OURS[1])]
+    where = f"{frames[-1].filename}, line {frames[-1].lineno}, `{frames[-1].line}`: " if frames else ""
+    return where + str(error).split("\n")[0].rstrip(". ")
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out; torch has no class of its own for that of the CPU."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _free_memory(device: torch.device) -> int:
+    """Bytes that may be taken on a device, as far as can be told."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    with suppress(OSError, StopIteration):
+        line = next(x for x in Path("/proc/meminfo").read_text().splitlines() if x.startswith("MemAvailable"))
+        return int(line.split()[1]) << 10
+    return 1 << 32
