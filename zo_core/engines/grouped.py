@@ -128,6 +128,7 @@ class GroupedEngine(ShadowEngine):
                 self._known = bool((apart <= most * size + 1e-7).all())
                 if not self._known:
                     why = f"its losses are {grouped.tolist()} then, and {alone.tolist()} at one point at a time"
+        self._scratch.buffers.clear()  # the shadow engine's copies of matrices, which may not be needed again
         if why:
             self._leave(why)
         return self._known
@@ -262,13 +263,12 @@ class GroupedEngine(ShadowEngine):
         if raw is not None:
             return functional.embedding(index, self.read(i))
         if self._factored:
-            a, b = self._factors_of(i, source.dtype)
-            out = functional.embedding(index, source) + (
-                a[:, :, index].unsqueeze(-1) * b.unflatten(-1, (*(1,) * index.dim(), -1))
-            ).sum(1)
-            return batched(out, level)
+            a, b = self._factors_of(i, source.dtype)  # (P, r, R) and (P, r, C)
+            rows = a[:, :, index.reshape(-1)]
+            noise = torch.baddbmm(functional.embedding(index.reshape(-1), source), rows.mT, b)
+            return batched(noise.view(-1, *index.shape, source.shape[1]), level)
         out = torch.empty(len(self._cs), *index.shape, source.shape[1], dtype=source.dtype, device=self.device)
-        for copy, stream, c in zip(out, self._streams.split(1), self._cs, strict=True):
+        for copy, stream, c in zip(out, torch.split(self._streams, 1), self._cs, strict=True):
             self._look_up(i, index, copy, stream, c.view(1, 1))
         return batched(out, level)
 
