@@ -13,7 +13,7 @@ from models import ARCHITECTURES, IDS, MORE, make
 from peft import LoraConfig, get_peft_model
 from shadows import bits, optimizer, unchanged
 from torch import nn
-from toys import loss_of, same
+from toys import X, Y, loss_of, same
 
 import zo_core
 from zo_core.distributed import Parallel
@@ -181,9 +181,9 @@ def test_a_matrix_with_factored_noise_is_not_copied():
 
 def test_the_number_of_points_at_once_falls_with_rows_and_copies(monkeypatch):
     engine = optimizer(make("llama")[0], "grouped")._prepare()
-    engine._rows = 512
+    engine.rows = 512
     assert engine._at_once() == 2
-    engine._rows = 16
+    engine.rows = 16
     assert engine._at_once() == 64
     engine._copied = {0: torch.float32}
     monkeypatch.setattr(grouped, "GROUP", engine.space.tensors[0].nbytes * 3)
@@ -399,19 +399,21 @@ def test_a_run_is_made_again_from_its_journal(tmp_path):
     assert same(model, twin)
 
 
-def test_a_run_goes_on_from_its_state_bit_for_bit():
+def test_a_run_goes_on_from_its_state_bit_for_bit_though_batches_grow():
+    sizes = [20, 8, 30, 64, 5]  # rows: at once are 51 points, then 34, then 16
+
+    def run(model, first, last, state=None):
+        opt = zo_core.FZOO(model, lr=1e-2, engine="grouped", distribution="factored", probes=40)
+        if state:
+            opt.load_state_dict(state)
+        for n in sizes[first:last]:
+            opt.step(lambda n=n: (model(X[:n]) - Y[:n]).square().mean())
+        return opt.state_dict()
+
     one, two = network(), network()
-    opts = [zo_core.FZOO(m, lr=1e-3, engine="grouped", distribution="factored", probes=4) for m in (one, two)]
-    for _ in range(4):
-        opts[0].step(loss_of(one))
-    for _ in range(2):
-        opts[1].step(loss_of(two))
-    three = copy.deepcopy(two)
-    opt = zo_core.FZOO(three, lr=1e-3, engine="grouped", distribution="factored", probes=4)
-    opt.load_state_dict(opts[1].state_dict())
-    for _ in range(2):
-        opt.step(loss_of(three))
-    assert same(one, three)
+    state = run(one, 0, 5)
+    found = run(two, 2, 5, run(two, 0, 2))
+    assert same(one, two) and state["state"]["zo"]["rows"] == found["state"]["zo"]["rows"] == 64
 
 
 def train(parallel):
