@@ -22,6 +22,8 @@ class Row(NamedTuple):
     row_scale: Any
     column_scale: Any
     columns: Any
+    row_word: Any  # where the signs of row 0 and column 0 would be
+    column_word: Any
 
 
 class Stream(NamedTuple):
@@ -51,13 +53,18 @@ class Key(NamedTuple):
     k1: Any
 
 
-class Digits(NamedTuple):
-    """Coefficients as ``weighted_signs`` reads them: pointers to what ``digits_kernel`` writes, and the number of steps of eight streams."""
+class Made(NamedTuple):
+    """What a kernel before the pass makes for its sums over streams: pointers, and the number of steps, of so many streams each.
 
-    matrix: Any  # int8
-    totals: Any
-    units: Any
+    ``digits_kernel`` (sums.py): digits of the coefficients, their totals and their units. ``signs_kernel`` (factored.py): words of
+    signs, ``plane`` of them for a step, and sums of five terms.
+    """
+
+    digits: Any  # int8
+    words: Any  # int32
+    values: Any  # float32
     n_steps: Any
+    plane: Any  # int64
 
 
 class Call(NamedTuple):
@@ -69,7 +76,7 @@ class Call(NamedTuple):
     coeffs: Any
     n_tensors: Any
     n_streams: Any
-    digits: Digits
+    made: Made
     counters: Any
     decay: Any = None
     update: Any = None

@@ -1,0 +1,185 @@
+"""Factored noise, rank^-1/2 sum_q a_q(i) b_q(j) of a matrix: signs of its rows i and columns j, and sums of their products.
+
+The signs are made once a pass (``signs_kernel``), for they are few: a word of 32 bits a row, and one or two a column, hold
+those of ten terms. A term is a stream and a q, in this order. A pass then makes no random number:
+
+One term: a row's word is c a(i) and a column's b(j), as float32, so an element takes one multiplication and addition.
+
+More: a sum of five terms takes one of 32 values, which lane l of a warp holds where bit t of l says that term t is added
+and not subtracted. A row's word and a column's differ in the bits of terms whose signs agree (rows have theirs inverted), so
+their XOR is the lane to ask: an instruction to find it, one to ask (SHFL), one to add, where term by term would be 15. Two
+fives at a time (a *step*): a column has a word for each, of 8 columns side by side, so that 8 are two loads of 128 bits.
+Sums of five are rounded in the order of the terms, as the reference's, and are then added in their order.
+"""
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import triton
+import triton.language as tl
+
+from ..reference import COLUMNS, ROWS
+from .arguments import Key
+from .launch import kernel, launch, on
+from .noise import halves, signed, signs
+from .places import load_columns, load_rows, places_of
+
+_LINES = 1024  # rows or columns of a program
+_ROWS = tl.constexpr(ROWS << 24)
+
+
+def _programs(domain: int, begin: int, end: int, at: int, tensor_id: int, column: int) -> list[list[int]]:
+    """Programs of ``signs_kernel`` for indices ``begin`` to ``end``; ``at``: where the word of index 0 would be."""
+    starts = range(begin - begin % _LINES, end, _LINES)
+    return [[start, begin, end, at, tensor_id, column, domain << 24] for start in starts]
+
+
+def lines_of(
+    columns: int, first: int, n: int, tensor_id: int, column: int = 0, at: int = 0
+) -> tuple[list[list[int]], list[int], int]:
+    """Programs for the rows that elements ``first`` to ``first + n`` of a matrix are in, and for its columns.
+
+    Their words begin at ``at`` of a step's. Then where those of row 0 and column 0 are, or would be, and where they end.
+    """
+    top, bottom = first // columns, (first + n - 1) // columns + 1
+    of_columns = at + (bottom - top + 7) // 8 * 8
+    programs = _programs(ROWS, top, bottom, at - top, tensor_id, column)
+    programs += _programs(COLUMNS, 0, columns, of_columns, tensor_id, column)
+    return programs, [at - top, of_columns], of_columns + (columns + 7) // 8 * 16
+
+
+@lru_cache(maxsize=256)
+def lines_on(device: torch.device, *of: int) -> tuple[Tensor, list[int], int]:
+    """``lines_of`` one matrix, with the programs on the device."""
+    programs, places, end = lines_of(*of)
+    return torch.tensor(programs, dtype=torch.int64).to(device), places, end
+
+
+@lru_cache(maxsize=256)
+def _one_domain(device: torch.device, domain: int, n: int, tensor_id: int) -> Tensor:
+    return torch.tensor(_programs(domain, 0, n, 0, tensor_id, 0), dtype=torch.int64).to(device)
+
+
+@kernel(warps=4, forms=lambda: [{"ONE": True}, {"ONE": False}])
+def signs_kernel(
+    table, streams, coeffs, words, values, n_tensors, n_terms, rank, root, n_steps, plane, k0, k1, ONE: tl.constexpr
+):
+    """Words of up to 1,024 rows or columns of a matrix, as ``table`` says, each ``plane`` further for the next term or step.
+
+    And the sums of five terms (n_tensors, n_steps, 2, 32), which a matrix' first program of columns makes.
+    """
+    at = table + tl.program_id(0).to(tl.int64) * 7
+    first, above, column = tl.load(at), tl.load(at + 6).to(tl.uint32), tl.load(at + 5)
+    key = Key(first, tl.load(at + 4).to(tl.uint32), k0.to(tl.uint32), k1.to(tl.uint32))
+    index = (tl.arange(0, 4) * 32)[:, None, None] + (tl.arange(0, 8) * 128)[None, :, None]
+    bit = tl.arange(0, 32)[None, None, :]
+    index = first + index + bit
+    mask = (index >= tl.load(at + 1)) & (index < tl.load(at + 2))
+    words += tl.load(at + 3)
+    coeffs += column
+    if ONE:
+        for term in range(n_terms):
+            stream = tl.load(streams + term // rank).to(tl.uint32)
+            c = tl.where(above == _ROWS, tl.load(coeffs + term // rank * n_tensors), 1.0)
+            z = signed(signs(key, stream, 8, above | ((term % rank).to(tl.uint32) << 8)), c, (4, 8, 32))
+            tl.store(words + term * plane + index, z.to(tl.int32, bitcast=True), mask=mask)
+    else:
+        lane = tl.arange(0, 32)
+        for step in range(n_steps):
+            word = tl.zeros((4, 8, 32), tl.uint32)
+            for t in range(10):
+                term = step * 10 + t
+                stream = tl.load(streams + term // rank, mask=term < n_terms, other=0).to(tl.uint32)
+                s = signs(key, stream, 8, above | ((term % rank).to(tl.uint32) << 8))
+                word |= ((s >> bit.to(tl.uint32)) & 1) << t
+            if above == _ROWS:
+                tl.store(words + step * plane + index, (word ^ 0xFFFFFFFF).to(tl.int32, bitcast=True), mask=mask)
+            else:
+                pair = words + step * plane + 2 * index - (index & 7)
+                tl.store(pair, word.to(tl.int32, bitcast=True), mask=mask)
+                tl.store(pair + 8, (word >> 5).to(tl.int32, bitcast=True), mask=mask)
+            if (above != _ROWS) & (first == 0):
+                for five in range(2):
+                    total = tl.zeros((32,), tl.float32)
+                    for t in range(5):
+                        term = step * 10 + five * 5 + t
+                        c = tl.load(coeffs + term // rank * n_tensors, mask=term < n_terms, other=0.0) * root
+                        minus = (((lane >> t) & 1) ^ 1).to(tl.uint32) << 31
+                        total += (c.to(tl.uint32, bitcast=True) ^ minus).to(tl.float32, bitcast=True)
+                    tl.store(values + ((column * n_steps + step) * 2 + five) * 32 + lane, total)
+
+
+@triton.jit
+def _sum_of_five(values, lanes, A: tl.constexpr, B: tl.constexpr):
+    """What the lane of each element (A, B, 32) holds of the 32 values."""
+    sums = tl.load(values + tl.arange(0, 32))
+    lanes = tl.reshape(lanes & 31, (A * B * 32,))
+    return tl.reshape(tl.gather(sums, lanes, 0), (A, B, 32))
+
+
+@triton.jit
+def _step(step, row, line, place, down, right, mask, made, A: tl.constexpr, B: tl.constexpr, V: tl.constexpr):
+    """The sum of ten terms: of five and five."""
+    words = made.words + step * made.plane
+    a = load_rows(words + row.row_word + line, down, mask, A, B, V)
+    at = words + row.column_word
+    if V == 1:
+        right += place
+    else:
+        at += 2 * place
+    right = 2 * right if V == 8 else 2 * right - (right & 7)
+    values = made.values + (row.column * made.n_steps + step) * 64
+    sums = _sum_of_five(values, a ^ load_columns(at, right, mask, V), A, B)
+    return sums + _sum_of_five(values + 32, (a >> 5) ^ load_columns(at + 8, right, mask, V), A, B)
+
+
+@triton.jit
+def products(row, line, place, mask, made, B: tl.constexpr, FORM: tl.constexpr, CAREFUL: tl.constexpr):
+    """The noise of all terms, float32 (A, B, 32), of a tile that starts in row ``line`` and column ``place``."""
+    A: tl.constexpr = FORM.shape
+    V: tl.constexpr = 1 if CAREFUL else FORM.width
+    down, right = places_of(place, row.columns, A, B, V)
+    if V > 1:
+        mask = tl.full(down.shape, 1, tl.int1)
+    if FORM.streams == "one":
+        a = load_rows(made.words + row.row_word + line, down, mask, A, B, V)
+        b = load_columns(made.words + row.column_word + place, right, mask, V)
+        return a.to(tl.float32, bitcast=True) * b.to(tl.float32, bitcast=True)
+    else:
+        noise = _step(0, row, line, place, down, right, mask, made, A, B, V)
+        for step in range(1, made.n_steps):
+            noise += _step(step, row, line, place, down, right, mask, made, A, B, V)
+        return noise
+
+
+def signs_of(lines: Tensor, plane: int, streams: Tensor, coeffs: Tensor, rank: int, seed: int) -> dict[str, Any]:
+    """The words and sums of matrices (K, T) whose programs are ``lines``, as kernels take them."""
+    (k, count), steps = coeffs.shape, max(-(-streams.numel() * rank // 10), 1)
+    made = {
+        "words": torch.empty(steps * plane, dtype=torch.int32, device=coeffs.device),
+        "values": torch.empty(count * steps * 64, dtype=torch.float32, device=coeffs.device),
+        "n_steps": steps,
+        "plane": plane,
+    }
+    _launch(lines, streams, coeffs, rank, seed, **made, ONE=k * rank == 1)
+    return made
+
+
+def signs_(signs: Tensor, streams: Tensor, *, domain: int, tensor_id: int, seed: int) -> None:
+    """Fill float32 ``signs`` (K, rank, n) with the signs of a domain at indices 0 to n - 1: of stream k and factor q at [k, q]."""
+    k, rank, n = signs.shape
+    if signs.numel():
+        with on(signs.device):
+            lines, one = _one_domain(signs.device, domain, n, tensor_id), torch.ones(k, 1, device=signs.device)
+            _launch(lines, streams, one.float(), rank, seed, words=signs.view(torch.int32), values=one, n_steps=0, plane=n, ONE=True)
+
+
+def _launch(lines: Tensor, streams: Tensor, coeffs: Tensor, rank: int, seed: int, **more: Any) -> None:
+    k, count = coeffs.shape
+    launch(
+        signs_kernel, len(lines), table=lines, streams=streams, coeffs=coeffs, n_tensors=count, n_terms=k * rank, rank=rank,
+        root=rank**-0.5, **halves(seed), **more,
+    )  # fmt: skip
