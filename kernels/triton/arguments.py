@@ -62,7 +62,7 @@ class Made(NamedTuple):
 
     digits: Any  # int8
     words: Any  # int32
-    values: Any  # float32
+    reals: Any  # float32
     n_steps: Any
     plane: Any  # int64
 

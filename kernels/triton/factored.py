@@ -65,7 +65,7 @@ def _one_domain(device: torch.device, domain: int, n: int, tensor_id: int) -> Te
 
 @kernel(warps=4, forms=lambda: [{"ONE": True}, {"ONE": False}])
 def signs_kernel(
-    table, streams, coeffs, words, values, n_tensors, n_terms, rank, root, n_steps, plane, k0, k1, ONE: tl.constexpr
+    table, streams, coeffs, words, reals, n_tensors, n_terms, rank, root, n_steps, plane, k0, k1, ONE: tl.constexpr
 ):
     """Words of up to 1,024 rows or columns of a matrix, as ``table`` says, each ``plane`` further for the next term or step.
 
@@ -109,31 +109,27 @@ def signs_kernel(
                         c = tl.load(coeffs + term // rank * n_tensors, mask=term < n_terms, other=0.0) * root
                         minus = (((lane >> t) & 1) ^ 1).to(tl.uint32) << 31
                         total += (c.to(tl.uint32, bitcast=True) ^ minus).to(tl.float32, bitcast=True)
-                    tl.store(values + ((column * n_steps + step) * 2 + five) * 32 + lane, total)
+                    tl.store(reals + ((column * n_steps + step) * 2 + five) * 32 + lane, total)
 
 
 @triton.jit
-def _sum_of_five(values, lanes, A: tl.constexpr, B: tl.constexpr):
+def _sum_of_five(reals, lanes, A: tl.constexpr, B: tl.constexpr):
     """What the lane of each element (A, B, 32) holds of the 32 values."""
-    sums = tl.load(values + tl.arange(0, 32))
+    sums = tl.load(reals + tl.arange(0, 32))
     lanes = tl.reshape(lanes & 31, (A * B * 32,))
     return tl.reshape(tl.gather(sums, lanes, 0), (A, B, 32))
 
 
 @triton.jit
-def _step(step, row, line, place, down, right, mask, made, A: tl.constexpr, B: tl.constexpr, V: tl.constexpr):
+def _step(step, row, line, down, right, mask, made, A: tl.constexpr, B: tl.constexpr, V: tl.constexpr):
     """The sum of ten terms: of five and five."""
     words = made.words + step * made.plane
     a = load_rows(words + row.row_word + line, down, mask, A, B, V)
     at = words + row.column_word
-    if V == 1:
-        right += place
-    else:
-        at += 2 * place
     right = 2 * right if V == 8 else 2 * right - (right & 7)
-    values = made.values + (row.column * made.n_steps + step) * 64
-    sums = _sum_of_five(values, a ^ load_columns(at, right, mask, V), A, B)
-    return sums + _sum_of_five(values + 32, (a >> 5) ^ load_columns(at + 8, right, mask, V), A, B)
+    reals = made.reals + (row.column * made.n_steps + step) * 64
+    sums = _sum_of_five(reals, a ^ load_columns(at, right, mask, V), A, B)
+    return sums + _sum_of_five(reals + 32, (a >> 5) ^ load_columns(at + 8, right, mask, V), A, B)
 
 
 @triton.jit
@@ -141,17 +137,17 @@ def products(row, line, place, mask, made, B: tl.constexpr, FORM: tl.constexpr, 
     """The noise of all terms, float32 (A, B, 32), of a tile that starts in row ``line`` and column ``place``."""
     A: tl.constexpr = FORM.shape
     V: tl.constexpr = 1 if CAREFUL else FORM.width
-    down, right = places_of(place, row.columns, A, B, V)
+    down, right = places_of(place, row.columns.to(place.dtype), A, B, V)
     if V > 1:
         mask = tl.full(down.shape, 1, tl.int1)
     if FORM.streams == "one":
         a = load_rows(made.words + row.row_word + line, down, mask, A, B, V)
-        b = load_columns(made.words + row.column_word + place, right, mask, V)
+        b = load_columns(made.words + row.column_word, right, mask, V)
         return a.to(tl.float32, bitcast=True) * b.to(tl.float32, bitcast=True)
     else:
-        noise = _step(0, row, line, place, down, right, mask, made, A, B, V)
+        noise = _step(0, row, line, down, right, mask, made, A, B, V)
         for step in range(1, made.n_steps):
-            noise += _step(step, row, line, place, down, right, mask, made, A, B, V)
+            noise += _step(step, row, line, down, right, mask, made, A, B, V)
         return noise
 
 
@@ -160,7 +156,7 @@ def signs_of(lines: Tensor, plane: int, streams: Tensor, coeffs: Tensor, rank: i
     (k, count), steps = coeffs.shape, max(-(-streams.numel() * rank // 10), 1)
     made = {
         "words": torch.empty(steps * plane, dtype=torch.int32, device=coeffs.device),
-        "values": torch.empty(count * steps * 64, dtype=torch.float32, device=coeffs.device),
+        "reals": torch.empty(count * steps * 64, dtype=torch.float32, device=coeffs.device),
         "n_steps": steps,
         "plane": plane,
     }
@@ -174,7 +170,7 @@ def signs_(signs: Tensor, streams: Tensor, *, domain: int, tensor_id: int, seed:
     if signs.numel():
         with on(signs.device):
             lines, one = _one_domain(signs.device, domain, n, tensor_id), torch.ones(k, 1, device=signs.device)
-            _launch(lines, streams, one.float(), rank, seed, words=signs.view(torch.int32), values=one, n_steps=0, plane=n, ONE=True)
+            _launch(lines, streams, one.float(), rank, seed, words=signs.view(torch.int32), reals=one, n_steps=0, plane=n, ONE=True)
 
 
 def _launch(lines: Tensor, streams: Tensor, coeffs: Tensor, rank: int, seed: int, **more: Any) -> None:

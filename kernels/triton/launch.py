@@ -14,7 +14,7 @@ import triton.language as tl
 TYPES = (
     dict.fromkeys(("table", "streams", "update", "counters", "rows"), "*i64")
     | dict.fromkeys(("runs", "go", "words"), "*i32")
-    | dict.fromkeys(("coeffs", "restore", "curvature", "decay", "smoothing", "values", "hessian"), "*fp32")
+    | dict.fromkeys(("coeffs", "restore", "curvature", "decay", "smoothing", "reals", "hessian"), "*fp32")
     | dict.fromkeys(("digits", "src", "dst", "residual"), "*i8")
     | dict.fromkeys(
         ("n", "n_tensors", "n_streams", "n_terms", "rank", "n_steps", "n_tiles", "domain", "moves", "decays", "updates"), "i32"

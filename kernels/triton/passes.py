@@ -41,7 +41,7 @@ WARPS = 1
 
 @kernel(warps=WARPS, forms=pass_forms)
 def pass_kernel(
-    table, runs, n_tiles, go, k0, k1, streams, coeffs, n_tensors, n_streams, digits, words, values, n_steps, plane, counters,
+    table, runs, n_tiles, go, k0, k1, streams, coeffs, n_tensors, n_streams, digits, words, reals, n_steps, plane, counters,
     decay, update, restore, curvature, smoothing, hessian_min, hessian_max, FORM: tl.constexpr,
 ):  # fmt: skip
     """A program works on up to ``n_tiles`` tiles of one tensor: ``runs`` names the row of ``table`` and the first tile."""
@@ -56,7 +56,7 @@ def pass_kernel(
     )  # fmt: skip
     call = Call(
         k0.to(tl.uint32), k1.to(tl.uint32), streams, coeffs, n_tensors, n_streams,
-        Made(digits, words, values, n_steps, plane), counters, decay, update, restore, curvature, smoothing, hessian_min, hessian_max,
+        Made(digits, words, reals, n_steps, plane), counters, decay, update, restore, curvature, smoothing, hessian_min, hessian_max,
     )  # fmt: skip
     if (tl.load(go) != 0) & (tl.load(go + 1 + row.column) != 0):
         run_tiles(row, begin, tl.minimum(begin + n_tiles, tl.cdiv(row.end, FORM.size(False))), call, FORM)
@@ -86,21 +86,23 @@ def run_tiles(row, begin, stop, call, FORM: tl.constexpr):
     if FORM.placed:  # the row and column where a tile starts, and how far on the next one does
         line, place = place_of(row.first + whole * TILE, row.columns)
         down, right = place_of(one * TILE, row.columns)
+        place, right = place.to(tl.int32), right.to(tl.int32)  # rows of aligned tensors are shorter
     for t in range(whole, whole_stop):
         if not _tile(row, tl.multiple_of(one * t * TILE, TILE), line, place, work, call, FORM, False):
             rest |= one << (t - begin)
         if FORM.placed:
-            line, place = line + down, place + right
-            if place >= row.columns:
-                line, place = line + 1, place - row.columns
+            over = place + right >= row.columns.to(tl.int32)
+            line += down + over
+            place += right - tl.where(over, row.columns, 0).to(tl.int32)
     if rest != 0:
         for t in range(begin, stop):
             if (rest >> (t - begin)) & 1 != 0:
                 for part in range(TILE // PART):
                     start = one * t * TILE + part * PART
+                    at, right_at = one, one
                     if FORM.placed:
-                        line, place = place_of(row.first + start, row.columns)
-                    _tile(row, start, line, place, work, call, FORM, True)
+                        at, right_at = place_of(row.first + start, row.columns)
+                    _tile(row, start, at, right_at, work, call, FORM, True)
 
 
 @triton.jit
@@ -204,7 +206,8 @@ def run_pass(
     scale = "factors" if row_scales else "update" if curvature is not None else "hessian" if hessians else ""
     widths = (columns or columns_of(src)) if distribution == "factored" else [0] * count
     pairs = zip(row_scales, column_scales, strict=True) if row_scales else [(None, None)] * count
-    factors = [table.factors_of(*pair, n) for pair, n in zip(pairs, widths, strict=True)]
+    ends = [x.numel() + offset for x, offset in zip(src, offsets or [0] * count, strict=True)]
+    factors = [table.factors_of(*both, n, end) for both, n, end in zip(pairs, widths, ends, strict=True)]
     kinds: dict[Any, list[int]] = {}
     for i, (s, d) in enumerate(zip(src, dst, strict=True)):
         bits = 8 * residuals[i].element_size() if residuals and residuals[i].numel() else 0
@@ -212,7 +215,7 @@ def run_pass(
         form = form_of(name, s.dtype, d.dtype, scale, bits, not moves, update is not None, decay is not None, terms)
         kinds.setdefault((form, s.dtype, d.dtype), []).append(i)
     with on(streams.device):
-        unread = dict.fromkeys((*given, "digits", "words", "values"), coeffs)  # where a form reads nothing
+        unread = dict.fromkeys((*given, "digits", "words", "reals"), coeffs)  # where a form reads nothing
         same = {
             **unread, "n_steps": 0, "plane": 0, **scalars, "streams": streams, "coeffs": coeffs, "counters": counters,
             "update": counters if update is None else update, "n_tensors": count, "n_streams": k, **halves(seed),

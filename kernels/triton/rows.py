@@ -18,7 +18,7 @@ from .table import factors_of
 @kernel(warps=1, forms=rows_forms)
 def rows_kernel(
     src, rows, dst, residual, hessian, row_scale, column_scale, columns, row_word, column_word, go, n_tiles, width, tensor_id,
-    offset, k0, k1, streams, coeffs, n_streams, digits, words, values, n_steps, plane, counters, FORM: tl.constexpr,
+    offset, k0, k1, streams, coeffs, n_streams, digits, words, reals, n_steps, plane, counters, FORM: tl.constexpr,
 ):  # fmt: skip
     """A program makes one tile of one gathered row: a row is a tensor that starts at its own offset in the matrix."""
     TILE: tl.constexpr = FORM.size(False)
@@ -41,7 +41,7 @@ def rows_kernel(
     )  # fmt: skip
     call = Call(
         k0.to(tl.uint32), k1.to(tl.uint32), streams, coeffs, 1, n_streams,
-        Made(digits, words, values, n_steps, plane), counters,
+        Made(digits, words, reals, n_steps, plane), counters,
     )  # fmt: skip
     if (tl.load(go) != 0) & (t * TILE < shift + width):
         run_tiles(row, t, t + 1, call, FORM)
@@ -58,11 +58,11 @@ def run_rows(
     k, width, coeffs = streams.numel(), src.shape[1], coeffs.contiguous()
     bits = 8 * residual.element_size() if residual is not None and residual.numel() else 0
     scale = "hessian" if hessian is not None else "factors" if row_scale is not None else ""
-    factors = factors_of(row_scale, column_scale, width if distribution == "factored" else 0)
+    factors = factors_of(row_scale, column_scale, width if distribution == "factored" else 0, offset + src.numel())
     form = form_of(distribution, src.dtype, dst.dtype, scale, bits, False, False, False, k * rank)
     tiles = -(-width // TILE) + 1  # a row may start anywhere in its first tile
     with on(src.device):
-        made = {**dict.fromkeys(("digits", "words", "values"), coeffs), "n_steps": 0, "plane": 0}  # read by sums alone
+        made = {**dict.fromkeys(("digits", "words", "reals"), coeffs), "n_steps": 0, "plane": 0}  # read by sums alone
         places = [0, 0]
         if form.factored:
             lines, places, plane = lines_on(src.device, width, offset, src.numel(), tensor_id)

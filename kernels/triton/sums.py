@@ -26,7 +26,7 @@ from .noise import RADEMACHER, in_order, words_of
 
 
 @kernel(warps=1)
-def digits_kernel(coeffs, digits, words, values, n_tensors, n_streams, n_steps):
+def digits_kernel(coeffs, digits, words, reals, n_tensors, n_streams, n_steps):
     """The right side for a tensor: int8 digits (steps, 16, 32), their totals, words of int32 (16,), and a value, the unit of its sums.
 
     Column n of the 16 has digit (n & 1) + 2 (n >> 3) of the elements 8j + i with j = (n >> 1) & 3.
@@ -41,7 +41,7 @@ def digits_kernel(coeffs, digits, words, values, n_tensors, n_streams, n_steps):
     exponent = tl.maximum(largest.to(tl.int32, bitcast=True) >> 23, 27)
     unit = ((exponent - 25) << 23).to(tl.float32, bitcast=True)  # 2^(e - 25)
     inverse = ((279 - exponent) << 23).to(tl.float32, bitcast=True)  # exact; a float32 division may be off by 2 ulp
-    tl.store(values + column, unit)
+    tl.store(reals + column, unit)
     n = tl.arange(0, 16)
     digit, j = (n & 1) + 2 * (n >> 3), (n >> 1) & 3
     inner = tl.arange(0, 32)
@@ -68,7 +68,7 @@ def digits_of(coeffs: Tensor) -> dict[str, Any]:
     made = {
         "digits": torch.empty(count * steps * 512, dtype=torch.int8, device=coeffs.device),
         "words": torch.empty(count * 16, dtype=torch.int32, device=coeffs.device),
-        "values": torch.empty(count, dtype=torch.float32, device=coeffs.device),
+        "reals": torch.empty(count, dtype=torch.float32, device=coeffs.device),
         "n_steps": steps,
     }
     launch(digits_kernel, count, coeffs=coeffs, **made, n_tensors=count, n_streams=k)
@@ -144,7 +144,7 @@ def weighted_signs(key, column, call, BLOCKS: tl.constexpr):
     for step in range(1, made.n_steps):
         sums = _step(step, sums, key, call, lanes, right, ROWS)
     a0, a1, a2, a3, a4, a5, a6, a7 = sums
-    unit = tl.load(made.values + column)
+    unit = tl.load(made.reals + column)
     y0, y1 = _value(a0, unit, ROWS), _value(a1, unit * 0.5, ROWS)
     y2, y3 = _value(a2, unit * 0.25, ROWS), _value(a3, unit * 0.125, ROWS)
     y4, y5 = _value(a4, unit * 0.0625, ROWS), _value(a5, unit * 0.03125, ROWS)

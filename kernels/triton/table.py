@@ -13,7 +13,6 @@ from .forms import TILE
 # At most 62, the bits of ``_tiles``' mask (passes.py). The first loads of a program (row, scalars), about 1 us, are then
 # under 5% of its time.
 TILES = 32  # of a program
-_ENDLESS = 1 << 62  # columns of a vector, whose scales are in one row
 _ROW = 14  # int64 of a tensor, in the order of ``Row`` in passes.py
 _CACHED = 1024  # tables kept: a shadow engine needs one a module; one is 112 bytes a tensor and 8 a run of tiles
 
@@ -43,7 +42,7 @@ def tile_rows(
         s, d, h = s - shift * src_bytes, d - shift * dst_bytes, h - shift * 4 if h else 0
         r -= shift * residual_bits // 8
         aligned = s % 16 == d % 16 == h % 16 == r % (residual_bits or 1) == 0  # 8 elements of a residual are its bits
-        aligned &= column_scale % 16 == width % 8 == 0 and (width < 1 << 30 or width == _ENDLESS)
+        aligned &= column_scale % 16 == width % 8 == 0 and width < 1 << 30
         rows.append([s, d, h, shift, shift + n, offset - shift, tensor_id, column * 2 + aligned, r])
         places = [0, 0]
         if factored:
@@ -55,17 +54,17 @@ def tile_rows(
     return rows, runs, lines, words
 
 
-def factors_of(row_scale: Tensor | None, column_scale: Tensor | None, columns: int = 0) -> tuple[int, int, int]:
+def factors_of(row_scale: Tensor | None, column_scale: Tensor | None, columns: int, end: int) -> tuple[int, int, int]:
     """Addresses of the two factors, 0 for none, and how many columns they, or a matrix with factored noise, have.
 
-    A vector's are one row without end, of factor 1, at 0.
+    A vector, all elements before ``end``, is one row of factor 1, at 0.
     """
     if row_scale is None or column_scale is None:
         return 0, 0, columns
-    n = column_scale.numel()
+    n = column_scale.numel() or -(-end // 8) * 8
     if columns not in (0, n):
         raise ValueError(f"column_scales: expected as many numbers as factored noise has columns, {columns}, got {n}")
-    return (row_scale.data_ptr(), column_scale.data_ptr(), n) if n else (0, row_scale.data_ptr(), _ENDLESS)
+    return (row_scale.data_ptr(), column_scale.data_ptr(), n) if column_scale.numel() else (0, row_scale.data_ptr(), n)
 
 
 def table_of(src: list[Tensor], dst: list[Tensor], hessians: list[Tensor], residuals: list[Tensor], offsets: list[int],
