@@ -26,6 +26,15 @@ class Row(NamedTuple):
     column_word: Any
 
 
+class Place(NamedTuple):
+    """Where the first element of a tile is in its matrix; of no use where a form is not ``placed``."""
+
+    line: Any  # row, int64
+    column: Any
+    columns: Any
+    inverse: Any  # places.inverse_of
+
+
 class Stream(NamedTuple):
     """A stream's number, and its coefficients in a tensor: in the noise, in what is taken back before, in the change of H."""
 

@@ -25,7 +25,7 @@ from ..reference import COLUMNS, ROWS
 from .arguments import Key
 from .launch import kernel, launch, on
 from .noise import halves, signed, signs
-from .places import load_columns, load_rows, places_of
+from .places import load_columns, load_rows
 
 _LINES = 1024  # rows or columns of a program
 _ROWS = tl.constexpr(ROWS << 24)
@@ -121,33 +121,29 @@ def _sum_of_five(reals, lanes, A: tl.constexpr, B: tl.constexpr):
 
 
 @triton.jit
-def _step(step, row, line, down, right, mask, made, A: tl.constexpr, B: tl.constexpr, V: tl.constexpr):
+def _step(step, row, place, mask, known, made, A: tl.constexpr, B: tl.constexpr, V: tl.constexpr):
     """The sum of ten terms: of five and five."""
     words = made.words + step * made.plane
-    a = load_rows(words + row.row_word + line, down, mask, A, B, V)
-    at = words + row.column_word
-    right = 2 * right if V == 8 else 2 * right - (right & 7)
+    a = load_rows(words + row.row_word, place, known, A, B, V)
+    b = load_columns(words + row.column_word, place, mask, A, B, V, PAIRS=True)
+    other = load_columns(words + row.column_word + 8, place, mask, A, B, V, PAIRS=True)
     reals = made.reals + (row.column * made.n_steps + step) * 64
-    sums = _sum_of_five(reals, a ^ load_columns(at, right, mask, V), A, B)
-    return sums + _sum_of_five(reals + 32, (a >> 5) ^ load_columns(at + 8, right, mask, V), A, B)
+    return _sum_of_five(reals, a ^ b, A, B) + _sum_of_five(reals + 32, (a >> 5) ^ other, A, B)
 
 
 @triton.jit
-def products(row, line, place, mask, made, B: tl.constexpr, FORM: tl.constexpr, CAREFUL: tl.constexpr):
-    """The noise of all terms, float32 (A, B, 32), of a tile that starts in row ``line`` and column ``place``."""
+def products(row, place, mask, made, B: tl.constexpr, FORM: tl.constexpr, CAREFUL: tl.constexpr):
+    """The noise of all terms in a tile (A, B, 32), float32."""
     A: tl.constexpr = FORM.shape
-    V: tl.constexpr = 1 if CAREFUL else FORM.width
-    down, right = places_of(place, row.columns.to(place.dtype), A, B, V)
-    if V > 1:
-        mask = tl.full(down.shape, 1, tl.int1)
+    V: tl.constexpr = FORM.neighbours(CAREFUL)
+    known = mask if CAREFUL else tl.full((A, B, 32 // V), 1, tl.int1)
     if FORM.streams == "one":
-        a = load_rows(made.words + row.row_word + line, down, mask, A, B, V)
-        b = load_columns(made.words + row.column_word, right, mask, V)
-        return a.to(tl.float32, bitcast=True) * b.to(tl.float32, bitcast=True)
+        a = load_rows(made.words + row.row_word, place, known, A, B, V).to(tl.float32, bitcast=True)
+        return a * load_columns(made.words + row.column_word, place, mask, A, B, V).to(tl.float32, bitcast=True)
     else:
-        noise = _step(0, row, line, down, right, mask, made, A, B, V)
+        noise = _step(0, row, place, mask, known, made, A, B, V)
         for step in range(1, made.n_steps):
-            noise += _step(step, row, line, down, right, mask, made, A, B, V)
+            noise += _step(step, row, place, mask, known, made, A, B, V)
         return noise
 
 

@@ -55,6 +55,10 @@ class Form:
         """Neighbours that a thread loads and stores at once, 128 bits of the narrower type."""
         return 4 if self.src == self.dst == tl.float32 else 8
 
+    def neighbours(self, careful: bool) -> int:
+        """Elements side by side of which is known that they are in one row; ``width`` where columns are a multiple of 8."""
+        return 1 if careful else self.width
+
     def size(self, careful: bool) -> int:
         """Elements of a tile; where care is needed, which is seldom, few of them, for few registers."""
         return 128 if careful else TILE

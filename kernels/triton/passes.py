@@ -21,13 +21,13 @@ import triton.language as tl
 
 from ..reference import HESSIAN_RANGE, columns_of
 from . import table
-from .arguments import Call, Key, Made, Row, Stream, Work
+from .arguments import Call, Key, Made, Place, Row, Stream, Work
 from .factored import signs_of
 from .forms import form_of, pass_forms
 from .gate import gate
 from .launch import kernel, launch, on
 from .noise import halves, rsqrt
-from .places import place_of, scales_of
+from .places import inverse_of, place_of, scales_of
 from .residuals import join_residual, to_float32
 from .rounding import limit_of, rounded_with_residual, rounding_bits, store_by_definition, within
 from .streams import stream_of, sum_of_streams
@@ -82,27 +82,30 @@ def run_tiles(row, begin, stop, call, FORM: tl.constexpr):
     whole_stop = tl.maximum(tl.minimum(stop, row.end // TILE), whole)
     one = tl.full((), 1, tl.int64)  # the interpreter's loop variables are Python integers
     rest = ((one << (whole - begin)) - 1) | ((one << (stop - begin)) - (one << (whole_stop - begin)))
-    line, place, down, right = one, one, one, one
+    line, column, down, right, columns, inverse = one, one, one, one, one, one
     if FORM.placed:  # the row and column where a tile starts, and how far on the next one does
-        line, place = place_of(row.first + whole * TILE, row.columns)
+        line, column = place_of(row.first + whole * TILE, row.columns)
         down, right = place_of(one * TILE, row.columns)
-        place, right = place.to(tl.int32), right.to(tl.int32)  # rows of aligned tensors are shorter
+        column, right, columns = column.to(tl.int32), right.to(tl.int32), row.columns.to(tl.int32)
+        inverse = inverse_of(row.columns)
     for t in range(whole, whole_stop):
-        if not _tile(row, tl.multiple_of(one * t * TILE, TILE), line, place, work, call, FORM, False):
+        place = Place(line, column, columns, inverse)
+        if not _tile(row, tl.multiple_of(one * t * TILE, TILE), place, work, call, FORM, False):
             rest |= one << (t - begin)
         if FORM.placed:
-            over = place + right >= row.columns.to(tl.int32)
+            over = column + right >= columns
             line += down + over
-            place += right - tl.where(over, row.columns, 0).to(tl.int32)
+            column += right - tl.where(over, columns, 0)
     if rest != 0:
         for t in range(begin, stop):
             if (rest >> (t - begin)) & 1 != 0:
                 for part in range(TILE // PART):
                     start = one * t * TILE + part * PART
-                    at, right_at = one, one
+                    place = Place(one, one, one, inverse)
                     if FORM.placed:
-                        at, right_at = place_of(row.first + start, row.columns)
-                    _tile(row, start, at, right_at, work, call, FORM, True)
+                        at = place_of(row.first + start, row.columns)
+                        place = Place(at[0], at[1], row.columns, inverse)
+                    _tile(row, start, place, work, call, FORM, True)
 
 
 @triton.jit
@@ -126,8 +129,8 @@ def _load(pointer, mask, other, CAREFUL: tl.constexpr):
 
 
 @triton.jit
-def _tile(row, start, line, place, work, call, FORM: tl.constexpr, CAREFUL: tl.constexpr):
-    """One tile, from element ``start`` on, which is in row ``line`` and column ``place`` where FORM is ``placed``.
+def _tile(row, start, place, work, call, FORM: tl.constexpr, CAREFUL: tl.constexpr):
+    """One tile, from element ``start`` on, which is at ``place``.
 
     Not CAREFUL: the tile is whole and aligned; false, and nothing written, where a result is not a number in range.
     CAREFUL: elements may be missing, unaligned, not finite or out of range.
@@ -152,10 +155,10 @@ def _tile(row, start, line, place, work, call, FORM: tl.constexpr, CAREFUL: tl.c
         h = _load(hessian, mask, 1.0, CAREFUL)
 
     key = Key(row.first + start, row.tensor_id, call.k0, call.k1)
-    noise, back, squares = sum_of_streams(weight, key, row, line, place, mask, work.only, call, B, FORM, CAREFUL)
+    noise, back, squares = sum_of_streams(weight, key, row, place, mask, work.only, call, B, FORM, CAREFUL)
     base = weight
     if FORM.scale == "factors":
-        noise = noise * scales_of(row, line, place, mask, A, B, 1 if CAREFUL else FORM.width)
+        noise = noise * scales_of(row, place, mask, A, B, FORM.neighbours(CAREFUL))
     elif FORM.scale != "":
         scale = rsqrt(h)
         if FORM.scale == "update":

@@ -1,7 +1,13 @@
-"""In which rows and columns the elements of a tile are, and the scales of the noise that are looked up by them (docs/noise.md)."""
+"""In which rows and columns the elements of a tile are, and what is looked up by them: scales in two factors (docs/noise.md).
+
+V neighbours, along the last axis of a tile (A, B, 32), are in one row, and the factors of their columns are loaded at once. V is 1
+where care is needed (passes.py); above 1, ``place`` is int32 and rows have less than 2^30 elements.
+"""
 
 import triton
 import triton.language as tl
+
+from .launch import assembly
 
 
 @triton.jit
@@ -12,50 +18,67 @@ def place_of(e, columns):
 
 
 @triton.jit
-def _rows_down(place, columns, at):
-    """How many rows below an element in column ``place`` the ``at``-th after it is, int32; ``at`` from 0 to 1023.
-
-    Of a row longer than 1024 only the last 1024 count here, so that 32 bits are enough: with n up to 1024 and x below
-    n + 1023, x n is below 2^21, so the upper 32 bits of 2 x (2^31 / n + 1) are x / n.
-    """
-    short = tl.minimum(columns, 1024).to(tl.int32)
-    x = short - tl.minimum(columns - place, short).to(tl.int32) + at
-    return tl.umulhi((2 * x).to(tl.uint32), ((1 << 31) // short.to(tl.uint32) + 1).to(tl.uint32)).to(tl.int32)
+def inverse_of(columns):
+    """A number for ``rows_down`` to multiply by; no more than 1,024 columns count there."""
+    return (1 << 31) // tl.minimum(columns, 1024).to(tl.uint32) + 1
 
 
 @triton.jit
-def places_of(place, columns, A: tl.constexpr, B: tl.constexpr, V: tl.constexpr):
-    """Rows below the first element's, and columns, of a tile (A, B, 32) from column ``place`` on, both int64.
+def rows_down(place, at):
+    """How many rows below an element in column ``place.column`` the ``at``-th after it is, int32; ``at`` from 0 to 1023.
 
-    V neighbours are in one row: rows are (A, B, 32 // V), and columns, (A, B, 32), are those of the first of V. With V above 1
-    rows have less than 2^30 elements, and ``place`` and ``columns`` are int32.
+    Of a row longer than 1024 only the last 1024 count, so that 32 bits are enough: with n up to 1024 and x below n + 1023, x n
+    is below 2^21, so the upper 32 bits of 2 x (2^31 / n + 1) are x / n.
     """
-    at = (tl.arange(0, A) * 32)[:, None, None] + (tl.arange(0, B) * (32 * A))[None, :, None]
-    down = _rows_down(place, columns, at + (tl.arange(0, 32 // V) * V)[None, None, :])
-    at = at + (tl.arange(0, 32) & -V)[None, None, :]
-    right = place + at - _rows_down(place, columns, at) * columns
-    return down.to(tl.uint32).to(tl.int64), right if V == 1 else right.to(tl.uint32).to(tl.int64)
+    short = tl.minimum(place.columns, 1024).to(tl.int32)
+    x = short - tl.minimum(place.columns - place.column, short).to(tl.int32) + at
+    return tl.umulhi((2 * x).to(tl.uint32), place.inverse.to(tl.uint32)).to(tl.int32)
 
 
 @triton.jit
-def load_rows(pointer, down, known, A: tl.constexpr, B: tl.constexpr, V: tl.constexpr):
-    """What ``pointer`` has of rows (A, B, 32 // V), to each of V neighbours, (A, B, 32); 1 where it is not ``known``."""
-    x = tl.load(pointer + down, mask=known, other=1)
+def _product(x, y):
+    """Of int32, as int64 in one instruction."""
+    if assembly():
+        return tl.inline_asm_elementwise("mul.wide.s32 $0, $1, $2;", "=l,r,r", [x, y], tl.int64, is_pure=True, pack=1)
+    return x.to(tl.int64) * y
+
+
+@triton.jit
+def _elements(A: tl.constexpr, B: tl.constexpr, V: tl.constexpr, EACH: tl.constexpr):
+    """Which element of its tile is the first of V, int32: to each of V, (A, B, 32), or once, (A, B, 32 // V)."""
+    last = (tl.arange(0, 32) & -V) if EACH else tl.arange(0, 32 // V) * V
+    return (tl.arange(0, A) * 32)[:, None, None] + (tl.arange(0, B) * (32 * A))[None, :, None] + last[None, None, :]
+
+
+@triton.jit
+def load_rows(pointer, place, known, A: tl.constexpr, B: tl.constexpr, V: tl.constexpr):
+    """What ``pointer`` has of each element's row, (A, B, 32); 1 where it is not ``known``, (A, B, 32 // V)."""
+    down = rows_down(place, _elements(A, B, V, False)).to(tl.uint32).to(tl.int64)
+    x = tl.load(pointer + place.line + down, mask=known, other=1)
     return tl.reshape(tl.broadcast_to(x[:, :, :, None], (A, B, 32 // V, V)), (A, B, 32))
 
 
 @triton.jit
-def load_columns(pointer, right, mask, V: tl.constexpr):
-    """What ``pointer`` has of columns, of V neighbours at once, which are aligned; ``right``: the first of V."""
-    pointer += tl.max_contiguous(tl.multiple_of(right + (tl.arange(0, 32) & (V - 1))[None, None, :], (1, 1, V)), (1, 1, V))
-    return tl.load(pointer, mask=mask, other=1) if V == 1 else tl.load(tl.multiple_of(pointer, (1, 1, 16)))
+def load_columns(pointer, place, mask, A: tl.constexpr, B: tl.constexpr, V: tl.constexpr, PAIRS: tl.constexpr = False):
+    """What ``pointer`` has of each element's column, (A, B, 32). PAIRS: of each eight columns there are eight others behind."""
+    at = _elements(A, B, V, True)
+    down = rows_down(place, at)
+    if V == 1:
+        right = place.column + at - down * place.columns
+        right = 2 * right - (right & 7) if PAIRS else right
+        return tl.load(pointer + right, mask=mask, other=1)
+    # Addresses, so that one multiplication is left for V elements: all else is the same in a program or a thread.
+    BYTES: tl.constexpr = 8 if PAIRS else 4
+    first = (pointer.to(tl.int64) + place.column.to(tl.int64) * BYTES) + (2 * at - (at & 7) if PAIRS else at) * 4
+    first = (first + _product(down, place.columns * -BYTES)).to(pointer.dtype)
+    pointers = tl.max_contiguous(first + (tl.arange(0, 32) & (V - 1))[None, None, :], (1, 1, V))
+    return tl.load(tl.multiple_of(pointers, (1, 1, 16)))
 
 
 @triton.jit
-def scales_of(row, line, place, mask, A: tl.constexpr, B: tl.constexpr, V: tl.constexpr):
-    """float32 scales (A, B, 32) of a tile that starts in row ``line`` and column ``place``; no row_scale, 0: a factor of 1."""
-    down, right = places_of(place, row.columns.to(place.dtype), A, B, V)
-    known = tl.broadcast_to(row.row_scale, down.shape) != 0
+def scales_of(row, place, mask, A: tl.constexpr, B: tl.constexpr, V: tl.constexpr):
+    """float32 scales (A, B, 32) of a tile; no row_scale, 0: a factor of 1."""
+    known = tl.broadcast_to(row.row_scale, (A, B, 32 // V)) != 0
     rows, columns = row.row_scale.to(tl.pointer_type(tl.float32)), row.column_scale.to(tl.pointer_type(tl.float32))
-    factor = load_rows(rows + line, down, known & mask if V == 1 else known, A, B, V)
-    return factor * load_columns(columns, right, mask, V)
+    factor = load_rows(rows, place, known & mask if V == 1 else known, A, B, V)
+    return factor * load_columns(columns, place, mask, A, B, V)

@@ -36,9 +36,7 @@ def _zeros_like(x):
 
 
 @triton.jit
-def sum_of_streams(
-    like, key, row, line, place, mask, only, call, B: tl.constexpr, FORM: tl.constexpr, CAREFUL: tl.constexpr
-):
+def sum_of_streams(like, key, row, place, mask, only, call, B: tl.constexpr, FORM: tl.constexpr, CAREFUL: tl.constexpr):
     """sum_k c[k] z[k] of a tile of the shape of ``like``, and where H changes also sum_k restore[k] z[k], sum_k curvature[k] z[k]^2.
 
     ``only``: the stream, where the form has one. A careful tile has no sum on the tensor cores, which is of whole tiles.
@@ -48,7 +46,7 @@ def sum_of_streams(
     back = noise
     squares = noise
     if FORM.factored:
-        noise = products(row, line, place, mask, call.made, B, FORM, CAREFUL)
+        noise = products(row, place, mask, call.made, B, FORM, CAREFUL)
     elif FORM.streams == "sums" and not CAREFUL:
         noise = weighted_signs(key, row.column, call, B)
     else:
