@@ -21,8 +21,9 @@ class Row(NamedTuple):
     residual: Any
     row_scale: Any
     column_scale: Any
-    columns: Any
-    row_word: Any  # where the signs of row 0 and column 0 would be
+    columns: Any  # of the scales
+    width: Any  # columns of factored noise, and where the signs of its row 0 and column 0 would be
+    row_word: Any
     column_word: Any
 
 
@@ -32,7 +33,7 @@ class Place(NamedTuple):
     line: Any  # row, int64
     column: Any
     columns: Any
-    inverse: Any  # places.inverse_of
+    inverse: Any  # of columns, or of 1,024 where they are more, for ``rows_down`` to multiply by
 
 
 class Stream(NamedTuple):

@@ -28,31 +28,33 @@ from .noise import halves, signed, signs
 from .places import load_columns, load_rows
 
 _LINES = 1024  # rows or columns of a program
-_ROWS = tl.constexpr(ROWS << 24)
 
 
-def _programs(domain: int, begin: int, end: int, at: int, tensor_id: int, column: int) -> list[list[int]]:
+def _programs(domain: int, begin: int, end: int, at: int, tensor_id: int, column: int, pairs: bool) -> list[list[int]]:
     """Programs of ``signs_kernel`` for indices ``begin`` to ``end``; ``at``: where the word of index 0 would be."""
     starts = range(begin - begin % _LINES, end, _LINES)
-    return [[start, begin, end, at, tensor_id, column, domain << 24] for start in starts]
+    return [[start, begin, end, at, tensor_id, column, domain << 24, pairs, pairs and start <= begin] for start in starts]
 
 
 def lines_of(
     columns: int, first: int, n: int, tensor_id: int, column: int = 0, at: int = 0
-) -> tuple[list[list[int]], list[int], int]:
-    """Programs for the rows that elements ``first`` to ``first + n`` of a matrix are in, and for its columns.
+) -> tuple[list[list[int]], tuple[int, int], int]:
+    """Programs for the rows and columns that elements ``first`` to ``first + n`` of a matrix are in, a row or all columns.
 
-    Their words begin at ``at`` of a step's. Then where those of row 0 and column 0 are, or would be, and where they end.
+    Their words begin at ``at`` of a step's. Then where those of row 0 and column 0 would be, and where they end.
     """
-    top, bottom = first // columns, (first + n - 1) // columns + 1
-    of_columns = at + (bottom - top + 7) // 8 * 8
-    programs = _programs(ROWS, top, bottom, at - top, tensor_id, column)
-    programs += _programs(COLUMNS, 0, columns, of_columns, tensor_id, column)
-    return programs, [at - top, of_columns], of_columns + (columns + 7) // 8 * 16
+    top, bottom, begin, end = first // columns, (first + n - 1) // columns + 1, 0, columns
+    if bottom - top == 1:
+        begin, end = first - top * columns, first - top * columns + n
+    row_word, at = at - top, at + (bottom - top + 7) // 8 * 8
+    column_word = at - begin // 8 * 16
+    programs = _programs(ROWS, top, bottom, row_word, tensor_id, column, False)
+    programs += _programs(COLUMNS, begin, end, column_word, tensor_id, column, True)
+    return programs, (row_word, column_word), column_word + (end + 7) // 8 * 16
 
 
 @lru_cache(maxsize=256)
-def lines_on(device: torch.device, *of: int) -> tuple[Tensor, list[int], int]:
+def lines_on(device: torch.device, *of: int) -> tuple[Tensor, tuple[int, int], int]:
     """``lines_of`` one matrix, with the programs on the device."""
     programs, places, end = lines_of(*of)
     return torch.tensor(programs, dtype=torch.int64).to(device), places, end
@@ -60,32 +62,31 @@ def lines_on(device: torch.device, *of: int) -> tuple[Tensor, list[int], int]:
 
 @lru_cache(maxsize=256)
 def _one_domain(device: torch.device, domain: int, n: int, tensor_id: int) -> Tensor:
-    return torch.tensor(_programs(domain, 0, n, 0, tensor_id, 0), dtype=torch.int64).to(device)
+    return torch.tensor(_programs(domain, 0, n, 0, tensor_id, 0, False), dtype=torch.int64).to(device)
 
 
 @kernel(warps=4, forms=lambda: [{"ONE": True}, {"ONE": False}])
 def signs_kernel(
     table, streams, coeffs, words, reals, n_tensors, n_terms, rank, root, n_steps, plane, k0, k1, ONE: tl.constexpr
 ):
-    """Words of up to 1,024 rows or columns of a matrix, as ``table`` says, each ``plane`` further for the next term or step.
+    """Words of up to 1,024 rows or columns of a matrix, as ``table`` says, those of the next term or step ``plane`` further.
 
-    And the sums of five terms (n_tensors, n_steps, 2, 32), which a matrix' first program of columns makes.
+    One program of a matrix also makes its sums of five terms, ``reals`` (n_tensors, n_steps, 2, 32).
     """
-    at = table + tl.program_id(0).to(tl.int64) * 7
-    first, above, column = tl.load(at), tl.load(at + 6).to(tl.uint32), tl.load(at + 5)
+    at = table + tl.program_id(0).to(tl.int64) * 9
+    first, column, above, pairs = tl.load(at), tl.load(at + 5), tl.load(at + 6).to(tl.uint32), tl.load(at + 7)
     key = Key(first, tl.load(at + 4).to(tl.uint32), k0.to(tl.uint32), k1.to(tl.uint32))
-    index = (tl.arange(0, 4) * 32)[:, None, None] + (tl.arange(0, 8) * 128)[None, :, None]
     bit = tl.arange(0, 32)[None, None, :]
-    index = first + index + bit
+    index = first + (tl.arange(0, 4) * 32)[:, None, None] + (tl.arange(0, 8) * 128)[None, :, None] + bit
     mask = (index >= tl.load(at + 1)) & (index < tl.load(at + 2))
-    words += tl.load(at + 3)
+    words += tl.load(at + 3) + index + (index & -8) * pairs
     coeffs += column
     if ONE:
         for term in range(n_terms):
             stream = tl.load(streams + term // rank).to(tl.uint32)
-            c = tl.where(above == _ROWS, tl.load(coeffs + term // rank * n_tensors), 1.0)
+            c = tl.where(pairs != 0, 1.0, tl.load(coeffs + term // rank * n_tensors))
             z = signed(signs(key, stream, 8, above | ((term % rank).to(tl.uint32) << 8)), c, (4, 8, 32))
-            tl.store(words + term * plane + index, z.to(tl.int32, bitcast=True), mask=mask)
+            tl.store(words + term * plane, z.to(tl.int32, bitcast=True), mask=mask)
     else:
         lane = tl.arange(0, 32)
         for step in range(n_steps):
@@ -95,13 +96,12 @@ def signs_kernel(
                 stream = tl.load(streams + term // rank, mask=term < n_terms, other=0).to(tl.uint32)
                 s = signs(key, stream, 8, above | ((term % rank).to(tl.uint32) << 8))
                 word |= ((s >> bit.to(tl.uint32)) & 1) << t
-            if above == _ROWS:
-                tl.store(words + step * plane + index, (word ^ 0xFFFFFFFF).to(tl.int32, bitcast=True), mask=mask)
+            if pairs != 0:
+                tl.store(words + step * plane + 8, (word >> 5).to(tl.int32, bitcast=True), mask=mask)
             else:
-                pair = words + step * plane + 2 * index - (index & 7)
-                tl.store(pair, word.to(tl.int32, bitcast=True), mask=mask)
-                tl.store(pair + 8, (word >> 5).to(tl.int32, bitcast=True), mask=mask)
-            if (above != _ROWS) & (first == 0):
+                word ^= 0xFFFFFFFF
+            tl.store(words + step * plane, word.to(tl.int32, bitcast=True), mask=mask)
+            if tl.load(at + 8) != 0:
                 for five in range(2):
                     total = tl.zeros((32,), tl.float32)
                     for t in range(5):
@@ -139,7 +139,8 @@ def products(row, place, mask, made, B: tl.constexpr, FORM: tl.constexpr, CAREFU
     known = mask if CAREFUL else tl.full((A, B, 32 // V), 1, tl.int1)
     if FORM.streams == "one":
         a = load_rows(made.words + row.row_word, place, known, A, B, V).to(tl.float32, bitcast=True)
-        return a * load_columns(made.words + row.column_word, place, mask, A, B, V).to(tl.float32, bitcast=True)
+        b = load_columns(made.words + row.column_word, place, mask, A, B, V, PAIRS=True).to(tl.float32, bitcast=True)
+        return a * b
     else:
         noise = _step(0, row, place, mask, known, made, A, B, V)
         for step in range(1, made.n_steps):

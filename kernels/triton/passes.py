@@ -27,7 +27,7 @@ from .forms import form_of, pass_forms
 from .gate import gate
 from .launch import kernel, launch, on
 from .noise import halves, rsqrt
-from .places import inverse_of, place_of, scales_of
+from .places import place_in, scales_of
 from .residuals import join_residual, to_float32
 from .rounding import limit_of, rounded_with_residual, rounding_bits, store_by_definition, within
 from .streams import stream_of, sum_of_streams
@@ -46,13 +46,13 @@ def pass_kernel(
 ):  # fmt: skip
     """A program works on up to ``n_tiles`` tiles of one tensor: ``runs`` names the row of ``table`` and the first tile."""
     run = tl.program_id(0).to(tl.int64) * 2
-    at = table + tl.load(runs + run).to(tl.int64) * 14
+    at = table + tl.load(runs + run).to(tl.int64) * 15
     begin = tl.load(runs + run + 1).to(tl.int64)
     column = tl.load(at + 7)
     row = Row(
         tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), tl.load(at + 4), tl.load(at + 5),
         tl.load(at + 6).to(tl.uint32), column >> 1, (column & 1) != 0, tl.load(at + 8), tl.load(at + 9),
-        tl.load(at + 10), tl.load(at + 11), tl.load(at + 12), tl.load(at + 13),
+        tl.load(at + 10), tl.load(at + 11), tl.load(at + 12), tl.load(at + 13), tl.load(at + 14),
     )  # fmt: skip
     call = Call(
         k0.to(tl.uint32), k1.to(tl.uint32), streams, coeffs, n_tensors, n_streams,
@@ -82,12 +82,11 @@ def run_tiles(row, begin, stop, call, FORM: tl.constexpr):
     whole_stop = tl.maximum(tl.minimum(stop, row.end // TILE), whole)
     one = tl.full((), 1, tl.int64)  # the interpreter's loop variables are Python integers
     rest = ((one << (whole - begin)) - 1) | ((one << (stop - begin)) - (one << (whole_stop - begin)))
-    line, column, down, right, columns, inverse = one, one, one, one, one, one
+    line, column, columns, inverse, down, right = one, one, one, one, one, one
     if FORM.placed:  # the row and column where a tile starts, and how far on the next one does
-        line, column = place_of(row.first + whole * TILE, row.columns)
-        down, right = place_of(one * TILE, row.columns)
-        column, right, columns = column.to(tl.int32), right.to(tl.int32), row.columns.to(tl.int32)
-        inverse = inverse_of(row.columns)
+        columns = row.width if FORM.factored else row.columns
+        line, column, columns, inverse = place_in(row.first + whole * TILE, columns, False)
+        down, right, _, _ = place_in(one * TILE, columns, False)
     for t in range(whole, whole_stop):
         place = Place(line, column, columns, inverse)
         if not _tile(row, tl.multiple_of(one * t * TILE, TILE), place, work, call, FORM, False):
@@ -101,10 +100,9 @@ def run_tiles(row, begin, stop, call, FORM: tl.constexpr):
             if (rest >> (t - begin)) & 1 != 0:
                 for part in range(TILE // PART):
                     start = one * t * TILE + part * PART
-                    place = Place(one, one, one, inverse)
+                    place = Place(one, one, one, one)
                     if FORM.placed:
-                        at = place_of(row.first + start, row.columns)
-                        place = Place(at[0], at[1], row.columns, inverse)
+                        place = place_in(row.first + start, row.width if FORM.factored else row.columns, True)
                     _tile(row, start, place, work, call, FORM, True)
 
 
@@ -158,6 +156,8 @@ def _tile(row, start, place, work, call, FORM: tl.constexpr, CAREFUL: tl.constex
     noise, back, squares = sum_of_streams(weight, key, row, place, mask, work.only, call, B, FORM, CAREFUL)
     base = weight
     if FORM.scale == "factors":
+        if FORM.factored:  # whose columns may be others
+            place = place_in(row.first + start, row.columns, CAREFUL)
         noise = noise * scales_of(row, place, mask, A, B, FORM.neighbours(CAREFUL))
     elif FORM.scale != "":
         scale = rsqrt(h)
@@ -207,10 +207,10 @@ def run_pass(
     if not moves and not k and not scalars:  # an optimizer has its tensors checked so: no work, and no form
         return
     scale = "factors" if row_scales else "update" if curvature is not None else "hessian" if hessians else ""
-    widths = (columns or columns_of(src)) if distribution == "factored" else [0] * count
+    widths = list(columns or columns_of(src))
     pairs = zip(row_scales, column_scales, strict=True) if row_scales else [(None, None)] * count
     ends = [x.numel() + offset for x, offset in zip(src, offsets or [0] * count, strict=True)]
-    factors = [table.factors_of(*both, n, end) for both, n, end in zip(pairs, widths, ends, strict=True)]
+    factors = [table.factors_of(*pair, end) for pair, end in zip(pairs, ends, strict=True)]
     kinds: dict[Any, list[int]] = {}
     for i, (s, d) in enumerate(zip(src, dst, strict=True)):
         bits = 8 * residuals[i].element_size() if residuals and residuals[i].numel() else 0
@@ -232,7 +232,7 @@ def run_pass(
             rows, runs, lines, plane = table.table_of(
                 of(src), of(dst), of(hessians) if hessians else [], of(residuals) if form.residual else [],
                 of(offsets or [0] * count), of(tensor_ids), members, streams.device,
-                of(factors) if form.placed else (), form.factored,
+                of(factors), of(widths) if form.factored else (),
             )  # fmt: skip
             if len(runs):
                 made = signs_of(lines, plane, streams, coeffs, rank, seed) if form.factored else {}

@@ -7,6 +7,7 @@ where care is needed (passes.py); above 1, ``place`` is int32 and rows have less
 import triton
 import triton.language as tl
 
+from .arguments import Place
 from .launch import assembly
 
 
@@ -18,9 +19,14 @@ def place_of(e, columns):
 
 
 @triton.jit
-def inverse_of(columns):
-    """A number for ``rows_down`` to multiply by; no more than 1,024 columns count there."""
-    return (1 << 31) // tl.minimum(columns, 1024).to(tl.uint32) + 1
+def place_in(e, columns, CAREFUL: tl.constexpr):
+    """The place of element e in rows of so many columns."""
+    line, column = place_of(e, columns)
+    inverse = (1 << 31) // tl.minimum(columns, 1024).to(tl.uint32) + 1
+    if CAREFUL:
+        return Place(line, column, columns, inverse)
+    else:
+        return Place(line, column.to(tl.int32), columns.to(tl.int32), inverse)
 
 
 @triton.jit
