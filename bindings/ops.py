@@ -113,6 +113,16 @@ def require_one_device(names: Sequence[str], tensors: Sequence[Tensor]) -> None:
         )
 
 
+def check_rank(distribution: str, rank: int) -> None:
+    """ValueError unless noise of this distribution can have this rank."""
+    if not 1 <= rank <= reference.MAX_RANK:
+        raise ValueError(f"rank: expected an integer from 1 to {reference.MAX_RANK}, got {rank}")
+    if distribution != "factored" and rank != 1:
+        raise ValueError(
+            f"rank: expected 1 with distribution {distribution!r}, got {rank}: only distribution='factored' has a rank"
+        )
+
+
 # ---- checks ----------------------------------------------------------------------------------------------------
 
 
@@ -201,12 +211,7 @@ def _check_scales(
 def _check_factored(
     distribution: str, rank: int, columns: Sequence[int] | None, weights: Sequence[Tensor], offsets: Sequence[int]
 ) -> None:
-    if distribution != "factored" and rank != 1:
-        raise ValueError(
-            f"rank: expected 1 with distribution {distribution!r}, got {rank}; factored noise alone has a rank"
-        )
-    if not 1 <= rank <= reference.MAX_RANK:
-        raise ValueError(f"rank: expected an integer from 1 to {reference.MAX_RANK}, got {rank}")
+    check_rank(distribution, rank)
     if columns is None and distribution != "factored":
         return
     widths = reference.columns_of(weights) if columns is None else columns
@@ -407,23 +412,16 @@ def backend_for(device: torch.device) -> ModuleType:
     return backend
 
 
-def prepare_perturb(device: torch.device, src: Any, dst: Any, mirrors: Any = (), **beside: Any) -> Callable[..., None]:
+def prepare_perturb(device: torch.device, src: Any, dst: Any, **beside: Any) -> Callable[..., None]:
     """``perturb`` of tensors that stay where they are, unchecked, as a function of src, which it does not keep, and the scalars.
 
-    ``mirrors`` are written as ``dst``, with the noise subtracted. The native backend makes the noise once for both, and is
-    spared a look at each tensor in every call.
+    The native backend is spared a look at each tensor in every call.
     """
     backend = backend_for(device)
     if backend is native:
-        run = native.prepare(src, dst, mirrors=mirrors, **beside)
+        run = native.prepare(src, dst, **beside)
         return lambda _, **scalars: run(**scalars)
-
-    def both(src: Any, coeffs: Tensor, **scalars: Any) -> None:
-        backend.run_pass(src, dst, **beside, coeffs=coeffs, **scalars)
-        if mirrors:
-            backend.run_pass(src, mirrors, **beside, coeffs=-coeffs, **scalars)
-
-    return both
+    return lambda src, **scalars: backend.run_pass(src, dst, **beside, **scalars)
 
 
 def _run(

@@ -9,7 +9,7 @@ from conftest import NATIVE
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from zo_core.bindings import native, ops
+from zo_core.bindings import native
 from zo_core.kernels import reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -424,33 +424,3 @@ def test_copies_that_go_past_the_caches_are_those_that_do_not(isa, dst_dtype, sh
         part = slice(at, at + piece)
         run(native, [src[part]], [expected[part]], [7], [1e-3], residuals=[rest[part]], offsets=[at], **options)
     assert torch.equal(got, expected) and not torch.equal(got, src.to(dst_dtype))
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("dst_dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
-def test_a_mirror_is_the_pass_with_the_noise_subtracted(backend, monkeypatch, distribution, dst_dtype, dtype):
-    monkeypatch.setattr(ops, "backend_for", lambda device: backend)
-    src = [spread(n, dtype, n) for n in (4100, 0, 130, 7)]
-    dst, mirrors, plus, minus = ([torch.empty(t.numel(), dtype=dst_dtype) for t in src] for _ in range(4))
-    coeffs, ids = torch.tensor([[1e-2, 0.1, 0.0, 5e4]]), [0, 1, 2, 3]
-    rest = [torch.arange(t.numel()).to(torch.int8) if dtype != torch.float32 else torch.zeros(0).char() for t in src]
-    beside = {"tensor_ids": ids, "offsets": [], "residuals": rest, "hessians": []}
-    counters, alone = torch.zeros(5, dtype=torch.int64), torch.zeros(5, dtype=torch.int64)
-    options = {"streams": torch.tensor([6]), "seed": 9, "distribution": distribution}
-    ops.prepare_perturb(src[0].device, src, dst, mirrors, **beside)(src, coeffs=coeffs, counters=counters, **options)
-    for out, c in ((plus, coeffs), (minus, -coeffs)):
-        ops.prepare_perturb(src[0].device, src, out, **beside)(src, coeffs=c, counters=alone, **options)
-    assert all(torch.equal(a, b) for a, b in zip(dst + mirrors, plus + minus, strict=True))
-    assert counters.tolist() == alone.tolist() and not torch.equal(dst[0], mirrors[0])
-
-
-def test_a_mirror_that_the_c_interface_cannot_use_is_refused():
-    if not native.available():
-        pytest.skip(f"the native library is {native.why_missing}")
-    src, dst = torch.zeros(8), torch.zeros(8)
-    scalars = {"streams": torch.tensor([1]), "coeffs": torch.ones(1, 1), "seed": 1, "distribution": "gaussian"}
-    for out, mirror in ((src, dst), (dst, src), (dst, dst)):
-        with pytest.raises(RuntimeError, match="zo_run refused"):
-            native.prepare([src], [out], [], [0], [0], mirrors=[mirror])(counters=torch.zeros(2).long(), **scalars)
-    assert not src.any() and not dst.any()

@@ -20,6 +20,8 @@ def perturb_(
     tensor_id: int = 0,
     offset: int = 0,
     distribution: str = "gaussian",
+    rank: int = 1,
+    columns: int | None = None,
     decay: float = 0.0,
     update: int | None = None,
 ) -> int:
@@ -33,7 +35,10 @@ def perturb_(
         seed: 64-bit run seed.
         tensor_id: id of the tensor in the noise.
         offset: index of the array's first element in the full tensor.
-        distribution: "gaussian" or "rademacher".
+        distribution: "gaussian", "rademacher" or "factored".
+        rank: of factored noise.
+        columns: the full tensor's last dimension, 0 of a vector, for factored noise; None: as the array's shape says. A
+            flat slice of a matrix needs it.
         decay: what is taken off the array, as a fraction.
         update: stream of the stochastic rounding of 16-bit results; None rounds to nearest.
 
@@ -56,7 +61,8 @@ def perturb_(
     tensor = torch.from_numpy(plain)
     torch.ops.zo_core.update_(
         [tensor.view(torch.bfloat16) if plain is not array else tensor], [], [tensor_id], [offset], numbers, rows,
-        seed=ops.signed64(seed), distribution=distribution, counters=counters,
+        seed=ops.signed64(seed), distribution=distribution, counters=counters, rank=rank,
+        columns=None if columns is None else [columns],
         decay=torch.tensor([decay], dtype=torch.float32, device="cpu"),
         update=None if update is None else torch.tensor([update], device="cpu"),
     )  # fmt: skip

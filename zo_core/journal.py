@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from . import scaling
-from .kernels.reference import DISTRIBUTIONS
+from .kernels.reference import DISTRIBUTIONS, MAX_RANK
 from .noise import VERSION as NOISE_VERSION
 from .noise import backend_of
 from .record import DTYPES, Identity, Progress, Record, TensorInfo, carried
@@ -96,6 +96,7 @@ class Header:
     options: dict[str, Any]  # of the method, as they were at the start; for the reader, replay needs none
     base: str
     tensors: tuple[TensorInfo, ...]
+    rank: int = 1  # of factored noise, whose journals alone have it
 
     @classmethod
     def of(cls, optimizer: Recorded) -> Header:
@@ -131,6 +132,8 @@ class Header:
             ),
             "seed": type(header.seed) is int and 0 <= header.seed < 1 << 64,
             "distribution": header.distribution in list(DISTRIBUTIONS),
+            "rank": type(header.rank) is int
+            and 1 <= header.rank <= (MAX_RANK if header.distribution == "factored" else 1),
             "residual": type(header.residual) is int and header.residual in (0, *RESIDUALS),
             "hessian": header.hessian in ("", *scaling.KINDS),
             "options": isinstance(header.options, dict),
@@ -143,7 +146,10 @@ class Header:
 
     def text(self) -> bytes:
         """As JSON."""
-        return json.dumps(dataclasses.asdict(self), separators=(",", ":")).encode()
+        fields = dataclasses.asdict(self)
+        if self.distribution != "factored":
+            del fields["rank"]
+        return json.dumps(fields, separators=(",", ":")).encode()
 
     @property
     def kinds(self) -> int:
@@ -521,6 +527,7 @@ def replay(
         torch.zeros(1 + len(tensors), dtype=torch.int64, device=device),
         empty_residuals(tensors, bits) if bits else [],
         header.hessian or None, [scaling.identity(t, header.hessian) for t in tensors if header.hessian],
+        rank=header.rank,
     )  # fmt: skip
     player = _Player(header, space)
     with torch.no_grad():

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .bindings import cuda, native, ops
-from .kernels.reference import COLUMNS, MAX_RANK, ROWS
+from .kernels.reference import COLUMNS, ROWS
 
 VERSION = 1
 HOST_DOMAIN, DATA_ORDER, LAYER_ORDER = 3, 1, 2  # domain of host-side selection, and tensor ids in it
@@ -82,8 +82,7 @@ def factors(
     """
     if len(shape) < 2:
         raise ValueError(f"shape: expected two dimensions or more, got {tuple(shape)}: a vector's noise has no factors")
-    if not 1 <= rank <= MAX_RANK:
-        raise ValueError(f"rank: expected an integer from 1 to {MAX_RANK}, got {rank}")
+    ops.check_rank("factored", rank)
     key, found = {"seed": ops.signed64(seed), "tensor_id": tensor_id}, []
     for domain, n in ((ROWS, math.prod(shape[:-1])), (COLUMNS, shape[-1])):
         found.append(torch.empty(len(streams), rank, n, dtype=torch.float32, device=streams.device))

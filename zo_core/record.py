@@ -28,6 +28,7 @@ class Identity(NamedTuple):
     method: str
     seed: int
     distribution: str
+    rank: int  # of factored noise, 1 of other
     residual: int  # bits, 0 for none
     hessian: str  # one of scaling.KINDS, "" for none
     engine: str

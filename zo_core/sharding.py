@@ -68,8 +68,10 @@ def runs_of(name: str, p: Tensor) -> Runs:
 class Pieces:
     """``torch.ops.zo_core.update_`` of T shards: a call's tensors are their runs, each with its offset in the whole."""
 
-    def __init__(self, runs: Sequence[Runs], device: torch.device) -> None:
+    def __init__(self, runs: Sequence[Runs], columns: Sequence[int], device: torch.device) -> None:
+        """``columns``: the last dimensions of the whole tensors, 0 of a vector, which factored noise goes by."""
         self.runs = runs
+        self.columns = [n for n, r in zip(columns, runs, strict=True) for _ in r.starts]
         self.tensor_ids = [i for i, r in enumerate(runs) for _ in r.starts]
         self.offsets = [start for r in runs for start in r.starts]
         self.owners = torch.tensor(self.tensor_ids, device=device)
@@ -81,16 +83,16 @@ class Pieces:
 
     def update_(
         self, weights: Sequence[Tensor], hessians: Sequence[Tensor], *, streams: Tensor, coeffs: Tensor,
-        counters: Tensor, residuals: Sequence[Tensor] | None, seed: int, distribution: str, update: Tensor | None,
-        **columns: Tensor | None,
+        counters: Tensor, residuals: Sequence[Tensor] | None, seed: int, distribution: str, rank: int,
+        update: Tensor | None, **each: Tensor | None,
     ) -> None:  # fmt: skip
-        """Arguments as of the op, for T tensors; ``columns`` are those whose last dimension is T."""
+        """Arguments as of the op, for T tensors; ``each`` are those whose last dimension is T."""
         counts = counters.new_zeros(1 + len(self.offsets))
-        more: dict[str, Any] = {k: x if x is None else x[..., self.owners] for k, x in columns.items()}
+        more: dict[str, Any] = {k: x if x is None else x[..., self.owners] for k, x in each.items()}
         torch.ops.zo_core.update_(
             self.split(weights), self.split(hessians) if hessians else [], self.tensor_ids, self.offsets, streams,
             coeffs[:, self.owners], counters=counts, residuals=self.split(residuals) if residuals else None, seed=seed,
-            distribution=distribution, update=update, **more,
+            distribution=distribution, rank=rank, columns=self.columns, update=update, **more,
         )  # fmt: skip
         counters[0] += counts[0]
         counters[1:].index_add_(0, self.owners, counts[1:])

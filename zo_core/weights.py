@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from . import scaling, sharding
 from .bindings import ops
+from .kernels.reference import columns_of
 
 RESIDUALS = {8: torch.int8, 16: torch.int16}  # dtypes, by bits
 _CHUNK = 1 << 20  # weights that are summed at a time for a checksum
@@ -37,6 +38,7 @@ class ParamSpace:
     residuals: list[Tensor] = field(default_factory=list)  # low-order bits of 16-bit tensors, or empty
     hessian: str | None = None  # one of scaling.KINDS
     hessians: list[list[Tensor]] = field(default_factory=list)  # of each tensor, where there is one; see ``scaling``
+    rank: int = 1  # of factored noise
     pieces: sharding.Pieces | None = None  # where tensors are shards of larger ones; then only ``update_`` is served
 
     def __post_init__(self) -> None:
@@ -174,7 +176,7 @@ class ParamSpace:
 
         def make(sources: Sequence[Tensor], probe: Probe, coeffs: Tensor, counters: Tensor) -> None:
             scalars = {"streams": probe, "coeffs": coeffs, "counters": counters}
-            run(sources, **scalars, seed=self.seed, distribution=self.distribution)
+            run(sources, **scalars, seed=self.seed, distribution=self.distribution, rank=self.rank)
 
         return make
 
@@ -186,7 +188,7 @@ class ParamSpace:
         scales = {name.removesuffix("s"): scale[i] for name, scale in self._scales.items()}
         ops.backend_for(probe.device).run_rows(  # what torch.ops.zo_core.perturb_rows calls when it has checked all of this
             source, rows, out, i, 0, probe, coeffs, counters=counters, residual=residual, seed=self.seed,
-            distribution=self.distribution, **scales,
+            distribution=self.distribution, rank=self.rank, **scales,
         )  # fmt: skip
 
     def full(self, c: float, leave_out: Collection[int] = ()) -> Tensor:
@@ -222,7 +224,7 @@ class ParamSpace:
             )
 
     def _noise(self) -> dict[str, Any]:
-        return {"seed": ops.signed64(self.seed), "distribution": self.distribution}
+        return {"seed": ops.signed64(self.seed), "distribution": self.distribution, "rank": self.rank}
 
 
 def space_of(names: list[str], parameters: Sequence[Tensor], own: dict[str, Any]) -> ParamSpace:
@@ -239,7 +241,7 @@ def space_of(names: list[str], parameters: Sequence[Tensor], own: dict[str, Any]
     device = tensors[0].device
     if any(map(sharding.is_sharded, parameters)):
         runs = [sharding.runs_of(name, p) for name, p in zip(names, parameters, strict=True)]
-        pieces = sharding.Pieces(runs, device)
+        pieces = sharding.Pieces(runs, columns_of(parameters), device)
         own["shards"] = zlib.crc32(str(runs).encode())
     with torch.inference_mode(False):
         more = torch.zeros(1 + len(tensors) - len(own["counters"]), dtype=torch.int64, device=device)
@@ -260,7 +262,16 @@ def space_of(names: list[str], parameters: Sequence[Tensor], own: dict[str, Any]
             if anew := [name for name, fine in zip(names, fits, strict=False) if not fine]:
                 warnings.warn(f"{some(anew)}: has another shape; its Hessian starts from 1", stacklevel=5)
     space = ParamSpace(
-        names, tensors, own["seed"], own["distribution"], counters, residuals, own["hessian"], hessians, pieces
+        names,
+        tensors,
+        own["seed"],
+        own["distribution"],
+        counters,
+        residuals,
+        own["hessian"],
+        hessians,
+        rank=own.get("rank", 1),
+        pieces=pieces,
     )
     space.update_([], torch.empty(0, len(tensors), dtype=torch.float32, device=device))
     own |= {"counters": counters, "residuals": residuals, "hessians": hessians}

@@ -16,6 +16,7 @@ from torch import nn
 import zo_core
 from zo_core.integrations.assets import names
 from zo_core.integrations.errors import RunError
+from zo_core.kernels.reference import MAX_RANK
 
 
 class Method(NamedTuple):
@@ -128,9 +129,10 @@ class FinetuneConfig(BaseModel):
     eps: float = _option(1e-3, "Method", "Size of a perturbation.", gt=0)
     weight_decay: float = _option(0.0, "Method", "Weight decay.", ge=0)
     probes: int = _option(None, "Method", f"Random directions a step. Without: {_defaults('probes')}.", ge=1)
-    distribution: Literal["gaussian", "rademacher"] = _option(
+    distribution: Literal["gaussian", "rademacher", "factored"] = _option(
         None, "Method", f"What directions are drawn from. Without: {_defaults('distribution')}."
     )
+    rank: int = _option(1, "Method", "Products of signs that a factored direction sums.", ge=1, le=MAX_RANK)
     rho: float = _option(0.0, "Method", "Fraction of the blocks that a step leaves out; 0.75 for lezo.", ge=0, lt=1)
     smoothing: float | None = _option(None, "Method", f"Of the Hessian ({_defaults('smoothing')}).", ge=0, le=1)
     alpha: float | None = _option(None, "Method", f"Power of the curvature ({_defaults('alpha')}).", ge=0, le=1)
@@ -203,6 +205,7 @@ class FinetuneConfig(BaseModel):
                 probes=self.probes,
                 seed=self.seed,
                 distribution=self.distribution,
+                rank=self.rank,
                 rho=self.rho,
                 residual=None if self.residual == "none" else int(self.residual),
                 engine=self.engine,

@@ -49,7 +49,8 @@ class ZOArguments(_Arguments):
         zo_method: name of an optimizer in ``zo_core``.
         eps: size of the perturbation. None: as ``learning_rate``, or the method's own default.
         probes: probes a step; None: the method's own default.
-        distribution: "gaussian" or "rademacher"; None: the method's own default.
+        distribution: "gaussian", "rademacher" or "factored"; None: the method's own default.
+        rank: of factored probes.
         residual: bits, 8, 16 or None, that 16-bit weights keep beside them.
         engine: "shadow", "inplace" or None.
         zo_options: what else the method takes, as a dict or its JSON. The seed of the noise is ``seed`` unless given here.
@@ -65,6 +66,7 @@ class ZOArguments(_Arguments):
     eps: float | None = None
     probes: int | None = None
     distribution: str | None = None
+    rank: int = 1
     residual: int | None = 8
     engine: str | None = None
     zo_options: dict[str, Any] | str | None = None
@@ -77,7 +79,7 @@ class ZOArguments(_Arguments):
         if not isinstance(self.zo_options, dict | None):
             raise ValueError(f"zo_options: expected a dict or its JSON, got {self.zo_options!r}")
         known = inspect.signature(optimizer_class(self.zo_method)).parameters
-        fields = {"params", "lr", "eps", "probes", "distribution", "residual", "engine", "weight_decay"}
+        fields = {"params", "lr", "eps", "probes", "distribution", "rank", "residual", "engine", "weight_decay"}
         if wrong := [
             name for name in self.zo_options or {} if name in fields or name not in {*known, *Options.__annotations__}
         ]:
@@ -144,7 +146,7 @@ class ZOMixin(_Trainer):
             lr = lr if args.learning_rate is None else args.learning_rate
             if lr is None:
                 raise ValueError(f"learning_rate: expected a number, got None; none is known for {args.zo_method} here")
-            named = {name: getattr(args, name) for name in ("eps", "probes", "distribution", "engine")}
+            named = {name: getattr(args, name) for name in ("eps", "probes", "distribution", "rank", "engine")}
             named["eps"] = eps if args.eps is None else args.eps
             options: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
             options |= {"weight_decay": args.weight_decay, "seed": args.seed, "residual": args.residual}

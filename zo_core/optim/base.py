@@ -38,7 +38,9 @@ class ZOOptimizer(Stateful):
             scalars (biases, norms); tensors and groups of your own are decayed as they say.
         probes: number of probes a step averages over; None: the method's own, as for all that follow.
         seed: 64-bit seed that all noise is a function of.
-        distribution: "gaussian" or "rademacher".
+        distribution: "gaussian", "rademacher" (random signs) or "factored": of a matrix, ``rank`` products of signs of its
+            rows and signs of its columns, the cheapest to make; docs/noise.md says what they have in common with signs.
+        rank: of factored probes, how many products are summed.
         rho: fraction of the model's blocks that a step leaves out, in [0, 1); see ``LeZO``. Like ``lr`` it may be set
             anew between steps, in ``param_groups[0]``.
         blocks: those blocks, or the dotted name of the list that has them; None: the largest ``nn.ModuleList``.
@@ -85,6 +87,7 @@ class ZOOptimizer(Stateful):
         probes: int | None = None,
         seed: int = 0,
         distribution: str | None = None,
+        rank: int = 1,
         rho: float | None = None,
         blocks: layers.Blocks | None = None,
         hessian: str | None = None,
@@ -98,7 +101,7 @@ class ZOOptimizer(Stateful):
         given: dict[str, Any] = {"probes": probes, "distribution": distribution, "rho": rho, "hessian": hessian}
         probes, distribution, rho, hessian = (v if v is not None else self._default[k] for k, v in given.items())
         check_choices(
-            seed=seed, distribution=distribution, residual=residual, engine=engine, hessian=hessian,
+            seed=seed, distribution=distribution, rank=rank, residual=residual, engine=engine, hessian=hessian,
             curvature=self._measures_curvature,
         )  # fmt: skip
         self.stochastic_rounding, self.blocks, self.processes = stochastic_rounding, blocks, processes
@@ -118,7 +121,9 @@ class ZOOptimizer(Stateful):
         self.engine = engine or ("inplace" if in_place else "shadow")
         self._check_processes(hessian)
         device = self._tensors()[0].device
-        self._own = state.new(type(self).__name__, operator.index(seed), distribution, residual, hessian, device)
+        self._own = state.new(
+            type(self).__name__, operator.index(seed), distribution, int(rank), residual, hessian, device
+        )
         self._check_tensors(stacklevel=3)
         self._prepare()
 

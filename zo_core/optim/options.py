@@ -3,7 +3,7 @@
 import operator
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, TypedDict
 
 import torch
@@ -25,6 +25,7 @@ class Options(TypedDict, total=False):
     probes: int | None
     seed: int
     distribution: str | None
+    rank: int
     rho: float | None
     blocks: layers.Blocks | None
     hessian: str | None
@@ -57,11 +58,21 @@ class Shared:
 
 
 def check_choices(
-    *, seed: int, distribution: str, residual: int | None, engine: str | None, hessian: str | None, curvature: bool
+    *,
+    seed: int,
+    distribution: str,
+    rank: int,
+    residual: int | None,
+    engine: str | None,
+    hessian: str | None,
+    curvature: bool,
 ) -> None:
     """ValueError unless each of these options is one of its choices; ``curvature``: whether the method measures it."""
     if distribution not in DISTRIBUTIONS:
         raise ValueError(f"distribution: expected one of {list(DISTRIBUTIONS)}, got {distribution!r}")
+    if not isinstance(rank, Integral):
+        raise TypeError(f"rank: expected an integer, got {rank!r}")
+    ops.check_rank(distribution, int(rank))
     if residual not in (None, 8, 16):
         raise ValueError(f"residual: expected None, 8 or 16 bits, got {residual!r}")
     if engine not in (None, "shadow", "inplace"):
@@ -69,6 +80,11 @@ def check_choices(
     if hessian is not None and (hessian not in scaling.KINDS or not curvature):
         which = list(scaling.KINDS) if curvature else "none, as this method measures no curvature"
         raise ValueError(f"hessian: expected {which}, got {hessian!r}; HiZOO and SPSA take one")
+    if hessian is not None and distribution == "factored":
+        raise ValueError(
+            f"distribution: expected 'gaussian' with hessian {hessian!r}, got 'factored': a Hessian learns from z^2, which is 1 "
+            "for every element of factored noise of rank 1, as it is of signs"
+        )
     try:
         ops.signed64(operator.index(seed))
     except TypeError:

@@ -27,6 +27,7 @@ def identity_of(
         own["method"],
         own["seed"],
         own["distribution"],
+        own.get("rank", 1),
         own["residual"] or 0,
         own["hessian"] or "",
         engine,
@@ -46,7 +47,7 @@ def options_of(groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def facts_of(own: Mapping[str, Any], names: Sequence[str], parameters: Sequence[Tensor]) -> dict[str, Any]:
     """What of the state, and of the tensors beside their values, must be the same in all processes."""
-    facts = {k: own[k] for k in ("seed", "distribution", "residual", "hessian")}
+    facts = {k: own[k] for k in ("seed", "distribution", "residual", "hessian")} | {"rank": own.get("rank", 1)}
     facts |= {k: own[k].tolist() for k in ("stream", "updates", "skipped", "carry")}
     for i, (name, p) in enumerate(zip(names, parameters, strict=True)):
         facts[f"tensor {i}"] = f"{name}, {str(p.dtype).removeprefix('torch.')} {tuple(p.shape)}"

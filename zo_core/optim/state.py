@@ -23,9 +23,15 @@ KEY = "zo"  # of the optimizer-wide entry in ``optimizer.state``
 
 
 def new(
-    method: str, seed: int, distribution: str, residual: int | None, hessian: str | None, device: torch.device
+    method: str,
+    seed: int,
+    distribution: str,
+    rank: int,
+    residual: int | None,
+    hessian: str | None,
+    device: torch.device,
 ) -> dict[str, Any]:
-    """The state before the first step."""
+    """The state before the first step. Only factored noise has a rank: other states are as they were before there was any."""
     with torch.inference_mode(False):
         numbers = {
             k: torch.zeros(1, dtype=torch.int64, device=device) for k in ("stream", "updates", "skipped", "counters")
@@ -33,7 +39,7 @@ def new(
         return {
             "seed": seed, "distribution": distribution, "residual": residual, "residuals": [], "hashes": [],
             "hessian": hessian, "hessians": [], "steps": 0, "carry": torch.zeros(0, device=device), "shards": 0,
-            "method": method, **numbers,
+            "method": method, **numbers, **({"rank": rank} if distribution == "factored" else {}),
         }  # fmt: skip
 
 
@@ -62,7 +68,7 @@ def refuse_meta(named: Iterable[tuple[str, Tensor]]) -> None:
 
 def check_saved(saved: Any, own: Mapping[str, Any]) -> None:
     """ValueError unless this is a state that an optimizer with the state ``own`` can go on with."""
-    if not isinstance(saved, dict) or set(saved) != set(own):
+    if not isinstance(saved, dict) or (set(saved) ^ set(own)) - {"rank"}:
         raise ValueError(
             f"state_dict: expected state[{KEY!r}] with {sorted(own)} as zo_core optimizers "
             f"save, got {sorted(saved) if isinstance(saved, dict) else saved!r}"
