@@ -18,7 +18,7 @@ from cases import SEED, Case, run
 from zo_core.bindings import ops
 from zo_core.kernels import reference
 from zo_core.kernels import triton as backend
-from zo_core.kernels.triton import forms, passes, scales, table
+from zo_core.kernels.triton import forms, passes, places, table
 
 DEVICE = "cpu" if TRITON_ON_CPU else "cuda"
 
@@ -106,7 +106,7 @@ def test_the_table_is_made_once_and_again_when_a_tensor_moves():
 
 
 @pytest.mark.parametrize(
-    "part", ["src", "dst", "hessians", "residual", "offset", "id", "factors", "row", "column", "width"]
+    "part", ["src", "dst", "hessians", "residual", "offset", "id", "factors", "row", "column", "columns", "width"]
 )
 def test_whatever_the_table_holds_makes_a_new_one(part):
     table._tables.clear()
@@ -121,10 +121,11 @@ def test_whatever_the_table_holds_makes_a_new_one(part):
         "ids": [0],
         "columns": [0],
         "factors": [(64, 64, 2)],
+        "widths": [0],
     }
     other = {"src": {"src": [t[3]]}, "dst": {"dst": [t[4]]}, "hessians": {"hessians": [t[5]]}, "residual": {"residuals": [t[7]]},
              "offset": {"offsets": [4]}, "id": {"ids": [1]}, "factors": {"factors": ()}, "row": {"factors": [(0, 64, 2)]},
-             "column": {"factors": [(64, 80, 2)]}, "width": {"factors": [(64, 64, 4)]}}[part]  # fmt: skip
+             "column": {"factors": [(64, 80, 2)]}, "columns": {"factors": [(64, 64, 4)]}, "width": {"widths": [4]}}[part]  # fmt: skip
     tables = [table.table_of(**arguments, device=t[0].device)[0] for arguments in (first, first | other, first)]
     assert not torch.equal(tables[0], tables[1]) and tables[0] is tables[2]
 
@@ -140,7 +141,7 @@ def test_the_cache_of_tables_is_bounded(monkeypatch):
 
 def test_rows_and_runs_of_the_table():
     tile, tiles = forms.TILE, table.TILES
-    rows, runs = table.tile_rows(
+    rows, runs, _, _ = table.tile_rows(
         [64, 128, 192],
         [64, 130, 192],
         [0, 0, 0],
@@ -153,7 +154,7 @@ def test_rows_and_runs_of_the_table():
         2,
         8,
     )
-    assert rows[0] == [64, 64, 0, 0, tile * tiles + 1, 0, 4, 1, 48, 0, 0, 0]
+    assert rows[0] == [64, 64, 0, 0, tile * tiles + 1, 0, 4, 1, 48, *[0] * 6]
     assert rows[1] == [
         192 - 272,
         192 - 272,
@@ -164,9 +165,7 @@ def test_rows_and_runs_of_the_table():
         6,
         5,
         200 - 136,
-        0,
-        0,
-        0,
+        *[0] * 6,
     ]  # 136 elements into the second tile
     assert runs == [(0, 0), (0, tiles), (1, 0)]
 
@@ -174,7 +173,7 @@ def test_rows_and_runs_of_the_table():
 @pytest.mark.parametrize(("bits", "alignment"), [(0, 1), (8, 8), (16, 16)])
 def test_eight_residuals_are_aligned_to_their_size(bits, alignment):
     for at in range(2 * alignment):
-        rows, _ = table.tile_rows([64], [64], [0], [at], [9], [0], [0], [3], 2, 2, bits)
+        rows = table.tile_rows([64], [64], [0], [at], [9], [0], [0], [3], 2, 2, bits)[0]
         assert rows[0][7] == 6 + (at % alignment == 0)
 
 
@@ -184,23 +183,24 @@ def test_eight_residuals_are_aligned_to_their_size(bits, alignment):
         ((4, 64, 8), True),
         ((4, 68, 8), False),
         ((4, 64, 12), False),
-        ((0, 64, 1 << 62), True),
-        ((0, 68, 1 << 62), False),
+        ((0, 64, 16), True),
+        ((0, 68, 16), False),
+        ((0, 64, 1 << 30), False),  # places in whole tiles have 32 bits
     ],
 )
 def test_factors_of_columns_are_read_at_once_where_whole_groups_of_them_are_in_a_row(factors, aligned):
-    rows, _ = table.tile_rows([64], [64], [0], [0], [9], [3], [0], [3], 2, 2, 0, [factors])
+    rows = table.tile_rows([64], [64], [0], [0], [9], [3], [0], [3], 2, 2, 0, [factors])[0]
     rows += table.tile_rows([74], [74], [0], [0], [9], [5], [0], [3], 2, 2, 0, [factors])[0]
-    assert [r[7] for r in rows] == [6, 6 + aligned] and all(tuple(r[9:]) == factors for r in rows)
+    assert [r[7] for r in rows] == [6, 6 + aligned] and all(tuple(r[9:12]) == factors for r in rows)
 
 
 @triton.jit
 def places_kernel(numbers, out, n: tl.constexpr):
-    e, columns, at = tl.load(numbers), tl.load(numbers + 1), tl.arange(0, n)
-    line, place = scales.place_of(e, columns)
-    row, column = scales.places_of(line, place, columns, at)
-    tl.store(out + at, row)
-    tl.store(out + n + at, column)
+    columns, at = tl.load(numbers + 1), tl.arange(0, n)
+    place = places.place_in(tl.load(numbers), columns, True)
+    down = places.rows_down(place, at)
+    tl.store(out + at, place.line + down)
+    tl.store(out + n + at, place.column + at - down * columns)
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,7 @@ def test_rows_and_columns_are_those_of_a_division(columns):
 
 def test_a_tensor_of_more_than_2_31_elements_has_int64_rows_and_runs():
     n = 2**33 + 3
-    rows, runs = table.tile_rows([2**40], [2**40], [0], [0], [n], [2**35 + 1], [0], [0], 2, 2, 0)
+    rows, runs, _, _ = table.tile_rows([2**40], [2**40], [0], [0], [n], [2**35 + 1], [0], [0], 2, 2, 0)
     assert rows[0][4] == n + 1 and runs[-1][1] * forms.TILE < n + 1 <= (runs[-1][1] + table.TILES) * forms.TILE
     assert len(runs) == -(-(n + 1) // (forms.TILE * table.TILES))
 
