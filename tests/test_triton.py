@@ -18,6 +18,7 @@ from cases import SEED, Case, run
 from zo_core.bindings import ops
 from zo_core.kernels import reference
 from zo_core.kernels import triton as backend
+from zo_core.kernels.triton import factored as factored_kernels
 from zo_core.kernels.triton import forms, passes, places, table
 
 DEVICE = "cpu" if TRITON_ON_CPU else "cuda"
@@ -185,7 +186,7 @@ def test_eight_residuals_are_aligned_to_their_size(bits, alignment):
         ((4, 64, 12), False),
         ((0, 64, 16), True),
         ((0, 68, 16), False),
-        ((0, 64, 1 << 30), False),  # places in whole tiles have 32 bits
+        ((0, 64, 1 << 28), False),  # places in whole tiles have 32 bits
     ],
 )
 def test_factors_of_columns_are_read_at_once_where_whole_groups_of_them_are_in_a_row(factors, aligned):
@@ -340,3 +341,65 @@ def test_a_prepared_pass_is_the_reference_s(monkeypatch):
         run(src, streams=torch.tensor([3]), coeffs=coeffs, counters=counters, seed=9, distribution="rademacher")
         found.append(torch.cat(out))
     assert torch.equal(*found) and not torch.equal(found[0], torch.cat(src))
+
+
+def factored(weights, columns, *, offset=0, rank=1, coeffs=(1.0,), module=backend):
+    """Adds factored noise of the streams 4, 5, ... to a part of a matrix."""
+    c = torch.tensor(coeffs, device=DEVICE)[:, None]
+    module.run_pass(
+        [weights], [weights], [], [3], [offset], torch.arange(4, 4 + len(c), device=DEVICE), c, seed=SEED, rank=rank,
+        distribution="factored", columns=[columns], counters=torch.zeros(2, dtype=torch.int64, device=DEVICE),
+    )  # fmt: skip
+    return weights
+
+
+@pytest.mark.parametrize("columns", [8, 100])
+def test_factored_noise_of_any_part_of_a_matrix_is_that_of_the_whole(columns):
+    def noise(n, at, **options):
+        return factored(torch.zeros(n, device=DEVICE), columns, offset=1024 + at, **options)
+
+    whole = noise(1300, 0, rank=2)
+    assert torch.equal(whole, noise(1300, 0, rank=2, module=reference))
+    for begin, end in ((175, 177), (100, 1300)):  # 1024 + 176 is where a row begins
+        assert torch.equal(noise(end - begin, begin, rank=2), whole[begin:end])
+    alone = noise(1300, 0, coeffs=[0.0] * 11 + [1.0])
+    assert torch.equal(alone.abs(), torch.ones_like(alone))
+    assert torch.equal(alone, noise(1300, 0, coeffs=[0.0] * 11 + [1.0, 0.0]))
+
+
+@pytest.mark.parametrize(("width", "k", "rank"), [(130, 1, 1), (1032, 3, 4), (520, 1, 1)])
+def test_gathered_rows_with_factored_noise_are_those_of_the_whole_matrix(width, k, rank):
+    src = torch.linspace(-1, 1, 9 * width, device=DEVICE).view(9, width)
+    rows, got = torch.tensor([7, 0, 8], device=DEVICE), torch.full((3, width), torch.nan, device=DEVICE)
+    args = torch.arange(k, device=DEVICE), torch.linspace(0.01, -0.02, k, device=DEVICE)[:, None]
+    key = {"seed": SEED, "distribution": "factored", "counters": torch.zeros(2, dtype=torch.int64, device=DEVICE)}
+    whole = torch.empty_like(src)
+    for offset in (0, 77 * width + 40):
+        reference.run_pass([src], [whole], [], [5], [offset], *args, columns=[width], rank=rank, **key)
+        backend.run_rows(src, rows, got, 5, offset, *args, rank=rank, **key)
+        assert torch.allclose(got, whole[rows], rtol=0, atol=2e-7)
+
+
+@pytest.mark.parametrize("domain", [1, 4, 5])
+def test_signs_are_those_of_the_reference(domain):
+    for n in (1, 1300):
+        got, expected = (torch.full((2, 3, n), torch.nan, device=DEVICE) for _ in range(2))
+        for module, out in ((backend, got), (reference, expected)):
+            module.signs_(out, torch.tensor([5, -1], device=DEVICE), domain=domain, tensor_id=2**32 - 3, seed=SEED)
+        assert torch.equal(got, expected)
+
+
+def test_only_signs_that_elements_have_are_made():
+    """Of rows those that a part of a matrix is in; of columns all, but for a part of one row; two rows are then two parts."""
+    programs, (row, column), end = factored_kernels.lines_of(320, 3200 + 5, 640, 9, 2, 16)
+    assert programs == [
+        [0, 10, 13, 6, 9, 2, 4 << 24, False, False],
+        [0, 0, 320, 24, 9, 2, 5 << 24, True, True],
+    ]
+    assert (row, column, end) == (6, 24, 24 + 640)
+    rows, runs, programs, words = table.tile_rows(
+        [1 << 20], [1 << 20], [0], [0], [60], [(1 << 40) - 40], [9], [2], 4, 4, 0, widths=[1 << 40]
+    )
+    assert [r[4] - r[3] for r in rows] == [40, 20] and [r[0] + 4 * r[3] for r in rows] == [1 << 20, (1 << 20) + 160]
+    assert [p[1:3] for p in programs] == [[0, 1], [(1 << 40) - 40, 1 << 40], [1, 2], [0, 20]]
+    assert [p[8] for p in programs] == [False, True, False, True] and words == 8 + 80 + 8 + 48 and len(runs) == 2

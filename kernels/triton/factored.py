@@ -1,15 +1,16 @@
-"""Factored noise, rank^-1/2 sum_q a_q(i) b_q(j) of a matrix: signs of its rows i and columns j, and sums of their products.
+"""Factored noise of a matrix, rank^-1/2 sum_q a_q(i) b_q(j): the signs of its rows i and columns j, and sums of their products.
 
-The signs are made once a pass (``signs_kernel``), for they are few: a word of 32 bits a row, and one or two a column, hold
-those of ten terms. A term is a stream and a q, in this order. A pass then makes no random number:
+``signs_kernel`` makes the signs once before a pass, for there are few of them, and leaves them in words of 32 bits. The pass
+reads these and makes no random number. A *term* is the product of a stream's factor q: streams in order, and q in order within one.
 
-One term: a row's word is c a(i) and a column's b(j), as float32, so an element takes one multiplication and addition.
+One term: the word of a row is c a(i), and that of a column b(j), as float32. An element takes one multiplication and addition.
 
-More: a sum of five terms takes one of 32 values, which lane l of a warp holds where bit t of l says that term t is added
-and not subtracted. A row's word and a column's differ in the bits of terms whose signs agree (rows have theirs inverted), so
-their XOR is the lane to ask: an instruction to find it, one to ask (SHFL), one to add, where term by term would be 15. Two
-fives at a time (a *step*): a column has a word for each, of 8 columns side by side, so that 8 are two loads of 128 bits.
-Sums of five are rounded in the order of the terms, as the reference's, and are then added in their order.
+More terms: five at a time, whose sum has one of 32 values. Lane l of the warp holds the value in which term t is added where bit t of
+l is 1, and subtracted where it is 0. Rows have their bits inverted, so the XOR of the words of a row and a column has a 1 where
+their signs agree: it is the lane that holds the element's sum. That is three instructions (XOR, SHFL, FADD) for five terms, where
+term by term it would be three for each. A *step* is two fives: a row's word holds the bits of both, and a column has two words. Those
+of eight columns lie side by side, first words before second ones, so that each eight are two loads of 128 bits.
+The terms of a five are added in their order, as the reference adds them, and so are the fives.
 """
 
 from functools import lru_cache
@@ -166,8 +167,9 @@ def signs_(signs: Tensor, streams: Tensor, *, domain: int, tensor_id: int, seed:
     k, rank, n = signs.shape
     if signs.numel():
         with on(signs.device):
-            lines, one = _one_domain(signs.device, domain, n, tensor_id), torch.ones(k, 1, device=signs.device)
-            _launch(lines, streams, one.float(), rank, seed, words=signs.view(torch.int32), reals=one, n_steps=0, plane=n, ONE=True)
+            lines, one = _one_domain(signs.device, domain, n, tensor_id), torch.ones(k, 1, dtype=torch.float32, device=signs.device)
+            words = signs.view(torch.int32)
+            _launch(lines, streams, one, rank, seed, words=words, reals=one, n_steps=0, plane=n, ONE=True)
 
 
 def _launch(lines: Tensor, streams: Tensor, coeffs: Tensor, rank: int, seed: int, **more: Any) -> None:

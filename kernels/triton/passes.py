@@ -27,7 +27,7 @@ from .forms import form_of, pass_forms
 from .gate import gate
 from .launch import kernel, launch, on
 from .noise import halves, rsqrt
-from .places import place_in, scales_of
+from .places import elements, place_in, scales_of
 from .residuals import join_residual, to_float32
 from .rounding import limit_of, rounded_with_residual, rounding_bits, store_by_definition, within
 from .streams import stream_of, sum_of_streams
@@ -135,8 +135,7 @@ def _tile(row, start, place, work, call, FORM: tl.constexpr, CAREFUL: tl.constex
     """
     A: tl.constexpr = FORM.shape
     B: tl.constexpr = FORM.size(CAREFUL) // 32 // A
-    at = (tl.arange(0, A) * 32)[:, None, None] + (tl.arange(0, B) * (32 * A))[None, :, None]
-    at = at + tl.arange(0, 32)[None, None, :]
+    at = elements(A, B)
     mask = (at >= row.begin - start) & (at < row.end - start)
     dst = _pointer(row.dst, start, at, FORM.dst, FORM, CAREFUL)
     residual, hessian = dst, dst

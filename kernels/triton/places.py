@@ -1,7 +1,7 @@
 """In which rows and columns the elements of a tile are, and what is looked up by them: scales in two factors (docs/noise.md).
 
-V neighbours, along the last axis of a tile (A, B, 32), are in one row, and the factors of their columns are loaded at once. V is 1
-where care is needed (passes.py); above 1, ``place`` is int32 and rows have less than 2^30 elements.
+V neighbours along the last axis of a tile (A, B, 32) are in one row, and what belongs to their columns is loaded at once. V is 1 in
+careful tiles (passes.py), and ``place`` has int64 there; else it has int32, as rows have less than 2^28 elements.
 """
 
 import triton
@@ -50,7 +50,7 @@ def _product(x, y):
 
 
 @triton.jit
-def _elements(A: tl.constexpr, B: tl.constexpr, V: tl.constexpr, EACH: tl.constexpr):
+def elements(A: tl.constexpr, B: tl.constexpr, V: tl.constexpr = 1, EACH: tl.constexpr = True):
     """Which element of its tile is the first of V, int32: to each of V, (A, B, 32), or once, (A, B, 32 // V)."""
     last = (tl.arange(0, 32) & -V) if EACH else tl.arange(0, 32 // V) * V
     return (tl.arange(0, A) * 32)[:, None, None] + (tl.arange(0, B) * (32 * A))[None, :, None] + last[None, None, :]
@@ -59,7 +59,7 @@ def _elements(A: tl.constexpr, B: tl.constexpr, V: tl.constexpr, EACH: tl.conste
 @triton.jit
 def load_rows(pointer, place, known, A: tl.constexpr, B: tl.constexpr, V: tl.constexpr):
     """What ``pointer`` has of each element's row, (A, B, 32); 1 where it is not ``known``, (A, B, 32 // V)."""
-    down = rows_down(place, _elements(A, B, V, False)).to(tl.uint32).to(tl.int64)
+    down = rows_down(place, elements(A, B, V, False)).to(tl.uint32).to(tl.int64)
     x = tl.load(pointer + place.line + down, mask=known, other=1)
     return tl.reshape(tl.broadcast_to(x[:, :, :, None], (A, B, 32 // V, V)), (A, B, 32))
 
@@ -67,7 +67,7 @@ def load_rows(pointer, place, known, A: tl.constexpr, B: tl.constexpr, V: tl.con
 @triton.jit
 def load_columns(pointer, place, mask, A: tl.constexpr, B: tl.constexpr, V: tl.constexpr, PAIRS: tl.constexpr = False):
     """What ``pointer`` has of each element's column, (A, B, 32). PAIRS: of each eight columns there are eight others behind."""
-    at = _elements(A, B, V, True)
+    at = elements(A, B, V)
     down = rows_down(place, at)
     if V == 1:
         right = place.column + at - down * place.columns

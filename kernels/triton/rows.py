@@ -33,11 +33,12 @@ def rows_kernel(
     zero = tl.full((), 0, tl.int64)
     scale_at = hessian.to(tl.int64) + (source * width - shift) * 4 if FORM.scale == "hessian" else zero
     column_scale, columns = column_scale.to(tl.int64), columns.to(tl.int64)
-    aligned = ((src_at | dst_at | scale_at | column_scale | (columns & 7) | (width & 7 if FORM.factored else zero)) & 15) == 0
-    aligned = aligned & ((rest_at & (FORM.residual - 1 if FORM.residual else 0)) == 0)
+    wide = width.to(tl.int64) if FORM.factored else zero
+    aligned = ((src_at | dst_at | scale_at | column_scale | ((columns | wide) & 7)) & 15) == 0
+    aligned = aligned & (tl.maximum(columns, wide) < 1 << 28) & ((rest_at & (FORM.residual - 1 if FORM.residual else 0)) == 0)
     row = Row(
         src_at, dst_at, scale_at, shift, shift + width, at - shift, tensor_id.to(tl.uint32), zero, aligned, rest_at,
-        row_scale.to(tl.int64), column_scale, columns, width.to(tl.int64), row_word.to(tl.int64), column_word.to(tl.int64),
+        row_scale.to(tl.int64), column_scale, columns, wide, row_word.to(tl.int64), column_word.to(tl.int64),
     )  # fmt: skip
     call = Call(
         k0.to(tl.uint32), k1.to(tl.uint32), streams, coeffs, 1, n_streams,
