@@ -2,7 +2,7 @@
 
 Compiles each form, disassembles it and follows the path of a whole, aligned tile: the shortest way round the loop that
 has 128-bit stores, with loops inside it taken once a stream (the longest way through, so with every stream active).
-The ten main forms (K=1, in place; "+ 8": with a residual of 8 bits) are also compiled for every newer architecture that ptxas knows.
+The twelve main forms (K=1, in place; "+ 8": with a residual of 8 bits) are also compiled for every newer architecture that ptxas knows.
 AMD's gfx90a and gfx942 follow, instructions of a lane, never judged: what LLVM makes of the same kernels without assembly.
 Counts are exact and the same on every machine, so they are a gate: the exit code is 1 when a form passes its budget
 (docs/triton.md). The predicted fraction of copy bandwidth comes from the model in ``predict``.
@@ -93,6 +93,8 @@ VARIANTS = (
     Variant("gaussian bf16 + 16", Form(residual=16), 21),
     Variant("rademacher bf16 + 8 stochastic", Form("rademacher", residual=8, stochastic=True), 16.5),
     Variant("rademacher bf16 + 16", Form("rademacher", residual=16), 12),
+    Variant("factored bf16", Form("factored"), 5.75),
+    Variant("factored bf16 K=8", Form("factored", k=8), 11.5),
     Variant("gaussian bf16 stochastic", Form(stochastic=True), 24),
     Variant("gaussian fp16 stochastic", Form(src="float16", stochastic=True), 34.5),
     Variant("rademacher bf16 stochastic", Form("rademacher", stochastic=True), 14),
@@ -107,8 +109,14 @@ VARIANTS = (
     Variant("rademacher bf16 K=8", Form("rademacher", k=8), 19),
     Variant("rademacher bf16 K=40", Form("rademacher", k=40), 40),
     Variant("rademacher bf16 K=160", Form("rademacher", k=160), 118),
+    Variant("factored fp32", Form("factored", src="float32")),
+    Variant("factored bf16 stochastic", Form("factored", stochastic=True)),
+    Variant("factored bf16 + 8 stochastic", Form("factored", residual=8, stochastic=True)),
+    Variant("factored bf16 K=8 stochastic", Form("factored", k=8, stochastic=True)),
+    Variant("factored bf16 K=32", Form("factored", k=32)),
+    Variant("factored bf16 K=160", Form("factored", k=160)),
 )
-MAIN = VARIANTS[:10]
+MAIN = VARIANTS[:12]
 
 
 # ---- reading SASS -------------------------------------------------------------------------------------------------
@@ -257,9 +265,9 @@ def tile_path(text: str, form: Form, syntax: Syntax = SASS) -> Counter[str]:
     with_store = [h for h, body in loops.items() if any(_is_full_store(op) for x in body for op in blocks[x].opcodes)]
     if not with_store:
         raise ValueError("no loop with 128-bit stores")
-    # a loop inside takes a stream, or eight (sums.py)
-    sums = form.compiled().streams == "sums"
-    trips = -(-form.k // 8) - 1 if sums else form.k  # the first step of eight is apart
+    # a loop inside takes a stream; or eight (sums.py) or ten (factored.py), of which the first are apart
+    sums, step = form.compiled().streams == "sums", 10 if form.distribution == "factored" else 8
+    trips = -(-form.k // step) - 1 if sums else form.k
     header = min(with_store, key=lambda h: len(loops[h]))
     return path_of(blocks, loops, header, trips, trips > 0 and form.k > 1, False)
 
@@ -362,7 +370,9 @@ def judge(variant: Variant, capability: int) -> Result:
     }
     residual = form.residual // 8 * (1 if form.dst else 2)
     expected = BYTES[form.src] + BYTES[form.dst or form.src] + {"hessian": 4, "update": 8}.get(form.scale, 0) + residual
-    cached = 4 if form.scale == "factors" else 0  # the columns' factors, the same for each row
+    cached = 4 if form.scale == "factors" else 0  # the columns' factors, the same for each row, and the words of their signs
+    if form.distribution == "factored":
+        cached += 4 if form.k == 1 else 8 * -(-form.k // 10)
     short = moved[128] + (moved[64] if form.residual == 8 else 0) < expected + cached
     narrow = [op for op in widths if ".128" not in op and (".U16" in op or ".U8" in op)]
     if short or narrow:

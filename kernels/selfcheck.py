@@ -92,7 +92,7 @@ def _pass(
         coeffs, seed=SEED, distribution=distribution, counters=counters, **moved,
     )  # fmt: skip
     lists = [x for x in moved.values() if isinstance(x, list)]
-    return [t.cpu() for t in (dst, counters, *(t for x in lists for t in x))]
+    return [t.cpu() for t in (dst, counters, *(t for x in lists for t in x if isinstance(t, Tensor)))]
 
 
 def _same(what: str, got: Tensor, expected: Tensor, bound: Tensor | float = 0.0) -> None:
@@ -216,6 +216,15 @@ def _factors(backend: ModuleType, device: torch.device) -> None:
     )  # fmt: skip
 
 
+def _factored(backend: ModuleType, device: torch.device) -> None:
+    for k, rank in ((1, 1), (4, 3)):
+        coeffs = torch.linspace(0.01, -0.02, k, dtype=torch.float32)
+        _as_the_reference(
+            backend, device, _uniform(ENOUGH, -1.0, 1.0), coeffs=coeffs, distribution="factored", rank=rank, columns=[24],
+            bound=2.0**-22 if rank > 1 else 0.0,
+        )  # fmt: skip
+
+
 def _slice(backend: ModuleType, device: torch.device) -> None:
     _as_the_reference(backend, device, torch.zeros(ENOUGH, dtype=torch.float32), offset=2**39 + 2048 + 77)
 
@@ -251,6 +260,7 @@ ANSWERS: dict[str, Answer] = {
     "gathered rows": _rows,
     "Hessian": _hessian,
     "scales in two factors": _factors,
+    "factored noise": _factored,
     "slice": _slice,
     "unaligned view": _unaligned,
     "coefficient that is not finite": _not_finite,

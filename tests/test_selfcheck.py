@@ -94,6 +94,9 @@ FAULTS = {
     "scales in two factors": only(
         lambda job: "row_scales" in job.options, row_scales=lambda scales: [s.roll(1) for s in scales]
     ),
+    "factored noise": only(
+        lambda job: job.options["distribution"] == "factored", streams=lambda streams: streams.roll(1) + 1
+    ),
     "slice": only(lambda job: True, offsets=lambda offsets: [o & 0xFFFFFFFF for o in offsets]),
     "unaligned view": Faulty(after=first_of_unaligned),
     "coefficient that is not finite": only(lambda job: True, coeffs=lambda c: c.nan_to_num()),

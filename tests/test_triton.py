@@ -18,7 +18,8 @@ from cases import SEED, Case, run
 from zo_core.bindings import ops
 from zo_core.kernels import reference
 from zo_core.kernels import triton as backend
-from zo_core.kernels.triton import forms, passes, scales, table
+from zo_core.kernels.triton import factored as factored_kernels
+from zo_core.kernels.triton import forms, passes, places, table
 
 DEVICE = "cpu" if TRITON_ON_CPU else "cuda"
 
@@ -106,7 +107,7 @@ def test_the_table_is_made_once_and_again_when_a_tensor_moves():
 
 
 @pytest.mark.parametrize(
-    "part", ["src", "dst", "hessians", "residual", "offset", "id", "factors", "row", "column", "width"]
+    "part", ["src", "dst", "hessians", "residual", "offset", "id", "factors", "row", "column", "columns", "width"]
 )
 def test_whatever_the_table_holds_makes_a_new_one(part):
     table._tables.clear()
@@ -121,10 +122,11 @@ def test_whatever_the_table_holds_makes_a_new_one(part):
         "ids": [0],
         "columns": [0],
         "factors": [(64, 64, 2)],
+        "widths": [0],
     }
     other = {"src": {"src": [t[3]]}, "dst": {"dst": [t[4]]}, "hessians": {"hessians": [t[5]]}, "residual": {"residuals": [t[7]]},
              "offset": {"offsets": [4]}, "id": {"ids": [1]}, "factors": {"factors": ()}, "row": {"factors": [(0, 64, 2)]},
-             "column": {"factors": [(64, 80, 2)]}, "width": {"factors": [(64, 64, 4)]}}[part]  # fmt: skip
+             "column": {"factors": [(64, 80, 2)]}, "columns": {"factors": [(64, 64, 4)]}, "width": {"widths": [4]}}[part]  # fmt: skip
     tables = [table.table_of(**arguments, device=t[0].device)[0] for arguments in (first, first | other, first)]
     assert not torch.equal(tables[0], tables[1]) and tables[0] is tables[2]
 
@@ -140,7 +142,7 @@ def test_the_cache_of_tables_is_bounded(monkeypatch):
 
 def test_rows_and_runs_of_the_table():
     tile, tiles = forms.TILE, table.TILES
-    rows, runs = table.tile_rows(
+    rows, runs, _, _ = table.tile_rows(
         [64, 128, 192],
         [64, 130, 192],
         [0, 0, 0],
@@ -153,7 +155,7 @@ def test_rows_and_runs_of_the_table():
         2,
         8,
     )
-    assert rows[0] == [64, 64, 0, 0, tile * tiles + 1, 0, 4, 1, 48, 0, 0, 0]
+    assert rows[0] == [64, 64, 0, 0, tile * tiles + 1, 0, 4, 1, 48, *[0] * 6]
     assert rows[1] == [
         192 - 272,
         192 - 272,
@@ -164,9 +166,7 @@ def test_rows_and_runs_of_the_table():
         6,
         5,
         200 - 136,
-        0,
-        0,
-        0,
+        *[0] * 6,
     ]  # 136 elements into the second tile
     assert runs == [(0, 0), (0, tiles), (1, 0)]
 
@@ -174,7 +174,7 @@ def test_rows_and_runs_of_the_table():
 @pytest.mark.parametrize(("bits", "alignment"), [(0, 1), (8, 8), (16, 16)])
 def test_eight_residuals_are_aligned_to_their_size(bits, alignment):
     for at in range(2 * alignment):
-        rows, _ = table.tile_rows([64], [64], [0], [at], [9], [0], [0], [3], 2, 2, bits)
+        rows = table.tile_rows([64], [64], [0], [at], [9], [0], [0], [3], 2, 2, bits)[0]
         assert rows[0][7] == 6 + (at % alignment == 0)
 
 
@@ -184,23 +184,24 @@ def test_eight_residuals_are_aligned_to_their_size(bits, alignment):
         ((4, 64, 8), True),
         ((4, 68, 8), False),
         ((4, 64, 12), False),
-        ((0, 64, 1 << 62), True),
-        ((0, 68, 1 << 62), False),
+        ((0, 64, 16), True),
+        ((0, 68, 16), False),
+        ((0, 64, 1 << 28), False),  # places in whole tiles have 32 bits
     ],
 )
 def test_factors_of_columns_are_read_at_once_where_whole_groups_of_them_are_in_a_row(factors, aligned):
-    rows, _ = table.tile_rows([64], [64], [0], [0], [9], [3], [0], [3], 2, 2, 0, [factors])
+    rows = table.tile_rows([64], [64], [0], [0], [9], [3], [0], [3], 2, 2, 0, [factors])[0]
     rows += table.tile_rows([74], [74], [0], [0], [9], [5], [0], [3], 2, 2, 0, [factors])[0]
-    assert [r[7] for r in rows] == [6, 6 + aligned] and all(tuple(r[9:]) == factors for r in rows)
+    assert [r[7] for r in rows] == [6, 6 + aligned] and all(tuple(r[9:12]) == factors for r in rows)
 
 
 @triton.jit
 def places_kernel(numbers, out, n: tl.constexpr):
-    e, columns, at = tl.load(numbers), tl.load(numbers + 1), tl.arange(0, n)
-    line, place = scales.place_of(e, columns)
-    row, column = scales.places_of(line, place, columns, at)
-    tl.store(out + at, row)
-    tl.store(out + n + at, column)
+    columns, at = tl.load(numbers + 1), tl.arange(0, n)
+    place = places.place_in(tl.load(numbers), columns, True)
+    down = places.rows_down(place, at)
+    tl.store(out + at, place.line + down)
+    tl.store(out + n + at, place.column + at - down * columns)
 
 
 @pytest.mark.parametrize(
@@ -217,7 +218,7 @@ def test_rows_and_columns_are_those_of_a_division(columns):
 
 def test_a_tensor_of_more_than_2_31_elements_has_int64_rows_and_runs():
     n = 2**33 + 3
-    rows, runs = table.tile_rows([2**40], [2**40], [0], [0], [n], [2**35 + 1], [0], [0], 2, 2, 0)
+    rows, runs, _, _ = table.tile_rows([2**40], [2**40], [0], [0], [n], [2**35 + 1], [0], [0], 2, 2, 0)
     assert rows[0][4] == n + 1 and runs[-1][1] * forms.TILE < n + 1 <= (runs[-1][1] + table.TILES) * forms.TILE
     assert len(runs) == -(-(n + 1) // (forms.TILE * table.TILES))
 
@@ -344,3 +345,65 @@ def test_a_prepared_pass_is_the_reference_s(monkeypatch):
         run(src, streams=torch.tensor([3]), coeffs=coeffs, counters=counters, seed=9, distribution="rademacher")
         found.append(torch.cat(out))
     assert torch.equal(*found) and not torch.equal(found[0], torch.cat(src))
+
+
+def factored(weights, columns, *, offset=0, rank=1, coeffs=(1.0,), module=backend):
+    """Adds factored noise of the streams 4, 5, ... to a part of a matrix."""
+    c = torch.tensor(coeffs, device=DEVICE)[:, None]
+    module.run_pass(
+        [weights], [weights], [], [3], [offset], torch.arange(4, 4 + len(c), device=DEVICE), c, seed=SEED, rank=rank,
+        distribution="factored", columns=[columns], counters=torch.zeros(2, dtype=torch.int64, device=DEVICE),
+    )  # fmt: skip
+    return weights
+
+
+@pytest.mark.parametrize("columns", [8, 100])
+def test_factored_noise_of_any_part_of_a_matrix_is_that_of_the_whole(columns):
+    def noise(n, at, **options):
+        return factored(torch.zeros(n, device=DEVICE), columns, offset=1024 + at, **options)
+
+    whole = noise(1300, 0, rank=2)
+    assert torch.equal(whole, noise(1300, 0, rank=2, module=reference))
+    for begin, end in ((175, 177), (100, 1300)):  # 1024 + 176 is where a row begins
+        assert torch.equal(noise(end - begin, begin, rank=2), whole[begin:end])
+    alone = noise(1300, 0, coeffs=[0.0] * 11 + [1.0])
+    assert torch.equal(alone.abs(), torch.ones_like(alone))
+    assert torch.equal(alone, noise(1300, 0, coeffs=[0.0] * 11 + [1.0, 0.0]))
+
+
+@pytest.mark.parametrize(("width", "k", "rank"), [(130, 1, 1), (1032, 3, 4), (520, 1, 1)])
+def test_gathered_rows_with_factored_noise_are_those_of_the_whole_matrix(width, k, rank):
+    src = torch.linspace(-1, 1, 9 * width, device=DEVICE).view(9, width)
+    rows, got = torch.tensor([7, 0, 8], device=DEVICE), torch.full((3, width), torch.nan, device=DEVICE)
+    args = torch.arange(k, device=DEVICE), torch.linspace(0.01, -0.02, k, device=DEVICE)[:, None]
+    key = {"seed": SEED, "distribution": "factored", "counters": torch.zeros(2, dtype=torch.int64, device=DEVICE)}
+    whole = torch.empty_like(src)
+    for offset in (0, 77 * width + 40):
+        reference.run_pass([src], [whole], [], [5], [offset], *args, columns=[width], rank=rank, **key)
+        backend.run_rows(src, rows, got, 5, offset, *args, rank=rank, **key)
+        assert torch.allclose(got, whole[rows], rtol=0, atol=2e-7)
+
+
+@pytest.mark.parametrize("domain", [1, 4, 5])
+def test_signs_are_those_of_the_reference(domain):
+    for n in (1, 1300):
+        got, expected = (torch.full((2, 3, n), torch.nan, device=DEVICE) for _ in range(2))
+        for module, out in ((backend, got), (reference, expected)):
+            module.signs_(out, torch.tensor([5, -1], device=DEVICE), domain=domain, tensor_id=2**32 - 3, seed=SEED)
+        assert torch.equal(got, expected)
+
+
+def test_only_signs_that_elements_have_are_made():
+    """Of rows those that a part of a matrix is in; of columns all, but for a part of one row; two rows are then two parts."""
+    programs, (row, column), end = factored_kernels.lines_of(320, 3200 + 5, 640, 9, 2, 16)
+    assert programs == [
+        [0, 10, 13, 6, 9, 2, 4 << 24, False, False],
+        [0, 0, 320, 24, 9, 2, 5 << 24, True, True],
+    ]
+    assert (row, column, end) == (6, 24, 24 + 640)
+    rows, runs, programs, words = table.tile_rows(
+        [1 << 20], [1 << 20], [0], [0], [60], [(1 << 40) - 40], [9], [2], 4, 4, 0, widths=[1 << 40]
+    )
+    assert [r[4] - r[3] for r in rows] == [40, 20] and [r[0] + 4 * r[3] for r in rows] == [1 << 20, (1 << 20) + 160]
+    assert [p[1:3] for p in programs] == [[0, 1], [(1 << 40) - 40, 1 << 40], [1, 2], [0, 20]]
+    assert [p[8] for p in programs] == [False, True, False, True] and words == 8 + 80 + 8 + 48 and len(runs) == 2

@@ -13,7 +13,7 @@ if tuple(map(int, re.findall(r"\d+", VERSION)[:2])) < OLDEST:
         "the triton that belongs to it"
     )
 
-from ..reference import signs_  # there is no kernel for it yet
+from .factored import signs_
 from .noise import philox_
 from .passes import run_pass
 from .rows import run_rows

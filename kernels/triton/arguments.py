@@ -21,7 +21,19 @@ class Row(NamedTuple):
     residual: Any
     row_scale: Any
     column_scale: Any
+    columns: Any  # of the scales
+    width: Any  # columns of factored noise, and where the signs of its row 0 and column 0 would be
+    row_word: Any
+    column_word: Any
+
+
+class Place(NamedTuple):
+    """Where the first element of a tile is in its matrix; of no use where a form is not ``placed``."""
+
+    line: Any  # row, int64
+    column: Any
     columns: Any
+    inverse: Any  # of columns, or of 1,024 where they are more, for ``rows_down`` to multiply by
 
 
 class Stream(NamedTuple):
@@ -51,13 +63,18 @@ class Key(NamedTuple):
     k1: Any
 
 
-class Digits(NamedTuple):
-    """Coefficients as ``weighted_signs`` reads them: pointers to what ``digits_kernel`` writes, and the number of steps of eight streams."""
+class Made(NamedTuple):
+    """What a kernel before the pass makes for its sums over streams: pointers, and the number of steps, of so many streams each.
 
-    matrix: Any  # int8
-    totals: Any
-    units: Any
+    ``digits_kernel`` (sums.py): digits of the coefficients, their totals and their units. ``signs_kernel`` (factored.py): words of
+    signs, ``plane`` of them for a step, and sums of five terms.
+    """
+
+    digits: Any  # int8
+    words: Any  # int32
+    reals: Any  # float32
     n_steps: Any
+    plane: Any  # int64
 
 
 class Call(NamedTuple):
@@ -69,7 +86,7 @@ class Call(NamedTuple):
     coeffs: Any
     n_tensors: Any
     n_streams: Any
-    digits: Digits
+    made: Made
     counters: Any
     decay: Any = None
     update: Any = None

@@ -12,7 +12,7 @@ TILE = 1024  # elements that a program makes at a time
 MIN_SUMS = 5  # Rademacher streams from which on their sum is cheaper on the tensor cores (sums.py)
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-DISTRIBUTIONS = ("gaussian", "rademacher")
+DISTRIBUTIONS = ("gaussian", "rademacher", "factored")
 SCALES = ("", "hessian", "update", "factors")  # of the noise: none, 1/sqrt(H), the same while H changes, two factors
 
 
@@ -28,22 +28,36 @@ class Form:
     keeps: bool = False  # writes residuals
     stochastic: bool = False  # rounds up with the probability of what truncation drops
     decay: bool = False
-    streams: str = "one"  # "one"; "few": any number, in a loop; "sums": on the tensor cores
+    streams: str = "one"  # "one"; "few": any number, in a loop; "sums": several at a time (sums.py, factored.py)
 
     @property
     def gaussian(self) -> bool:
-        """Or Rademacher."""
+        """Or made of signs."""
         return self.distribution == "gaussian"
 
     @property
     def shape(self) -> int:
         """Rows of 32 elements in which a thread has the elements of one Philox block: a tile is (shape, ..., 32)."""
-        return 1 if self.gaussian else 4
+        return 4 if self.distribution == "rademacher" else 1
+
+    @property
+    def factored(self) -> bool:
+        """Noise of a matrix, made of signs of its rows and columns (factored.py)."""
+        return self.distribution == "factored"
+
+    @property
+    def placed(self) -> bool:
+        """Whether it makes a difference in which row and column an element is."""
+        return self.factored or self.scale == "factors"
 
     @property
     def width(self) -> int:
         """Neighbours that a thread loads and stores at once, 128 bits of the narrower type."""
         return 4 if self.src == self.dst == tl.float32 else 8
+
+    def neighbours(self, careful: bool) -> int:
+        """Elements side by side of which is known that they are in one row; ``width`` where columns are a multiple of 8."""
+        return 1 if careful else self.width
 
     def size(self, careful: bool) -> int:
         """Elements of a tile; where care is needed, which is seldom, few of them, for few registers."""
@@ -54,10 +68,10 @@ def form_of(
     distribution: str, src: torch.dtype, dst: torch.dtype, scale: str, residual: int, in_place: bool, stochastic: bool,
     decay: bool, k: int,
 ) -> Form:  # fmt: skip
-    """The form for a call with k streams: where arguments make no difference to the code, they make none to the form."""
+    """The form for a call with k streams, of factored noise terms: where arguments make no difference to the code, they make none to the form."""
     keeps = in_place and residual > 0
     stochastic = stochastic and dst != torch.float32 and not (keeps and residual == 16)
-    sums = distribution == "rademacher" and scale in ("", "factors") and k >= MIN_SUMS
+    sums = distribution == "rademacher" and scale in ("", "factors") and k >= MIN_SUMS or distribution == "factored"
     streams = "one" if k == 1 else "sums" if sums else "few"
     return Form(distribution, DTYPES[src], DTYPES[dst], scale, residual, keeps, stochastic, decay, streams)
 
@@ -68,7 +82,7 @@ def _forms(scales: tuple[str, ...], in_place: tuple[bool, ...], options: tuple[b
     found: dict[Form, None] = {}
     for distribution, src, dst, scale, residual, same, stochastic, decay, k in calls:
         possible = (src == dst or not same) and not (residual and src == torch.float32)
-        if possible and (scale != "update" or same):
+        if possible and (scale != "update" or same and distribution != "factored"):
             found[form_of(distribution, src, dst, scale, residual, same, stochastic, decay, k)] = None
     return list(found)
 

@@ -15,15 +15,15 @@ import triton.language as tl
 # The type of each parameter, whatever the kernel. Matrices of gathered rows are addresses: their form says their types.
 TYPES = (
     dict.fromkeys(("table", "streams", "update", "counters", "rows"), "*i64")
-    | dict.fromkeys(("runs", "go", "totals", "words"), "*i32")
-    | dict.fromkeys(("coeffs", "restore", "curvature", "decay", "smoothing", "units", "hessian"), "*fp32")
+    | dict.fromkeys(("runs", "go", "words"), "*i32")
+    | dict.fromkeys(("coeffs", "restore", "curvature", "decay", "smoothing", "reals", "hessian"), "*fp32")
     | dict.fromkeys(("digits", "src", "dst", "residual"), "*i8")
     | dict.fromkeys(
-        ("n", "n_tensors", "n_streams", "n_steps", "n_tiles", "domain", "moves", "decays", "updates"), "i32"
+        ("n", "n_tensors", "n_streams", "n_terms", "rank", "n_steps", "n_tiles", "domain", "moves", "decays", "updates"), "i32"
     )
     | dict.fromkeys(("k0", "k1", "tensor_id", "number"), "u32")
-    | dict.fromkeys(("first", "skip", "width", "offset", "row_scale", "column_scale", "columns"), "i64")
-    | dict.fromkeys(("hessian_min", "hessian_max"), "fp32")
+    | dict.fromkeys(("first", "skip", "width", "offset", "row_scale", "column_scale", "columns", "plane", "row_word", "column_word"), "i64")
+    | dict.fromkeys(("hessian_min", "hessian_max", "root"), "fp32")
 )
 
 

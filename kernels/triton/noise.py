@@ -13,9 +13,9 @@ import triton.language as tl
 from ..reference import ROUNDS
 from .launch import assembly, kernel, launch, on
 
-GAUSSIAN = tl.constexpr(0)  # domains
-RADEMACHER = tl.constexpr(1)
-ROUNDING = tl.constexpr(2)
+GAUSSIAN = tl.constexpr(0 << 24)  # domains, where they are in the counter's second word
+RADEMACHER = tl.constexpr(1 << 24)
+ROUNDING = tl.constexpr(2 << 24)
 
 RADIUS = tl.constexpr(1.1774100225154747)  # sqrt(2 ln 2): callers scale by it, once a stream and not once a normal
 
@@ -54,10 +54,13 @@ def philox(c0, c1, c2, c3, k0, k1, ROUNDS: tl.constexpr = 7):
 
 
 @triton.jit
-def words_of(key, stream, lanes, DOMAIN: tl.constexpr, BITS: tl.constexpr):
-    """Words of blocks of 2^BITS elements: the ``lanes``-th (uint32) from the tile's first, which never carry in 32 bits."""
+def words_of(key, stream, lanes, above, BITS: tl.constexpr):
+    """Words of blocks of 2^BITS elements: the ``lanes``-th (uint32) from the tile's first, which never carry in 32 bits.
+
+    ``above``: what the counter's second word has above the number of the block.
+    """
     first = key.first >> BITS
-    high = (first >> 32).to(tl.uint32) | (DOMAIN << 24)
+    high = (first >> 32).to(tl.uint32) | above
     return philox(first.to(tl.uint32) + lanes, high, key.tensor_id, stream, key.k0, key.k1)
 
 
@@ -138,13 +141,13 @@ def gaussian(key, stream, ROWS: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def signs(key, stream, BLOCKS: tl.constexpr):
+def signs(key, stream, BLOCKS: tl.constexpr, above=RADEMACHER):
     """Words of signs of a Rademacher tile (4, BLOCKS, 32), as uint32 (4, BLOCKS, 1): bit j is element j of the row.
 
     A thread's four rows are the four words of one block: one Philox gives a thread its 32 signs.
     """
     lanes = tl.arange(0, BLOCKS).to(tl.uint32)
-    w0, w1, w2, w3 = words_of(key, stream, lanes, RADEMACHER, 7)
+    w0, w1, w2, w3 = words_of(key, stream, lanes, above, 7)
     words = tl.permute(in_order(w0, w1, w2, w3), (1, 2, 0))
     return tl.reshape(words, (4, BLOCKS, 1))
 
@@ -153,7 +156,7 @@ def signs(key, stream, BLOCKS: tl.constexpr):
 def signed(words, c, SHAPE: tl.constexpr):
     """C times the signs: the sign bit of c flipped where an element's bit is 0."""
     shift = (31 - tl.arange(0, 32)).to(tl.uint32)[None, None, :]
-    minus = tl.broadcast_to(~words, SHAPE) << shift
+    minus = tl.broadcast_to(words ^ 0xFFFFFFFF, SHAPE) << shift
     bits = (minus & 0x80000000) ^ c.to(tl.uint32, bitcast=True)
     return bits.to(tl.float32, bitcast=True)
 

@@ -8,7 +8,7 @@ z is made anew from the seed wherever it is needed (noise.py), so a step of MeZO
 stores no noise. A kernel's program works on a run of tiles of one tensor. Tiles start at multiples of 1,024 of the
 *element index*, so the Philox blocks of a tile are the same whatever offset a tensor starts at, and inside a tile their
 numbers never carry into the upper word. Options: weights with residuals (residuals.py), scales of the noise by a Hessian or in
-two factors (scales.py), results into another tensor, stochastic rounding (rounding.py).
+two factors (places.py), results into another tensor, stochastic rounding (rounding.py).
 """
 
 from collections.abc import Sequence
@@ -19,17 +19,17 @@ from torch import Tensor
 import triton
 import triton.language as tl
 
-from .. import reference as by_definition
-from ..reference import HESSIAN_RANGE
+from ..reference import HESSIAN_RANGE, columns_of
 from . import table
-from .arguments import Call, Digits, Key, Row, Stream, Work
+from .arguments import Call, Key, Made, Place, Row, Stream, Work
+from .factored import signs_of
 from .forms import form_of, pass_forms
 from .gate import gate
 from .launch import kernel, launch, on
 from .noise import halves, rsqrt
+from .places import elements, place_in, scales_of
 from .residuals import join_residual, to_float32
 from .rounding import limit_of, rounded_with_residual, rounding_bits, store_by_definition, within
-from .scales import place_of, scales_of
 from .streams import stream_of, sum_of_streams
 from .sums import digits_of
 
@@ -41,22 +41,22 @@ WARPS = 1
 
 @kernel(warps=WARPS, forms=pass_forms)
 def pass_kernel(
-    table, runs, n_tiles, go, k0, k1, streams, coeffs, n_tensors, n_streams, digits, totals, units, n_steps, counters,
+    table, runs, n_tiles, go, k0, k1, streams, coeffs, n_tensors, n_streams, digits, words, reals, n_steps, plane, counters,
     decay, update, restore, curvature, smoothing, hessian_min, hessian_max, FORM: tl.constexpr,
 ):  # fmt: skip
     """A program works on up to ``n_tiles`` tiles of one tensor: ``runs`` names the row of ``table`` and the first tile."""
     run = tl.program_id(0).to(tl.int64) * 2
-    at = table + tl.load(runs + run).to(tl.int64) * 12
+    at = table + tl.load(runs + run).to(tl.int64) * 15
     begin = tl.load(runs + run + 1).to(tl.int64)
     column = tl.load(at + 7)
     row = Row(
         tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), tl.load(at + 4), tl.load(at + 5),
         tl.load(at + 6).to(tl.uint32), column >> 1, (column & 1) != 0, tl.load(at + 8), tl.load(at + 9),
-        tl.load(at + 10), tl.load(at + 11),
+        tl.load(at + 10), tl.load(at + 11), tl.load(at + 12), tl.load(at + 13), tl.load(at + 14),
     )  # fmt: skip
     call = Call(
-        k0.to(tl.uint32), k1.to(tl.uint32), streams, coeffs, n_tensors, n_streams, Digits(digits, totals, units, n_steps),
-        counters, decay, update, restore, curvature, smoothing, hessian_min, hessian_max,
+        k0.to(tl.uint32), k1.to(tl.uint32), streams, coeffs, n_tensors, n_streams,
+        Made(digits, words, reals, n_steps, plane), counters, decay, update, restore, curvature, smoothing, hessian_min, hessian_max,
     )  # fmt: skip
     if (tl.load(go) != 0) & (tl.load(go + 1 + row.column) != 0):
         run_tiles(row, begin, tl.minimum(begin + n_tiles, tl.cdiv(row.end, FORM.size(False))), call, FORM)
@@ -72,7 +72,7 @@ def run_tiles(row, begin, stop, call, FORM: tl.constexpr):
         keep = 1 - tl.load(call.decay + row.column)
     if FORM.scale == "update":
         remain = 1 - tl.load(call.smoothing + row.column)
-    if FORM.streams == "one":
+    if FORM.streams == "one" and not FORM.factored:
         work = Work(keep, remain, stream_of(0, row.column, call, FORM))
     else:
         work = Work(keep, remain, Stream(row.tensor_id, 0.0, 0.0, 0.0, True))
@@ -82,25 +82,28 @@ def run_tiles(row, begin, stop, call, FORM: tl.constexpr):
     whole_stop = tl.maximum(tl.minimum(stop, row.end // TILE), whole)
     one = tl.full((), 1, tl.int64)  # the interpreter's loop variables are Python integers
     rest = ((one << (whole - begin)) - 1) | ((one << (stop - begin)) - (one << (whole_stop - begin)))
-    line, place, down, right = one, one, one, one
-    if FORM.scale == "factors":  # the row and column where a tile starts, and how far on the next one does
-        line, place = place_of(row.first + whole * TILE, row.columns)
-        down, right = place_of(one * TILE, row.columns)
+    line, column, columns, inverse, down, right = one, one, one, one, one, one
+    if FORM.placed:  # the row and column where a tile starts, and how far on the next one does
+        columns = row.width if FORM.factored else row.columns
+        line, column, columns, inverse = place_in(row.first + whole * TILE, columns, False)
+        down, right, _, _ = place_in(one * TILE, columns, False)
     for t in range(whole, whole_stop):
-        if not _tile(row, tl.multiple_of(one * t * TILE, TILE), line, place, work, call, FORM, False):
+        place = Place(line, column, columns, inverse)
+        if not _tile(row, tl.multiple_of(one * t * TILE, TILE), place, work, call, FORM, False):
             rest |= one << (t - begin)
-        if FORM.scale == "factors":
-            line, place = line + down, place + right
-            if place >= row.columns:
-                line, place = line + 1, place - row.columns
+        if FORM.placed:
+            over = column + right >= columns
+            line += down + over
+            column += right - tl.where(over, columns, 0)
     if rest != 0:
         for t in range(begin, stop):
             if (rest >> (t - begin)) & 1 != 0:
                 for part in range(TILE // PART):
                     start = one * t * TILE + part * PART
-                    if FORM.scale == "factors":
-                        line, place = place_of(row.first + start, row.columns)
-                    _tile(row, start, line, place, work, call, FORM, True)
+                    place = Place(one, one, one, one)
+                    if FORM.placed:
+                        place = place_in(row.first + start, row.width if FORM.factored else row.columns, True)
+                    _tile(row, start, place, work, call, FORM, True)
 
 
 @triton.jit
@@ -124,16 +127,15 @@ def _load(pointer, mask, other, CAREFUL: tl.constexpr):
 
 
 @triton.jit
-def _tile(row, start, line, place, work, call, FORM: tl.constexpr, CAREFUL: tl.constexpr):
-    """One tile, from element ``start`` on, which with scales in factors is in row ``line`` and column ``place``.
+def _tile(row, start, place, work, call, FORM: tl.constexpr, CAREFUL: tl.constexpr):
+    """One tile, from element ``start`` on, which is at ``place``.
 
     Not CAREFUL: the tile is whole and aligned; false, and nothing written, where a result is not a number in range.
     CAREFUL: elements may be missing, unaligned, not finite or out of range.
     """
     A: tl.constexpr = FORM.shape
     B: tl.constexpr = FORM.size(CAREFUL) // 32 // A
-    at = (tl.arange(0, A) * 32)[:, None, None] + (tl.arange(0, B) * (32 * A))[None, :, None]
-    at = at + tl.arange(0, 32)[None, None, :]
+    at = elements(A, B)
     mask = (at >= row.begin - start) & (at < row.end - start)
     dst = _pointer(row.dst, start, at, FORM.dst, FORM, CAREFUL)
     residual, hessian = dst, dst
@@ -150,10 +152,12 @@ def _tile(row, start, line, place, work, call, FORM: tl.constexpr, CAREFUL: tl.c
         h = _load(hessian, mask, 1.0, CAREFUL)
 
     key = Key(row.first + start, row.tensor_id, call.k0, call.k1)
-    noise, back, squares = sum_of_streams(weight, key, row.column, work.only, call, B, FORM, CAREFUL)
+    noise, back, squares = sum_of_streams(weight, key, row, place, mask, work.only, call, B, FORM, CAREFUL)
     base = weight
     if FORM.scale == "factors":
-        noise = noise * scales_of(row, line, place, mask, A, B, FORM.width, CAREFUL)
+        if FORM.factored:  # whose columns may be others
+            place = place_in(row.first + start, row.columns, CAREFUL)
+        noise = noise * scales_of(row, place, mask, A, B, FORM.neighbours(CAREFUL))
     elif FORM.scale != "":
         scale = rsqrt(h)
         if FORM.scale == "update":
@@ -193,13 +197,6 @@ def run_pass(
     column_scales: Sequence[Tensor] = (), rank: int = 1, columns: Sequence[int] = (),
 ) -> None:  # fmt: skip
     """The pass of ``bindings.ops``, arguments already checked: one launch for each kind of tensor, after two small ones."""
-    if distribution == "factored":  # there is no kernel for it yet
-        by_definition.run_pass(
-            src, dst, hessians, tensor_ids, offsets, streams, coeffs, seed=seed, distribution=distribution, counters=counters,
-            decay=decay, update=update, residuals=residuals, row_scales=row_scales, column_scales=column_scales, rank=rank,
-            columns=columns,
-        )  # fmt: skip
-        return
     if not src:
         return
     count, k, coeffs = len(src), streams.numel(), coeffs.contiguous()
@@ -209,30 +206,36 @@ def run_pass(
     if not moves and not k and not scalars:  # an optimizer has its tensors checked so: no work, and no form
         return
     scale = "factors" if row_scales else "update" if curvature is not None else "hessian" if hessians else ""
+    widths = list(columns or columns_of(src))
+    pairs = zip(row_scales, column_scales, strict=True) if row_scales else [(None, None)] * count
+    ends = [x.numel() + offset for x, offset in zip(src, offsets or [0] * count, strict=True)]
+    factors = [table.factors_of(*pair, end) for pair, end in zip(pairs, ends, strict=True)]
     kinds: dict[Any, list[int]] = {}
     for i, (s, d) in enumerate(zip(src, dst, strict=True)):
         bits = 8 * residuals[i].element_size() if residuals and residuals[i].numel() else 0
-        form = form_of(distribution, s.dtype, d.dtype, scale, bits, not moves, update is not None, decay is not None, k)
+        name, terms = (distribution, k * rank) if distribution != "factored" or widths[i] else ("rademacher", k)
+        form = form_of(name, s.dtype, d.dtype, scale, bits, not moves, update is not None, decay is not None, terms)
         kinds.setdefault((form, s.dtype, d.dtype), []).append(i)
     with on(streams.device):
-        unread = dict.fromkeys((*given, "digits", "totals", "units"), coeffs)  # where a form reads nothing
+        unread = dict.fromkeys((*given, "digits", "words", "reals"), coeffs)  # where a form reads nothing
         same = {
-            **unread, "n_steps": 0, **scalars, "streams": streams, "coeffs": coeffs, "counters": counters,
+            **unread, "n_steps": 0, "plane": 0, **scalars, "streams": streams, "coeffs": coeffs, "counters": counters,
             "update": counters if update is None else update, "n_tensors": count, "n_streams": k, **halves(seed),
             "hessian_min": hessian_min, "hessian_max": min(hessian_max, 3.4e38), "n_tiles": table.TILES,
             "go": gate(coeffs, counters, moves=moves, **scalars),
         }  # fmt: skip
-        if any(form.streams == "sums" for form, *_ in kinds):
+        if any(form.streams == "sums" and not form.factored for form, *_ in kinds):
             same |= digits_of(coeffs)
         for (form, *_), members in kinds.items():
             of = lambda tensors, members=members: [tensors[i] for i in members]  # noqa: E731
-            rows, runs = table.table_of(
+            rows, runs, lines, plane = table.table_of(
                 of(src), of(dst), of(hessians) if hessians else [], of(residuals) if form.residual else [],
                 of(offsets or [0] * count), of(tensor_ids), members, streams.device,
-                [table.factors_of(row_scales[i], column_scales[i]) for i in members] if row_scales else (),
+                of(factors), of(widths) if form.factored else (),
             )  # fmt: skip
             if len(runs):
-                launch(pass_kernel, len(runs), table=rows, runs=runs, **same, FORM=form)
+                made = signs_of(lines, plane, streams, coeffs, rank, seed) if form.factored else {}
+                launch(pass_kernel, len(runs), table=rows, runs=runs, **same | made, FORM=form)
 
 
 def reference(weights: Tensor, z: Tensor, coeffs: Tensor, decay: float = 0.0) -> Tensor:

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from .arguments import Stream
+from .factored import products
 from .launch import assembly
 from .noise import RADIUS, gaussian, signed, signs
 from .sums import weighted_signs
@@ -35,7 +36,7 @@ def _zeros_like(x):
 
 
 @triton.jit
-def sum_of_streams(like, key, column, only, call, B: tl.constexpr, FORM: tl.constexpr, CAREFUL: tl.constexpr):
+def sum_of_streams(like, key, row, place, mask, only, call, B: tl.constexpr, FORM: tl.constexpr, CAREFUL: tl.constexpr):
     """sum_k c[k] z[k] of a tile of the shape of ``like``, and where H changes also sum_k restore[k] z[k], sum_k curvature[k] z[k]^2.
 
     ``only``: the stream, where the form has one. A careful tile has no sum on the tensor cores, which is of whole tiles.
@@ -44,13 +45,15 @@ def sum_of_streams(like, key, column, only, call, B: tl.constexpr, FORM: tl.cons
     noise = _zeros_like(like)
     back = noise
     squares = noise
-    if FORM.streams == "sums" and not CAREFUL:
-        noise = weighted_signs(key, column, call, B)
+    if FORM.factored:
+        noise = products(row, place, mask, call.made, B, FORM, CAREFUL)
+    elif FORM.streams == "sums" and not CAREFUL:
+        noise = weighted_signs(key, row.column, call, B)
     else:
         for k in range(1 if FORM.streams == "one" else call.n_streams):
             stream = only
             if FORM.streams != "one":
-                stream = stream_of(k, column, call, FORM)
+                stream = stream_of(k, row.column, call, FORM)
             if FORM.streams == "one" or stream.works:
                 if FORM.gaussian:
                     z = gaussian(key, stream.number, B, FORM.width)

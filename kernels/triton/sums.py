@@ -26,8 +26,8 @@ from .noise import RADEMACHER, in_order, words_of
 
 
 @kernel(warps=1)
-def digits_kernel(coeffs, digits, totals, units, n_tensors, n_streams, n_steps):
-    """The right side for a tensor: int8 digits (steps, 16, 32), their totals int32 (16,) and the unit of its sums.
+def digits_kernel(coeffs, digits, words, reals, n_tensors, n_streams, n_steps):
+    """The right side for a tensor: int8 digits (steps, 16, 32), their totals, words of int32 (16,), and a value, the unit of its sums.
 
     Column n of the 16 has digit (n & 1) + 2 (n >> 3) of the elements 8j + i with j = (n >> 1) & 3.
     """
@@ -41,7 +41,7 @@ def digits_kernel(coeffs, digits, totals, units, n_tensors, n_streams, n_steps):
     exponent = tl.maximum(largest.to(tl.int32, bitcast=True) >> 23, 27)
     unit = ((exponent - 25) << 23).to(tl.float32, bitcast=True)  # 2^(e - 25)
     inverse = ((279 - exponent) << 23).to(tl.float32, bitcast=True)  # exact; a float32 division may be off by 2 ulp
-    tl.store(units + column, unit)
+    tl.store(reals + column, unit)
     n = tl.arange(0, 16)
     digit, j = (n & 1) + 2 * (n >> 3), (n >> 1) & 3
     inner = tl.arange(0, 32)
@@ -58,7 +58,7 @@ def digits_kernel(coeffs, digits, totals, units, n_tensors, n_streams, n_steps):
         total += tl.sum(value, axis=1)
         at = (column.to(tl.int64) * n_steps + step) * 512 + n[:, None] * 32 + inner[None, :]
         tl.store(digits + at, (value * 2).to(tl.int8))
-    tl.store(totals + column * 16 + n, total)
+    tl.store(words + column * 16 + n, total)
 
 
 def digits_of(coeffs: Tensor) -> dict[str, Any]:
@@ -67,8 +67,8 @@ def digits_of(coeffs: Tensor) -> dict[str, Any]:
     steps = -(-k // 8)
     made = {
         "digits": torch.empty(count * steps * 512, dtype=torch.int8, device=coeffs.device),
-        "totals": torch.empty(count * 16, dtype=torch.int32, device=coeffs.device),
-        "units": torch.empty(count, dtype=torch.float32, device=coeffs.device),
+        "words": torch.empty(count * 16, dtype=torch.int32, device=coeffs.device),
+        "reals": torch.empty(count, dtype=torch.float32, device=coeffs.device),
         "n_steps": steps,
     }
     launch(digits_kernel, count, coeffs=coeffs, **made, n_tensors=count, n_streams=k)
@@ -131,20 +131,20 @@ def _step(step, sums, key, call, lanes, right, ROWS: tl.constexpr):
 def weighted_signs(key, column, call, BLOCKS: tl.constexpr):
     """sum_k c[k] s(k, i), float32 (4, BLOCKS, 32), of a Rademacher tile."""
     ROWS: tl.constexpr = 4 * BLOCKS
-    digits = call.digits
+    made = call.made
     n = tl.arange(0, 16)
-    total = tl.broadcast_to(tl.load(digits.totals + column * 16 + n)[None, :], (ROWS, 16))
+    total = tl.broadcast_to(tl.load(made.words + column * 16 + n)[None, :], (ROWS, 16))
     # What bits count less twice what signs do: a set bit is 2^i in its byte, and bit 7 of a byte is -128.
     sums = (-total, -2 * total, -4 * total, -8 * total, -16 * total, -32 * total, -64 * total, 128 * total)
     lanes = tl.arange(0, BLOCKS).to(tl.uint32)[:, None]
-    right = tl.multiple_of(digits.matrix + column * digits.n_steps * 512, 16)
+    right = tl.multiple_of(made.digits + column * made.n_steps * 512, 16)
     right = right + tl.arange(0, 16)[:, None] * 32 + tl.arange(0, 32)[None, :]
     # The first step apart: a loop that may run no time costs a copy of all 128 sums.
     sums = _step(0, sums, key, call, lanes, right, ROWS)
-    for step in range(1, digits.n_steps):
+    for step in range(1, made.n_steps):
         sums = _step(step, sums, key, call, lanes, right, ROWS)
     a0, a1, a2, a3, a4, a5, a6, a7 = sums
-    unit = tl.load(digits.units + column)
+    unit = tl.load(made.reals + column)
     y0, y1 = _value(a0, unit, ROWS), _value(a1, unit * 0.5, ROWS)
     y2, y3 = _value(a2, unit * 0.25, ROWS), _value(a3, unit * 0.125, ROWS)
     y4, y5 = _value(a4, unit * 0.0625, ROWS), _value(a5, unit * 0.03125, ROWS)

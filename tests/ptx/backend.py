@@ -32,13 +32,14 @@ def watch(backend):
     over("run_pass", _pass)
     over("run_rows", _rows)
     over("philox_", lambda words, **_: ({}, {"words": words}))
+    over("signs_", lambda signs, streams, **_: ({"streams": streams}, {"signs": signs}))
 
 
 def _named(tensors):
     """(name, tensor) of tensors and of lists of them."""
     for name, value in tensors.items():
         if isinstance(value, list | tuple):
-            yield from ((f"{name}[{i}]", t) for i, t in enumerate(value) if t is not None)
+            yield from ((f"{name}[{i}]", t) for i, t in enumerate(value) if hasattr(t, "data_ptr"))
         elif value is not None:
             yield name, value
 

@@ -86,6 +86,8 @@ JOIN_HALF = Case(SIGNS, F16, F32, k=0, residual=8)
 UPDATE = Case(NORMALS, F32, k=1, hessian="update", decay=True)
 SUMS = Case(SIGNS, F32, sizes=(2300, 40), offsets=(1024, 3), k=13)
 FACTORS = Case(SIGNS, BF16, columns=(64, 100))
+PRODUCTS = Case("factored", BF16, BF16, sizes=(2300, 40), offsets=(1003, 7), widths=(320, 3))
+FIVES = Case("factored", F32, sizes=(2300, 40), offsets=(1003, 7), widths=(320, 3), k=4, rank=3)
 
 MUTANTS = (
     Mutant("join 16 swaps halves", "residuals.py", "$0, $3, 0x001, a;", "$0, $3, 0x100, a;", JOIN_16),
@@ -110,7 +112,7 @@ MUTANTS = (
     Mutant("sine and cosine change places", "noise.py", "return r * _cos(phi), r * _sin(phi)", "return r * _sin(phi), r * _cos(phi)", NORMAL),
     Mutant("a wrong angle", "noise.py", "1.4629180792671596e-09", "1.4629e-09", NORMAL),
     Mutant("signs are shifted by one", "noise.py", "(31 - tl.arange(0, 32))", "(30 - tl.arange(0, 32))", PLAIN),
-    Mutant("signs are inverted", "noise.py", "tl.broadcast_to(~words, SHAPE)", "tl.broadcast_to(words, SHAPE)", PLAIN),
+    Mutant("signs are inverted", "noise.py", "words ^ 0xFFFFFFFF, SHAPE", "words, SHAPE", PLAIN),
     Mutant("random halves change places", "rounding.py", "tl.join(words & 0xFFFF, words >> 16)", "tl.join(words >> 16, words & 0xFFFF)", Case(SIGNS, BF16, stochastic=True)),
     Mutant("stochastic rounding has half the range", "rounding.py", "b = (b + random) >> 16", "b = (b + (random >> 1)) >> 16", Case(SIGNS, BF16, stochastic=True)),
     Mutant("float16 takes a bit too many at random", "rounding.py", "(magnitude + (random >> 3))", "(magnitude + (random >> 2))", Case(SIGNS, F16, stochastic=True)),
@@ -121,13 +123,24 @@ MUTANTS = (
     Mutant("totals are subtracted", "sums.py", "total += tl.sum(value, axis=1)", "total -= tl.sum(value, axis=1)", SUMS),
     Mutant("the gate is open to what is not finite", "gate.py", "tl.store(go, all_finite)", "tl.store(go, 1)", Case(SIGNS, F32, bad="coeffs")),
     Mutant("a void pass counts twice", "gate.py", "tl.atomic_add(counters, tl.full((), 1, tl.int64))", "tl.atomic_add(counters, tl.full((), 2, tl.int64))", Case(SIGNS, F32, bad="coeffs")),
-    Mutant("the range of a tile is that of its positive numbers", "rounding.py", "tl.reshape(tl.abs(x), (ROWS, 8, 4))", "tl.reshape(x, (ROWS, 8, 4))", Case(SIGNS, F16, bad="low")),
+    Mutant("the range of a tile is that of its positive numbers", "rounding.py", "tl.max(tl.abs(x).to(", "tl.max(x.to(", Case(SIGNS, F16, bad="low")),
+    Mutant("every number is in range", "rounding.py", "& 0x40000000)", "& 0x00000000)", Case(SIGNS, F16, bad="low")),
+    Mutant("a bit of an upper weight is lost", "residuals.py", "and.b32 $1, $2, 0xffff0000", "and.b32 $1, $2, 0xfffe0000", Case(SIGNS, BF16)),
     Mutant("a mask is off by one", "passes.py", "(at < row.end - start)", "(at <= row.end - start)", PLAIN),
     Mutant("a tile that is not whole is taken for one", "passes.py", "tl.minimum(stop, row.end // TILE)", "tl.minimum(stop, (row.end + 1) // TILE)", Case(SIGNS, F32, sizes=(2047,))),
     Mutant("the Hessian has no floor", "passes.py", "call.hessian_min), ", "0.0), ", UPDATE),
     Mutant("curvature is not squared", "streams.py", "tl.fma(z * z, stream.curvature, squares)", "tl.fma(z, stream.curvature, squares)", UPDATE),
     Mutant("decay grows", "passes.py", "keep = 1 - tl.load(", "keep = 1 + tl.load(", UPDATE),
-    Mutant("rows of factors are too long", "scales.py", "(1 << 21) // short + 1", "(1 << 20) // short + 1", FACTORS),
+    Mutant("rows of factors are too long", "places.py", "(1 << 31) // tl", "(1 << 30) // tl", FACTORS),
+    Mutant("rows have the signs of columns", "factored.py", "_programs(ROWS, top", "_programs(COLUMNS, top", PRODUCTS),
+    Mutant("rows end a column early", "places.py", "x = short - ", "x = 8 + short - ", PRODUCTS),
+    Mutant("columns of a careful tile are off by one", "places.py", "right = place.column + at -", "right = place.column + at + 1 -", PRODUCTS),
+    Mutant("factors of a stream are all the first", "factored.py", "s = signs(key, stream, 8, above | ((term % rank).to(tl.uint32) << 8))", "s = signs(key, stream, 8, above)", FIVES),
+    Mutant("the last term is dropped", "factored.py", "mask=term < n_terms, other=0.0)", "mask=term < n_terms - 1, other=0.0)", FIVES),
+    Mutant("coefficients are not divided by the root of the rank", "factored.py", "other=0.0) * root", "other=0.0)", FIVES),
+    Mutant("the second five has a term of the first", "factored.py", "(a >> 5) ^ other", "(a >> 4) ^ other", FIVES),
+    Mutant("upper lanes are not asked", "factored.py", "lanes & 31", "lanes & 15", FIVES),
+    Mutant("a step is left out", "factored.py", "range(1, made.n_steps)", "range(2, made.n_steps)", FIVES),
     Mutant("saturated elements count once", "rounding.py", "tl.sum(beyond.to(tl.int32))", "tl.max(beyond.to(tl.int32))", Case(SIGNS, F16, F16, bad="range")),
     Mutant("words are written past the end", "noise.py", "mask = (row >= 0) & (row < n)", "mask = (row >= 0) & (row <= n)", words),
     Mutant("gathered rows are read one too far", "rows.py", "source = tl.load(rows + j)", "source = tl.load(rows + j) + 1", rows),

@@ -46,5 +46,5 @@ def test_every_mutant_changes_a_text_that_is_there_once():
     for m in mutants.MUTANTS:
         assert (mutants.KERNELS / m.file).read_text().count(m.old) == 1, f"{m.name}: {m.file} has not {m.old!r} once"
     assert {m.file for m in mutants.MUTANTS} == {
-        "gate.py", "noise.py", "passes.py", "residuals.py", "rounding.py", "rows.py", "scales.py", "streams.py", "sums.py"
+        "factored.py", "gate.py", "noise.py", "passes.py", "places.py", "residuals.py", "rounding.py", "rows.py", "streams.py", "sums.py"
     }  # fmt: skip

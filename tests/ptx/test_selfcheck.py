@@ -46,9 +46,10 @@ MUTANTS = [
     Mutant("sum of 40 streams", "sums.py", "for step in range(1, digits.n_steps):", "for step in range(1, digits.n_steps - 1):", None),
     Mutant("gathered rows", "rows.py", "at = offset.to(tl.int64) + source * width", "at = offset.to(tl.int64) + j * width", None),
     Mutant("Hessian", "passes.py", "h * (work.remain + squares)", "h * (1.0 + squares)", None),
-    Mutant("scales in two factors", "scales.py", "return factor * tl.load(", "return tl.load(", None),
-    Mutant("slice", "noise.py", "high = (first >> 32).to(tl.uint32) | (DOMAIN << 24)",
-           "high = ((first >> 32).to(tl.uint32) & 0) | (DOMAIN << 24)", None),
+    Mutant("scales in two factors", "places.py", "return factor * load_columns(", "return load_columns(", None),
+    Mutant("factored noise", "factored.py", "word ^= 0xFFFFFFFF", "word ^= 0", None),
+    Mutant("slice", "noise.py", "high = (first >> 32).to(tl.uint32) | above",
+           "high = ((first >> 32).to(tl.uint32) & 0) | above", None),
     Mutant("unaligned view", "table.py", "s % 16 == d % 16 == h % 16", "s % 4 == d % 4 == h % 16", None),
     Mutant("coefficient that is not finite", "gate.py", "if all_finite == 0:", "if all_finite == 2:", None),
 ]  # fmt: skip

@@ -1,0 +1,180 @@
+"""Factored noise of a matrix, rank^-1/2 sum_q a_q(i) b_q(j): the signs of its rows i and columns j, and sums of their products.
+
+``signs_kernel`` makes the signs once before a pass, for there are few of them, and leaves them in words of 32 bits. The pass
+reads these and makes no random number. A *term* is the product of a stream's factor q: streams in order, and q in order within one.
+
+One term: the word of a row is c a(i), and that of a column b(j), as float32. An element takes one multiplication and addition.
+
+More terms: five at a time, whose sum has one of 32 values. Lane l of the warp holds the value in which term t is added where bit t of
+l is 1, and subtracted where it is 0. Rows have their bits inverted, so the XOR of the words of a row and a column has a 1 where
+their signs agree: it is the lane that holds the element's sum. That is three instructions (XOR, SHFL, FADD) for five terms, where
+term by term it would be three for each. A *step* is two fives: a row's word holds the bits of both, and a column has two words. Those
+of eight columns lie side by side, first words before second ones, so that each eight are two loads of 128 bits.
+The terms of a five are added in their order, as the reference adds them, and so are the fives.
+"""
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import triton
+import triton.language as tl
+
+from ..reference import COLUMNS, ROWS
+from .arguments import Key
+from .launch import kernel, launch, on
+from .noise import halves, signed, signs
+from .places import load_columns, load_rows
+
+_LINES = 1024  # rows or columns of a program
+
+
+def _programs(domain: int, begin: int, end: int, at: int, tensor_id: int, column: int, pairs: bool) -> list[list[int]]:
+    """Programs of ``signs_kernel`` for indices ``begin`` to ``end``; ``at``: where the word of index 0 would be."""
+    starts = range(begin - begin % _LINES, end, _LINES)
+    return [[start, begin, end, at, tensor_id, column, domain << 24, pairs, pairs and start <= begin] for start in starts]
+
+
+def lines_of(
+    columns: int, first: int, n: int, tensor_id: int, column: int = 0, at: int = 0
+) -> tuple[list[list[int]], tuple[int, int], int]:
+    """Programs for the rows and columns that elements ``first`` to ``first + n`` of a matrix are in, a row or all columns.
+
+    Their words begin at ``at`` of a step's. Then where those of row 0 and column 0 would be, and where they end.
+    """
+    top, bottom, begin, end = first // columns, (first + n - 1) // columns + 1, 0, columns
+    if bottom - top == 1:
+        begin, end = first - top * columns, first - top * columns + n
+    row_word, at = at - top, at + (bottom - top + 7) // 8 * 8
+    column_word = at - begin // 8 * 16
+    programs = _programs(ROWS, top, bottom, row_word, tensor_id, column, False)
+    programs += _programs(COLUMNS, begin, end, column_word, tensor_id, column, True)
+    return programs, (row_word, column_word), column_word + (end + 7) // 8 * 16
+
+
+@lru_cache(maxsize=256)
+def lines_on(device: torch.device, *of: int) -> tuple[Tensor, tuple[int, int], int]:
+    """``lines_of`` one matrix, with the programs on the device."""
+    programs, places, end = lines_of(*of)
+    return torch.tensor(programs, dtype=torch.int64).to(device), places, end
+
+
+@lru_cache(maxsize=256)
+def _one_domain(device: torch.device, domain: int, n: int, tensor_id: int) -> Tensor:
+    return torch.tensor(_programs(domain, 0, n, 0, tensor_id, 0, False), dtype=torch.int64).to(device)
+
+
+@kernel(warps=4, forms=lambda: [{"ONE": True}, {"ONE": False}])
+def signs_kernel(
+    table, streams, coeffs, words, reals, n_tensors, n_terms, rank, root, n_steps, plane, k0, k1, ONE: tl.constexpr
+):
+    """Words of up to 1,024 rows or columns of a matrix, as ``table`` says, those of the next term or step ``plane`` further.
+
+    One program of a matrix also makes its sums of five terms, ``reals`` (n_tensors, n_steps, 2, 32).
+    """
+    at = table + tl.program_id(0).to(tl.int64) * 9
+    first, column, above, pairs = tl.load(at), tl.load(at + 5), tl.load(at + 6).to(tl.uint32), tl.load(at + 7)
+    key = Key(first, tl.load(at + 4).to(tl.uint32), k0.to(tl.uint32), k1.to(tl.uint32))
+    bit = tl.arange(0, 32)[None, None, :]
+    index = first + (tl.arange(0, 4) * 32)[:, None, None] + (tl.arange(0, 8) * 128)[None, :, None] + bit
+    mask = (index >= tl.load(at + 1)) & (index < tl.load(at + 2))
+    words += tl.load(at + 3) + index + (index & -8) * pairs
+    coeffs += column
+    if ONE:
+        for term in range(n_terms):
+            stream = tl.load(streams + term // rank).to(tl.uint32)
+            c = tl.where(pairs != 0, 1.0, tl.load(coeffs + term // rank * n_tensors))
+            z = signed(signs(key, stream, 8, above | ((term % rank).to(tl.uint32) << 8)), c, (4, 8, 32))
+            tl.store(words + term * plane, z.to(tl.int32, bitcast=True), mask=mask)
+    else:
+        lane = tl.arange(0, 32)
+        for step in range(n_steps):
+            word = tl.zeros((4, 8, 32), tl.uint32)
+            for t in range(10):
+                term = step * 10 + t
+                stream = tl.load(streams + term // rank, mask=term < n_terms, other=0).to(tl.uint32)
+                s = signs(key, stream, 8, above | ((term % rank).to(tl.uint32) << 8))
+                word |= ((s >> bit.to(tl.uint32)) & 1) << t
+            if pairs != 0:
+                tl.store(words + step * plane + 8, (word >> 5).to(tl.int32, bitcast=True), mask=mask)
+            else:
+                word ^= 0xFFFFFFFF
+            tl.store(words + step * plane, word.to(tl.int32, bitcast=True), mask=mask)
+            if tl.load(at + 8) != 0:
+                for five in range(2):
+                    total = tl.zeros((32,), tl.float32)
+                    for t in range(5):
+                        term = step * 10 + five * 5 + t
+                        c = tl.load(coeffs + term // rank * n_tensors, mask=term < n_terms, other=0.0) * root
+                        minus = (((lane >> t) & 1) ^ 1).to(tl.uint32) << 31
+                        total += (c.to(tl.uint32, bitcast=True) ^ minus).to(tl.float32, bitcast=True)
+                    tl.store(reals + ((column * n_steps + step) * 2 + five) * 32 + lane, total)
+
+
+@triton.jit
+def _sum_of_five(reals, lanes, A: tl.constexpr, B: tl.constexpr):
+    """What the lane of each element (A, B, 32) holds of the 32 values."""
+    sums = tl.load(reals + tl.arange(0, 32))
+    lanes = tl.reshape(lanes & 31, (A * B * 32,))
+    return tl.reshape(tl.gather(sums, lanes, 0), (A, B, 32))
+
+
+@triton.jit
+def _step(step, row, place, mask, known, made, A: tl.constexpr, B: tl.constexpr, V: tl.constexpr):
+    """The sum of ten terms: of five and five."""
+    words = made.words + step * made.plane
+    a = load_rows(words + row.row_word, place, known, A, B, V)
+    b = load_columns(words + row.column_word, place, mask, A, B, V, PAIRS=True)
+    other = load_columns(words + row.column_word + 8, place, mask, A, B, V, PAIRS=True)
+    reals = made.reals + (row.column * made.n_steps + step) * 64
+    return _sum_of_five(reals, a ^ b, A, B) + _sum_of_five(reals + 32, (a >> 5) ^ other, A, B)
+
+
+@triton.jit
+def products(row, place, mask, made, B: tl.constexpr, FORM: tl.constexpr, CAREFUL: tl.constexpr):
+    """The noise of all terms in a tile (A, B, 32), float32."""
+    A: tl.constexpr = FORM.shape
+    V: tl.constexpr = FORM.neighbours(CAREFUL)
+    known = mask if CAREFUL else tl.full((A, B, 32 // V), 1, tl.int1)
+    if FORM.streams == "one":
+        a = load_rows(made.words + row.row_word, place, known, A, B, V).to(tl.float32, bitcast=True)
+        b = load_columns(made.words + row.column_word, place, mask, A, B, V, PAIRS=True).to(tl.float32, bitcast=True)
+        return a * b
+    else:
+        noise = _step(0, row, place, mask, known, made, A, B, V)
+        for step in range(1, made.n_steps):
+            noise += _step(step, row, place, mask, known, made, A, B, V)
+        return noise
+
+
+def signs_of(lines: Tensor, plane: int, streams: Tensor, coeffs: Tensor, rank: int, seed: int) -> dict[str, Any]:
+    """The words and sums of matrices (K, T) whose programs are ``lines``, as kernels take them."""
+    (k, count), steps = coeffs.shape, max(-(-streams.numel() * rank // 10), 1)
+    made = {
+        "words": torch.empty(steps * plane, dtype=torch.int32, device=coeffs.device),
+        "reals": torch.empty(count * steps * 64, dtype=torch.float32, device=coeffs.device),
+        "n_steps": steps,
+        "plane": plane,
+    }
+    _launch(lines, streams, coeffs, rank, seed, **made, ONE=k * rank == 1)
+    return made
+
+
+def signs_(signs: Tensor, streams: Tensor, *, domain: int, tensor_id: int, seed: int) -> None:
+    """Fill float32 ``signs`` (K, rank, n) with the signs of a domain at indices 0 to n - 1: of stream k and factor q at [k, q]."""
+    k, rank, n = signs.shape
+    if signs.numel():
+        with on(signs.device):
+            lines, one = _one_domain(signs.device, domain, n, tensor_id), torch.ones(k, 1, dtype=torch.float32, device=signs.device)
+            words = signs.view(torch.int32)
+            _launch(lines, streams, one, rank, seed, words=words, reals=one, n_steps=0, plane=n, ONE=True)
+
+
+def _launch(lines: Tensor, streams: Tensor, coeffs: Tensor, rank: int, seed: int, **more: Any) -> None:
+    k, count = coeffs.shape
+    launch(
+        signs_kernel, len(lines), table=lines, streams=streams, coeffs=coeffs, n_tensors=count, n_terms=k * rank, rank=rank,
+        root=rank**-0.5, **halves(seed), **more,
+    )  # fmt: skip

@@ -1,0 +1,90 @@
+"""In which rows and columns the elements of a tile are, and what is looked up by them: scales in two factors (docs/noise.md).
+
+V neighbours along the last axis of a tile (A, B, 32) are in one row, and what belongs to their columns is loaded at once. V is 1 in
+careful tiles (passes.py), and ``place`` has int64 there; else it has int32, as rows have less than 2^28 elements.
+"""
+
+import triton
+import triton.language as tl
+
+from .arguments import Place
+from .launch import assembly
+
+
+@triton.jit
+def place_of(e, columns):
+    """Row and column of element e, int64."""
+    line = (e.to(tl.uint64) // columns.to(tl.uint64)).to(tl.int64)
+    return line, e - line * columns
+
+
+@triton.jit
+def place_in(e, columns, CAREFUL: tl.constexpr):
+    """The place of element e in rows of so many columns."""
+    line, column = place_of(e, columns)
+    inverse = (1 << 31) // tl.minimum(columns, 1024).to(tl.uint32) + 1
+    if CAREFUL:
+        return Place(line, column, columns, inverse)
+    else:
+        return Place(line, column.to(tl.int32), columns.to(tl.int32), inverse)
+
+
+@triton.jit
+def rows_down(place, at):
+    """How many rows below an element in column ``place.column`` the ``at``-th after it is, int32; ``at`` from 0 to 1023.
+
+    Of a row longer than 1024 only the last 1024 count, so that 32 bits are enough: with n up to 1024 and x below n + 1023, x n
+    is below 2^21, so the upper 32 bits of 2 x (2^31 / n + 1) are x / n.
+    """
+    short = tl.minimum(place.columns, 1024).to(tl.int32)
+    x = short - tl.minimum(place.columns - place.column, short).to(tl.int32) + at
+    return tl.umulhi((2 * x).to(tl.uint32), place.inverse.to(tl.uint32)).to(tl.int32)
+
+
+@triton.jit
+def _product(x, y):
+    """Of int32, as int64 in one instruction."""
+    if assembly():
+        return tl.inline_asm_elementwise("mul.wide.s32 $0, $1, $2;", "=l,r,r", [x, y], tl.int64, is_pure=True, pack=1)
+    return x.to(tl.int64) * y
+
+
+@triton.jit
+def elements(A: tl.constexpr, B: tl.constexpr, V: tl.constexpr = 1, EACH: tl.constexpr = True):
+    """Which element of its tile is the first of V, int32: to each of V, (A, B, 32), or once, (A, B, 32 // V)."""
+    last = (tl.arange(0, 32) & -V) if EACH else tl.arange(0, 32 // V) * V
+    return (tl.arange(0, A) * 32)[:, None, None] + (tl.arange(0, B) * (32 * A))[None, :, None] + last[None, None, :]
+
+
+@triton.jit
+def load_rows(pointer, place, known, A: tl.constexpr, B: tl.constexpr, V: tl.constexpr):
+    """What ``pointer`` has of each element's row, (A, B, 32); 1 where it is not ``known``, (A, B, 32 // V)."""
+    down = rows_down(place, elements(A, B, V, False)).to(tl.uint32).to(tl.int64)
+    x = tl.load(pointer + place.line + down, mask=known, other=1)
+    return tl.reshape(tl.broadcast_to(x[:, :, :, None], (A, B, 32 // V, V)), (A, B, 32))
+
+
+@triton.jit
+def load_columns(pointer, place, mask, A: tl.constexpr, B: tl.constexpr, V: tl.constexpr, PAIRS: tl.constexpr = False):
+    """What ``pointer`` has of each element's column, (A, B, 32). PAIRS: of each eight columns there are eight others behind."""
+    at = elements(A, B, V)
+    down = rows_down(place, at)
+    if V == 1:
+        right = place.column + at - down * place.columns
+        right = 2 * right - (right & 7) if PAIRS else right
+        return tl.load(pointer + right, mask=mask, other=1)
+    # Addresses, so that one multiplication is left for V elements: all else is the same in a program or a thread.
+    BYTES: tl.constexpr = 8 if PAIRS else 4
+    first = (pointer.to(tl.int64) + place.column.to(tl.int64) * BYTES) + (2 * at - (at & 7) if PAIRS else at) * 4
+    first = (first + _product(down, place.columns * -BYTES)).to(pointer.dtype)
+    pointers = tl.max_contiguous(first + (tl.arange(0, 32) & (V - 1))[None, None, :], (1, 1, V))
+    return tl.load(tl.multiple_of(pointers, (1, 1, 16)))
+
+
+@triton.jit
+def scales_of(row, place, mask, A: tl.constexpr, B: tl.constexpr, V: tl.constexpr):
+    """float32 scales (A, B, 32) of a tile; no row_scale, 0: a factor of 1."""
+    known = tl.broadcast_to(row.row_scale, (A, B, 32 // V)) != 0
+    rows, columns = row.row_scale.to(tl.pointer_type(tl.float32)), row.column_scale.to(tl.pointer_type(tl.float32))
+    factor = load_rows(rows, place, known & mask if V == 1 else known, A, B, V)
+    return factor * load_columns(columns, place, mask, A, B, V)
