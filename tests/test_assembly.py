@@ -63,6 +63,12 @@ def unpacked(columns, dtype):
     return torch.from_numpy(np.ascontiguousarray(np.stack(columns, 1)).view(dtype).ravel().copy())
 
 
+def test_widen():
+    weights = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16)
+    out = [x for word in packed(weights, np.int16) for x in run(residuals._WIDEN.value, word)]
+    assert torch.equal(unpacked(out, np.int32), weights.view(torch.bfloat16).float().view(torch.int32))
+
+
 @pytest.mark.parametrize("bits", [8, 16])
 def test_join(bits):
     g = torch.Generator().manual_seed(1)

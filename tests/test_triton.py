@@ -362,16 +362,16 @@ def test_factored_noise_of_any_part_of_a_matrix_is_that_of_the_whole(columns):
     def noise(n, at, **options):
         return factored(torch.zeros(n, device=DEVICE), columns, offset=1024 + at, **options)
 
-    whole = noise(1300, 0, rank=2)
-    assert torch.equal(whole, noise(1300, 0, rank=2, module=reference))
-    for begin, end in ((175, 177), (100, 1300)):  # 1024 + 176 is where a row begins
+    whole = noise(1100, 0, rank=2)
+    assert torch.equal(whole, noise(1100, 0, rank=2, module=reference))
+    for begin, end in ((175, 177), (100, 400)):  # 1024 + 176 is where a row begins
         assert torch.equal(noise(end - begin, begin, rank=2), whole[begin:end])
-    alone = noise(1300, 0, coeffs=[0.0] * 11 + [1.0])
+    alone = noise(1100, 0, coeffs=[0.0] * 11 + [1.0])
     assert torch.equal(alone.abs(), torch.ones_like(alone))
-    assert torch.equal(alone, noise(1300, 0, coeffs=[0.0] * 11 + [1.0, 0.0]))
+    assert torch.equal(alone, noise(1100, 0, coeffs=[0.0] * 11 + [1.0, 0.0]))
 
 
-@pytest.mark.parametrize(("width", "k", "rank"), [(130, 1, 1), (1032, 3, 4), (520, 1, 1)])
+@pytest.mark.parametrize(("width", "k", "rank"), [(130, 1, 1), (520, 2, 1)])
 def test_gathered_rows_with_factored_noise_are_those_of_the_whole_matrix(width, k, rank):
     src = torch.linspace(-1, 1, 9 * width, device=DEVICE).view(9, width)
     rows, got = torch.tensor([7, 0, 8], device=DEVICE), torch.full((3, width), torch.nan, device=DEVICE)
@@ -386,7 +386,7 @@ def test_gathered_rows_with_factored_noise_are_those_of_the_whole_matrix(width, 
 
 @pytest.mark.parametrize("domain", [1, 4, 5])
 def test_signs_are_those_of_the_reference(domain):
-    for n in (1, 1300):
+    for n in (1, 1100):
         got, expected = (torch.full((2, 3, n), torch.nan, device=DEVICE) for _ in range(2))
         for module, out in ((backend, got), (reference, expected)):
             module.signs_(out, torch.tensor([5, -1], device=DEVICE), domain=domain, tensor_id=2**32 - 3, seed=SEED)

@@ -84,9 +84,9 @@ def run_tiles(row, begin, stop, call, FORM: tl.constexpr):
     rest = ((one << (whole - begin)) - 1) | ((one << (stop - begin)) - (one << (whole_stop - begin)))
     line, column, columns, inverse, down, right = one, one, one, one, one, one
     if FORM.placed:  # the row and column where a tile starts, and how far on the next one does
-        columns = row.width if FORM.factored else row.columns
-        line, column, columns, inverse = place_in(row.first + whole * TILE, columns, False)
-        down, right, _, _ = place_in(one * TILE, columns, False)
+        n = row.width if FORM.factored else row.columns
+        down, right, _, _ = place_in(one * TILE, n, False)
+        line, column, columns, inverse = place_in(row.first + whole * TILE, n, False)
     for t in range(whole, whole_stop):
         place = Place(line, column, columns, inverse)
         if not _tile(row, tl.multiple_of(one * t * TILE, TILE), place, work, call, FORM, False):

@@ -119,6 +119,22 @@ def test_no_value_compiles_anew():
     assert cache.used() == forms, "numbers of streams from 5 on are one form"
 
 
+def test_no_rank_nor_number_of_columns_compiles_anew():
+    def factored(k: int, rank: int, columns: int) -> None:
+        weights, coeffs = torch.zeros(24), torch.ones(k, 1)
+        backend.run_pass(
+            [weights], [weights], [], [3], [5], torch.arange(k), coeffs, seed=1, distribution="factored", rank=rank,
+            columns=[columns], counters=torch.zeros(2).long(),
+        )  # fmt: skip
+
+    factored(1, 1, 8)
+    factored(2, 1, 8)
+    forms = cache.used()
+    for k, rank, columns in ((1, 1, 1), (1, 1, 16), (1, 1, 1 << 40), (0, 1, 3), (1, 2, 24), (16, 1, 48), (3, 7, 2)):
+        factored(k, rank, columns)
+    assert cache.used() == forms
+
+
 def steps(method, **options) -> None:
     """Three steps of a model in bfloat16 with an embedding, matrices and vectors."""
     import zo_core
@@ -136,15 +152,16 @@ def steps(method, **options) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "expected"),
+    ("method", "options", "expected"),
     [
-        ("MeZO", {"gate_kernel": 1, "pass_kernel": 2, "rows_kernel": 1}),
-        ("FZOO", {"gate_kernel": 1, "pass_kernel": 2, "rows_kernel": 1, "digits_kernel": 1}),
-        ("HiZOO", {"gate_kernel": 1, "pass_kernel": 2, "rows_kernel": 1}),
+        ("MeZO", {}, {"gate_kernel": 1, "pass_kernel": 2, "rows_kernel": 1}),
+        ("MeZO", {"distribution": "factored"}, {"gate_kernel": 1, "pass_kernel": 4, "rows_kernel": 1, "signs_kernel": 1}),
+        ("FZOO", {}, {"gate_kernel": 1, "pass_kernel": 2, "rows_kernel": 1, "digits_kernel": 1}),
+        ("HiZOO", {}, {"gate_kernel": 1, "pass_kernel": 2, "rows_kernel": 1}),
     ],
 )
-def test_a_run_compiles_few_forms(monkeypatch, method, expected):
-    """One that perturbs, one that updates, one for gathered rows, one that looks at scalars."""
+def test_a_run_compiles_few_forms(monkeypatch, method, options, expected):
+    """One that perturbs, one that updates, one for gathered rows, one that looks at scalars. Factored: matrices and vectors apart."""
     monkeypatch.setattr(ops, "backend_for", lambda device: backend)
     monkeypatch.setattr(cuda, "_chosen", {})
-    assert forms_of(lambda: steps(method)) == expected
+    assert forms_of(lambda: steps(method, **options)) == expected
