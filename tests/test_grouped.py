@@ -18,6 +18,7 @@ from toys import X, Y, loss_of, same
 import zo_core
 from zo_core.distributed import Parallel
 from zo_core.engines import grouped
+from zo_core.engines.grouped import GroupedEngine
 from zo_core.integrations.config import FinetuneConfig
 
 SERVED = [name for name in (*ARCHITECTURES, *MORE) if name not in ("mamba", "recurrent")]
@@ -177,6 +178,29 @@ def test_a_matrix_with_factored_noise_is_not_copied():
         losses(opt, loss, points(1e-2, 2e-2))
     vectors = sum(p.nbytes + 64 for p in model.parameters() if p.dim() < 2)
     assert opt.memory()["scratch"] <= 2 * 4 * vectors < sum(p.nbytes for p in model.parameters())
+
+
+def test_a_frozen_matrix_is_multiplied_once_for_all_points_and_may_be_written():
+    with torch.random.fork_rng():
+        torch.random.default_generator.manual_seed(0)
+        model, x = nn.Sequential(nn.Linear(6, 8), nn.Embedding(50, 8)), torch.linspace(-1, 1, 120).view(4, 5, 6)
+    head = model[1].weight.requires_grad_(False)
+
+    def loss():
+        with torch.no_grad():
+            head[0] = 1.0
+        last = model[0](x)[:, -1:, :]  # not contiguous: torch would batch the product, with a copy of the matrix each
+        return nn.functional.linear(last, head).logsumexp(-1).mean() + model[1](torch.tensor([3])).mean()
+
+    opt = optimizer(model, "grouped")
+    expected = losses(optimizer(model), loss, points(1e-2, 2e-2))
+    losses(opt, loss, points(1e-2))
+    with torch.profiler.profile(record_shapes=True) as profile:
+        found = losses(opt, loss, points(1e-2, 2e-2))
+    assert opt._engine.alone is None and torch.allclose(found, expected, rtol=0, atol=1e-5)
+    shapes = [e.input_shapes for e in profile.events() if e.name in ("aten::bmm", "aten::baddbmm")]
+    assert shapes and not any(50 in shape for call in shapes for shape in call)
+    assert type(head) is nn.Parameter and torch.equal(head[0], torch.ones(8))
 
 
 def test_the_number_of_points_at_once_falls_with_rows_and_copies(monkeypatch):
@@ -399,8 +423,10 @@ def test_a_run_is_made_again_from_its_journal(tmp_path):
     assert same(model, twin)
 
 
-def test_a_run_goes_on_from_its_state_bit_for_bit_though_batches_grow():
-    sizes = [20, 8, 30, 64, 5]  # rows: at once are 51 points, then 34, then 16
+def test_a_run_goes_on_from_its_state_with_the_same_chunks_bit_for_bit(monkeypatch):
+    monkeypatch.setattr(grouped, "_ROWS", {"cpu": 256})
+    sizes, chunks, at = [20, 30, 8, 64, 5], [], GroupedEngine._at  # rows: the most so far decide
+    monkeypatch.setattr(GroupedEngine, "_at", lambda self, c, p, out: (chunks.append(len(p)), at(self, c, p, out))[1])
 
     def run(model, first, last, state=None):
         opt = zo_core.FZOO(model, lr=1e-2, engine="grouped", distribution="factored", probes=40)
@@ -408,12 +434,14 @@ def test_a_run_goes_on_from_its_state_bit_for_bit_though_batches_grow():
             opt.load_state_dict(state)
         for n in sizes[first:last]:
             opt.step(lambda n=n: (model(X[:n]) - Y[:n]).square().mean())
-        return opt.state_dict()
+        seen, chunks[:] = [n for n in chunks if n != 2], []  # without the comparison of the first two points
+        return opt.state_dict(), seen
 
     one, two = network(), network()
-    state = run(one, 0, 5)
-    found = run(two, 2, 5, run(two, 0, 2))
-    assert same(one, two) and state["state"]["zo"]["rows"] == found["state"]["zo"]["rows"] == 64
+    _, whole = run(one, 0, 5)
+    state, first = run(two, 0, 2)
+    _, second = run(two, 2, 5, state)
+    assert same(one, two) and whole == first + second and len(set(whole)) > 2
 
 
 def train(parallel):

@@ -241,7 +241,7 @@ class ParamSpace:
 
             def one_by_one(sources: Sequence[Tensor], streams: Tensor, coeffs: Tensor, counters: Tensor) -> None:
                 for p, make in enumerate(makes):
-                    make(sources, streams[p : p + 1], coeffs[p].expand(1, n), counters[: 1 + n])
+                    make(sources, streams[p : p + 1], coeffs[p].repeat(1, n), counters[: 1 + n])
 
             return one_by_one
         every = [(i, source, copy) for i, source, copies in zip(which, sources, out, strict=True) for copy in copies]

@@ -28,16 +28,13 @@ from ..noise import factors
 from ..weights import ParamSpace, Point
 from .base import uninterrupted
 from .folds import batched, fold_attention, points_first
+from .intercept import UNTRACEABLE, Interception
 from .shadow import ShadowEngine
 from .structure import GROUP, Plan, groups
 
 _ROWS = {"cpu": 1024}  # that a matrix is multiplied by at once, from where on more make it no faster
 _MANY_ROWS = 1 << 16  # of other devices
-_ROUNDING = {
-    torch.float32: 1e-4,
-    torch.float16: 1e-2,
-    torch.bfloat16: 3e-2,
-}  # of a loss, relative, by what is computed in
+_ROUNDING = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}  # of a loss, by what copies are rounded to
 _OURS = (Path(torch.__file__).parent, Path(__file__).parent.parent)  # whose lines are not the closure's
 # What torch says where a function cannot be batched, in words that all versions since 2.4 have.
 _UNBATCHED = (
@@ -46,8 +43,8 @@ _UNBATCHED = (
     "batching rule",
     "doesn't have storage",
     "torch.func",
-    "is perturbed when it is read",
     "doesn't match the broadcast shape",  # an in-place function of a tensor that is the same at all points
+    UNTRACEABLE,
 )
 
 
@@ -74,11 +71,16 @@ class GroupedEngine(ShadowEngine):
         self._widest = 0  # bytes of the largest product so far, of one point
         self._copied: dict[int, torch.dtype] = {}  # tensors that were copied for several points, and their dtypes
         self._factored = space.distribution == "factored" and not space.hessian
+        # Frozen matrices are multiplied by rows of all points at once too: torch copies some of them for each point.
+        frozen = [
+            p for p in module.parameters() if id(p) not in self._numbers and type(p) is nn.Parameter and p.dim() == 2
+        ]
+        self._frozen = [p for p in frozen if p.device == self.device and p.is_floating_point()]
+        self._interception = Interception(space, self, self._frozen)
         self._plans: dict[int, Plan] = {}  # by the number of points
         self._alone = self._plan  # of the shadow engine
         # Of the evaluation that runs:
         self._streams, self._cs = self._clean, space.full(0)[0, :1]  # of each point: stream and coefficient
-        self._factors: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
         fold_attention()
 
     # ---- the engine --------------------------------------------------------------------------------------------
@@ -104,7 +106,7 @@ class GroupedEngine(ShadowEngine):
     def restore(self) -> None:
         """End an evaluation, wherever it was left: parameters are theta again."""
         super().restore()
-        self._interception.level, self._plan, self._factors = None, self._alone, {}
+        self._interception.level, self._plan = None, self._alone
 
     def _leave(self, reason: str) -> None:
         """Leave all further evaluations to the shadow engine."""
@@ -196,6 +198,9 @@ class GroupedEngine(ShadowEngine):
             self._plans[n] = Plan(groups(self.module, self.space.tensors, GROUP // n), (n,))
             self._plans[n].dtypes = self._copied
         self._plan = self._plans[n]
+        known, plain = len(self._sources), [i for i in self._left_out if self._sources[i].dim() == 2]
+        self._sources += [p.data for p in self._frozen]
+        self._interception.start([*plain, *range(known, len(self._sources))])
         self._streams = torch.cat([self._clean if probe is None else probe for _, probe in points])
         cs = [0.0 if probe is None else c for c, probe in points]
         self._cs = torch.tensor(cs, dtype=torch.float32, device=self.device)
@@ -212,8 +217,14 @@ class GroupedEngine(ShadowEngine):
         """Tensor i at all points, batched, in this dtype or its own."""
         if (level := self._interception.level) is None:
             return super().read(i, dtype, keep)
+        if self._is_plain(i):
+            return self._sources[i].detach()
         with self._lock:
             return batched(self._copy((i, dtype or self._sources[i].dtype)).detach(), level)
+
+    def _is_plain(self, i: int) -> bool:
+        """Whether a tensor is the same at all points: frozen, or left out of this step."""
+        return i >= len(self.space.tensors) or i in self._left_out
 
     def product(self, i: int, x: Tensor, dtype: torch.dtype | None, transposed: bool, bias: Any) -> Tensor | None:
         """X times matrix i, or its transpose, plus a bias if there is one, batched; None if x is not of its kind."""
@@ -222,15 +233,22 @@ class GroupedEngine(ShadowEngine):
         dtype, points = dtype or source.dtype, self._plan.lead[0]
         if source.dim() != 2 or x.dim() < 1 or x.shape[-1] != source.shape[1 if transposed else 0]:
             return None
-        n, raw = x.shape[-1], points_first(x, level)
+        n, raw, plain = x.shape[-1], points_first(x, level), self._is_plain(i)
+        if plain and raw is None:
+            return None
         rows = (x if raw is None else raw).to(dtype).reshape(-1, n)
         count = len(rows) if raw is None else len(rows) // points
         each = rows.expand(points, count, n) if raw is None else rows.view(points, count, n)
         if isinstance(bias, Tensor):
             first = points_first(bias, level)
+            if bias.dim() != 1:
+                return None
             bias = (bias if first is None else first.unsqueeze(1)).to(dtype)
         with self._lock:
-            if self._factored:
+            if plain:
+                y = (rows @ turned(source.to(dtype), transposed)).view(points, count, -1)
+                y = y if bias is None else y + bias
+            elif self._factored:
                 y = self._add_factors(rows @ turned(source.to(dtype), transposed), each, i, transposed, bias)
             else:
                 copies = turned(self._copy((i, dtype)), transposed)
@@ -249,20 +267,20 @@ class GroupedEngine(ShadowEngine):
 
     def _factors_of(self, i: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Signs of the rows of matrix i times c r^-1/2, (P, r, R), and of its columns, (P, r, C)."""
-        if (found := self._factors.get((i, dtype))) is None:
-            space, shape = self.space, self._sources[i].shape
-            a, b = factors(shape, self._streams, tensor_id=i, seed=space.seed, rank=space.rank)
-            a = a * (self._cs * space.rank**-0.5).view(-1, 1, 1)
-            if (row := space.padding.get(i)) is not None:
-                a[..., row] = 0
-            found = self._factors[i, dtype] = a.to(dtype), b.to(dtype)
-        return found
+        space, shape = self.space, self._sources[i].shape
+        a, b = factors(shape, self._streams, tensor_id=i, seed=space.seed, rank=space.rank)
+        a.mul_((self._cs * space.rank**-0.5).view(-1, 1, 1))
+        if (row := space.padding.get(i)) is not None:
+            a[..., row] = 0
+        return a.to(dtype), b.to(dtype)
 
     def read_rows(self, i: int, index: Tensor) -> Tensor:
         """Rows of matrix i at all points, as an embedding returns them: (*index.shape, columns), batched."""
         if (level := self._interception.level) is None:
             return super().read_rows(i, index)
         raw, source = points_first(index, level), self._sources[i]
+        if self._is_plain(i):
+            return functional.embedding(index, source)
         if raw is not None:
             return functional.embedding(index, self.read(i))
         if self._factored:

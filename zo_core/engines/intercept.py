@@ -97,11 +97,11 @@ def _map(x: Any, kind: type, f: Callable[[Any], Any]) -> Any:
 
 
 class Interception:
-    """Intercepts what torch functions do with the tensors of a space."""
+    """Intercepts what torch functions do with the tensors of a space, and with others, whose numbers follow."""
 
-    def __init__(self, space: ParamSpace, values: Values) -> None:
-        self._names, self._tensors, self._values = space.names, space.tensors, weakref.proxy(values)
-        self._numbers = {id(p): i for i, p in enumerate(space.tensors)}
+    def __init__(self, space: ParamSpace, values: Values, others: Sequence[Tensor] = ()) -> None:
+        self._names, self._tensors, self._values = space.names, [*space.tensors, *others], weakref.proxy(values)
+        self._numbers = {id(p): i for i, p in enumerate(self._tensors)}
         self._class = type("Intercepted", (Intercepted,), {"interception": weakref.proxy(self)})
         self._classes: list[tuple[Tensor, type]] = []  # tensors that are intercepted now, and what they were before
         self.level: int | None = None  # of torch.vmap, where the engine itself evaluates under it
@@ -177,11 +177,11 @@ class Interception:
 
     def _named(self, x: Any) -> list[str]:
         found: list[str] = []
-        _map(x, self._class, lambda p: found.append(self._names[self._numbers[id(p)]]))
+        _map(x, self._class, lambda p: found.extend(self._names[(i := self._numbers[id(p)]) : i + 1]))
         return found
 
     def _refuse_transforms(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        name = self._named((args, kwargs))[0]
+        name = next(iter(self._named((args, kwargs))), "a frozen weight")
         if torch.compiler.is_compiling():
             raise RuntimeError(f"{name} {UNTRACEABLE}")
         raise RuntimeError(f"{name} is read under a transform of torch.func: use engine='inplace'")
