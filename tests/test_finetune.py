@@ -117,7 +117,8 @@ def test_probes_with_batches_of_their_own_take_the_examples_in_order_and_resume(
     session, plain = prepare(whole), prepare(FinetuneConfig(**{**inputs, "batch_size": 12}))
     rows = [row for k in range(3) for row in session.batch_of(3 + k)[0].tolist()]
     together = plain.batch_of(1)[0].tolist()
-    assert len(session.closures_of(1)) == 3 and [r[-8:] for r in rows] == [r[-8:] for r in together]
+    assert [r[-8:] for r in rows] == [r[-8:] for r in together]
+    assert [float(f()) for f in session.closures_of(1)] == [float(session.loss_of(3 + k)()) for k in range(3)]
     assert finetune(whole)["forwards"] == 6 * 3 * 2 + 1  # and the check of the shadow engine
     part = FinetuneConfig(**{**options, "steps": 3, "output": tmp_path / "part"})
     finetune(part)

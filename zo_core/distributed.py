@@ -35,7 +35,8 @@ class Parallel:
 
     Rank r takes part r % data of each batch and share r // data of the points that a step evaluates at. ``data`` is 1 for
     processes that all see the whole batch and share its probes, ``probes`` is 1 (default) where all evaluate at every
-    point. Of the two, None is what remains of the ranks.
+    point. Of the two, None is what remains of the ranks. Where each probe has a closure of its own, it is the probes that are
+    shared: rank r has every ``probes``-th of them from number r // data on, and closures for these alone.
 
     Losses of the parts are averaged, each with the same weight: where the closure returns a mean, parts must have
     equal sizes (else multiply it by its size over the mean size). Losses travel over gloo, through the CPU: NCCL ends the

@@ -143,7 +143,9 @@ class FinetuneConfig(BaseModel):
         "shadow", "Method", "How weights are perturbed: as they are read, or in place."
     )
     batch_size: int = _option(16, "Method", "Examples a forward.", ge=1)
-    spread: bool = _option(False, "Method", "Give each probe a batch of its own, in place of one for all of a step.")
+    spread: bool = _option(
+        False, "Method", "Give each probe a batch of its own, of --batch-size examples, in place of one for all."
+    )
     dropout: bool = _option(False, "Method", "Train with the model's dropout.")
     seed: int = _option(0, "Method", "Seed of directions and data order.", ge=0, lt=2**63)
 

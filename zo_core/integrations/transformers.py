@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +20,7 @@ import zo_core
 from zo_core.distributed import Parallel
 from zo_core.optim.base import ZOOptimizer
 from zo_core.optim.options import Options
+from zo_core.optim.points import Closure
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
@@ -115,7 +116,7 @@ def optimizer_class(name: str) -> type[ZOOptimizer]:
     return methods[name]
 
 
-def _step(optimizer: ZOOptimizer, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+def _step(optimizer: ZOOptimizer, closure: Closure | Sequence[Closure] | None = None) -> Tensor | None:
     """A step; without a closure, as Trainer's loop calls it, nothing: ``training_step`` has made it."""
     return type(optimizer).step(optimizer, closure) if closure else None
 
@@ -216,9 +217,7 @@ class ZOMixin(_Trainer):
         if not self.args.spread_probes:
             return self.zo_optimizer.step(partial(loss_of, window))
         n, m = self.args.gradient_accumulation_steps, len(window)  # m < n at the end of an epoch
-        weights = [
-            n / len(range(k % m, n, m)) for k in range(n)
-        ]  # the mean over the probes is Trainer's loss of the window
+        weights = [n / len(range(k % m, n, m)) for k in range(n)]  # so that their mean is Trainer's loss of the window
         return self.zo_optimizer.step([partial(loss_of, [window[k % m]], weights[k]) for k in range(n)])
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> None:
