@@ -9,7 +9,7 @@ from conftest import NATIVE
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from zo_core.bindings import native, ops
+from zo_core.bindings import native
 from zo_core.kernels import reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -68,7 +68,7 @@ def refuse_meta(named: Iterable[tuple[str, Tensor]]) -> None:
 
 def check_saved(saved: Any, own: Mapping[str, Any]) -> None:
     """ValueError unless this is a state that an optimizer with the state ``own`` can go on with."""
-    if not isinstance(saved, dict) or (set(saved) ^ set(own)) - {"rank"}:
+    if not isinstance(saved, dict) or (set(saved) ^ set(own)) - {"rank", "rows"}:
         raise ValueError(
             f"state_dict: expected state[{KEY!r}] with {sorted(own)} as zo_core optimizers "
             f"save, got {sorted(saved) if isinstance(saved, dict) else saved!r}"
