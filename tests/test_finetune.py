@@ -117,6 +117,24 @@ def start(
 # ---- a whole run
 
 
+def test_probes_with_batches_of_their_own_take_the_examples_in_order_and_resume(
+    inputs: dict[str, object], tmp_path: Path
+) -> None:
+    options = {**inputs, "spread": True, "probes": 3, "batch_size": 4, "keep_best": False}
+    whole = FinetuneConfig(**{**options, "steps": 6, "output": tmp_path / "whole"})
+    session, plain = prepare(whole), prepare(FinetuneConfig(**{**inputs, "batch_size": 12}))
+    rows = [row for k in range(3) for row in session.batch_of(3 + k)[0].tolist()]
+    together = plain.batch_of(1)[0].tolist()
+    assert [r[-8:] for r in rows] == [r[-8:] for r in together]
+    assert [float(f()) for f in session.closures_of(1)] == [float(session.loss_of(3 + k)()) for k in range(3)]
+    assert finetune(whole)["forwards"] == 6 * 3 * 2 + 1  # and the check of the shadow engine
+    part = FinetuneConfig(**{**options, "steps": 3, "output": tmp_path / "part"})
+    finetune(part)
+    finetune(resumed_config(part.output, {"steps": 6}), resume=True)
+    assert same(whole.output, part.output) and losses(whole.output) == losses(part.output)
+    assert "--spread" in whole.command() and "--spread" not in plain.config.command()
+
+
 @pytest.fixture(scope="module")
 def finished(inputs: dict[str, object], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "whole"

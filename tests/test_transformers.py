@@ -119,6 +119,61 @@ def test_every_probe_sees_the_whole_window(tmp_path):
     assert seen == first * (2 * 2 + 1)  # two sides of two probes, and the check of the shadow engine
 
 
+def test_micro_batches_are_the_probes_where_they_are_spread(tmp_path):
+    """Five micro-batches an epoch, three probes: the last window of two goes round."""
+    model, seen = make(), []
+
+    class Watched(InOrder):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            seen.append(int(inputs["input_ids"][0, 0]))
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    args = arguments(
+        tmp_path, gradient_accumulation_steps=3, num_train_epochs=1, zo_method="FZOO", engine="inplace", spread_probes=True,
+        lr_scheduler_type="constant",
+    )  # fmt: skip
+    trainer = Watched(model, args, train_dataset=rows(20))
+    trainer.train()
+    micro = batches(rows(20), 4)
+    order = [x for x in (0, 1, 2, 3, 4, 3) for _ in range(2)]
+    assert seen == [int(micro[i]["input_ids"][0, 0]) for i in order] and trainer.zo_optimizer.probes == 3
+
+    plain = make().train()
+    opt = zo_core.FZOO(plain, lr=1e-3, probes=3, seed=42, engine="inplace")
+
+    def closure(x, window, weight):
+        items = sum((y["labels"][:, 1:] != -100).sum() for y in window)
+        following = torch.nn.functional.pad(x["labels"][:, 1:], (0, 1), value=-100)
+
+        def loss():
+            logits = plain(input_ids=x["input_ids"]).logits.transpose(1, 2)
+            return weight * torch.nn.functional.cross_entropy(logits, following, reduction="sum") / items
+
+        return loss
+
+    first, last = micro[:3], micro[3:]
+    losses = [float(opt.step([closure(x, first, 3) for x in first]))]
+    losses.append(float(opt.step([closure(x, last, w) for x, w in zip([*last, last[0]], (1.5, 3, 1.5), strict=True)])))
+    logged = [x["loss"] for x in trainer.state.log_history if "loss" in x]
+    counts_what_the_loss_does = hasattr(trainer, "_loss_shifts_labels")  # not so in transformers 5.0
+    assert logged == pytest.approx(losses, rel=2e-4 if counts_what_the_loss_does else 0.2)
+    moved = max((a - b).abs().max() for a, b in zip(weights(make()), weights(plain), strict=True))
+    off = max((a - b).abs().max() for a, b in zip(weights(model), weights(plain), strict=True))
+    assert moved > 1e-3 and off < moved * (0.01 if counts_what_the_loss_does else 1)
+
+
+def test_probes_that_cannot_be_spread_are_refused(tmp_path):
+    with pytest.raises(
+        ValueError, match="probes: expected gradient_accumulation_steps, 4, or None with spread_probes=True"
+    ):
+        arguments(tmp_path, gradient_accumulation_steps=4, probes=2, spread_probes=True)
+    model, args = make(), arguments(tmp_path, gradient_accumulation_steps=4, spread_probes=True, max_steps=1)
+    opt = zo_core.MeZO(model, lr=1e-3, probes=2)
+    with pytest.raises(ValueError, match="probes: expected 4 with spread_probes=True, .* got 2"):
+        ZOTrainer(model, args, train_dataset=rows(), optimizers=(opt, None)).train()
+    assert same(weights(model), weights(make()))
+
+
 @pytest.mark.parametrize("kind", [LlamaForCausalLM, LlamaForSequenceClassification, BertForSequenceClassification])
 def test_micro_batches_are_weighted_as_trainer_weights_them(tmp_path, kind):
     data = (
@@ -353,7 +408,7 @@ def test_plain_arguments_other_optimizers_and_several_devices_are_refused(tmp_pa
         ZOTrainer(make(), arguments(tmp_path))
 
 
-def train_in_order(folder, size):
+def train_in_order(folder, size, windows=2, **more):
     """Losses and weights of a run over the rows in order, whatever the number of processes."""
     if dist.is_initialized():
         place = {"RANK": dist.get_rank(), "LOCAL_RANK": dist.get_rank(), "WORLD_SIZE": dist.get_world_size()}
@@ -361,7 +416,7 @@ def train_in_order(folder, size):
             {name: str(number) for name, number in place.items()}, MASTER_ADDR="localhost", MASTER_PORT="0"
         )
     model = make()
-    options = {"max_steps": 6, "lr_scheduler_type": "constant", "gradient_accumulation_steps": 2}
+    options = {"max_steps": 6, "lr_scheduler_type": "constant", "gradient_accumulation_steps": windows, **more}
     trainer = InOrder(model, arguments(folder, per_device_train_batch_size=size, **options), train_dataset=rows(32))
     trainer.train()
     exchanged = trainer.zo_optimizer.exchanged["step"]
@@ -374,6 +429,16 @@ def test_two_processes_take_the_steps_of_one_with_twice_the_batch(tmp_path):
     for theirs, values, exchanged in found:
         assert theirs == pytest.approx(losses, abs=1e-4) and len(losses) == 6
         assert same(values, found[0][1]) and exchanged == 2 * 64
+
+
+def test_two_processes_with_probes_of_their_own_take_the_steps_of_one_with_all(tmp_path):
+    losses, values, _ = train_in_order(tmp_path / "one", 2, windows=4, spread_probes=True)
+    found = ranks.run(train_in_order, 2, str(tmp_path / "two"), 2, windows=2, spread_probes=True)
+    for theirs, others, exchanged in found:
+        assert theirs == pytest.approx(losses, abs=1e-4) and len(losses) == 6 and exchanged == 2 * 64
+        assert same(others, found[0][1]) and all(
+            torch.allclose(p, q, atol=1e-4) for p, q in zip(others, values, strict=True)
+        )
 
 
 def test_an_optimizer_of_ones_own(tmp_path):

@@ -66,11 +66,14 @@ def trained(model):
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def take_steps(name, dtype=torch.float32, steps=4, change=lambda model: None, groups=False, later=False, **options):
+def take_steps(
+    name, dtype=torch.float32, steps=4, change=lambda model: None, groups=False, later=False, spread=False, **options
+):
     """Hold an optimizer against its twin for some steps under a schedule.
 
     ``change``: made in the model first. ``groups``: two groups, of vectors and of matrices, with rates of their own.
-    ``later``: the last layer is added after two steps. Other options are the optimizer's.
+    ``later``: the last layer is added after two steps. ``spread``: each probe has a part of the batch of its own. Other
+    options are the optimizer's.
     """
     method, twin, both, own, twins_own = METHODS[name]
     model, other, start = network(dtype), network(dtype), network(dtype)
@@ -108,7 +111,9 @@ def take_steps(name, dtype=torch.float32, steps=4, change=lambda model: None, gr
         if later and step >= 2:
             lr = [lr] * len(mine[:-2]) + [1e-3] * 2
         at = {**both, **twins_own, "lr": lr, "eps": eps, "weight_decay": weight_decay}
-        loss, expected = opt.step(loss_of(model)), reference.step(loss_of(other), **at)
+        parts = opt.probes
+        batch, same = ([loss_of(m, k, parts) for k in range(parts)] if spread else loss_of(m) for m in (model, other))
+        loss, expected = opt.step(batch), reference.step(same, **at)
         if not later:
             schedule.step()
         assert float(loss) == pytest.approx(expected, rel=1e-4 if dtype == torch.float32 else 2e-2)
@@ -170,6 +175,17 @@ def test_frozen_tensors_have_no_number_and_do_not_move(name):
 @ALL
 def test_tied_tensors_count_once(name):
     take_steps(name, change=tied)
+
+
+@ALL
+@pytest.mark.parametrize("engine", ["shadow", "inplace", "grouped"])
+def test_steps_are_the_twin_s_with_a_batch_of_its_own_for_each_probe(name, engine):
+    take_steps(name, spread=True, engine=engine)
+
+
+@pytest.mark.parametrize("name", ["mezo, 2 probes", "fzoo"])  # with blocks left out, the first is LeZO
+def test_steps_are_the_twin_s_with_a_batch_for_each_probe_and_blocks_left_out(name):
+    take_steps(name, spread=True, rho=0.5, weight_decay=0.3, distribution="rademacher")
 
 
 @pytest.mark.parametrize("rho", [0.25, 0.5, 0.75])

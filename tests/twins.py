@@ -1,4 +1,7 @@
-"""Each method straight from its equations: plain torch in float64, nothing shared with the library's optimizers."""
+"""Each method straight from its equations: plain torch in float64, nothing shared with the library's optimizers.
+
+``loss`` of a step is a function, or a list of them, one for each probe.
+"""
 
 import torch
 from torch import Tensor
@@ -63,12 +66,17 @@ class Twin:
         ]
 
 
+def each(loss, probes: int) -> list:
+    """The loss of each probe."""
+    return loss if isinstance(loss, list) else [loss] * probes
+
+
 class TwinMeZO(Twin):
     """g = (l+ - l-) / (2 eps), averaged over n directions. LeZO is the same with tensors left out."""
 
     def step(self, loss, lr, eps, weight_decay=0.0, probes=1):
         streams = self.draw(probes)
-        pairs = [(self.at(loss, eps, s), self.at(loss, -eps, s)) for s in streams]
+        pairs = [(self.at(x, eps, s), self.at(x, -eps, s)) for x, s in zip(each(loss, probes), streams, strict=True)]
         self.move(self.along([(a - b) / (2 * eps) / probes for a, b in pairs], streams), lr, weight_decay)
         return sum(a + b for a, b in pairs) / (2 * probes)
 
@@ -77,46 +85,51 @@ class TwinHiZOO(Twin):
     """H' = (1 - a) H + a |l+ + l- - 2 l0| / (2 eps^2) H z^2, clamped; theta <- theta - lr g H'^-1/2 z."""
 
     def step(self, loss, lr, eps, weight_decay=0.0, probes=1, smoothing=1e-6, factored=False):
-        streams, clean = self.draw(probes), self.at(loss, 0.0)
-        pairs = [(self.at(loss, eps, s), self.at(loss, -eps, s)) for s in streams]
+        streams, clean = self.draw(probes), [self.at(x, 0.0) for x in each(loss, probes)]
+        pairs = [(self.at(x, eps, s), self.at(x, -eps, s)) for x, s in zip(each(loss, probes), streams, strict=True)]
         for i, h in enumerate(self.hessians):
             if i in self.left_out:
                 continue
             new = (1 - smoothing) * h
-            for (a, b), s in zip(pairs, streams, strict=True):
-                new = new + smoothing * abs(a + b - 2 * clean) / (2 * eps**2) * h * self.z(i, s) ** 2 / probes
+            for (a, b), l0, s in zip(pairs, clean, streams, strict=True):
+                new = new + smoothing * abs(a + b - 2 * l0) / (2 * eps**2) * h * self.z(i, s) ** 2 / probes
             if factored and new.ndim > 1:  # row means times column means over the mean
                 new = new.mean(1, keepdim=True) * new.mean(0, keepdim=True) / new.mean()
             self.hessians[i] = new.clamp(1e-8, 1e8)
         self.move(self.along([(a - b) / (2 * eps) / probes for a, b in pairs], streams), lr, weight_decay)
-        return clean
+        return sum(clean) / probes
 
 
 class TwinFZOO(Twin):
-    """theta <- theta - lr / (N s) sum_i (l_i - l0) u_i, s the unbiased standard deviation of the l_i."""
+    """theta <- theta - lr / (N s) sum_i (l_i - l0) u_i, s the unbiased standard deviation of the l_i.
+
+    With a loss for each probe, l0 is of each too, and s is the standard deviation of the l_i - l0.
+    """
 
     before = ()
 
     def step(self, loss, lr, eps, weight_decay=0.0, probes=8, reuse=False):
-        streams, clean = self.draw(probes), self.at(loss, 0.0)
-        side = [self.at(loss, eps, s) for s in streams]
-        among = [*side, *self.before] if reuse else side
-        self.before = side
+        streams, clean = self.draw(probes), [self.at(x, 0.0) for x in each(loss, probes)]
+        side = [self.at(x, eps, s) for x, s in zip(each(loss, probes), streams, strict=True)]
+        rises = [x - l0 for x, l0 in zip(side, clean, strict=True)]
+        now = rises if isinstance(loss, list) else side
+        among = [*now, *self.before] if reuse else now
+        self.before = now
         mean = sum(among) / len(among)
         s = (sum((x - mean) ** 2 for x in among) / (len(among) - 1)) ** 0.5
-        self.move(self.along([(x - clean) / (probes * s) for x in side], streams), lr, weight_decay)
-        return clean
+        self.move(self.along([x / (probes * s) for x in rises], streams), lr, weight_decay)
+        return sum(clean) / probes
 
 
 class TwinSPSA(Twin):
     """c_i = |l+ - 2 l0 + l-| / eps^2, w_i = 1 / max(c_i^alpha, lambda), theta <- theta - lr/n sum_i w_i g_i u_i."""
 
     def step(self, loss, lr, eps, weight_decay=0.0, probes=8, alpha=0.1, floor=1.0):
-        streams, clean = self.draw(probes), self.at(loss, 0.0)
+        streams, clean = self.draw(probes), [self.at(x, 0.0) for x in each(loss, probes)]
         coeffs = []
-        for s in streams:
-            a, b = self.at(loss, eps, s), self.at(loss, -eps, s)
-            weight = 1 / max((abs(a - 2 * clean + b) / eps**2) ** alpha, floor)
+        for x, l0, s in zip(each(loss, probes), clean, streams, strict=True):
+            a, b = self.at(x, eps, s), self.at(x, -eps, s)
+            weight = 1 / max((abs(a - 2 * l0 + b) / eps**2) ** alpha, floor)
             coeffs.append(weight * (a - b) / (2 * eps) / probes)
         self.move(self.along(coeffs, streams), lr, weight_decay)
-        return clean
+        return sum(clean) / probes

@@ -18,7 +18,8 @@ class Evaluation:
     norms are those before the step; and casts and parametrizations that torch keeps of other weights are forgotten.
 
     Args:
-        closure: what the user gave: it returns the loss at the weights as they are read.
+        closure: what the user gave: it returns the loss at the weights as they are read. Where a step has several, it is set
+            to each in turn.
         device: of the weights.
         units: parts of the module that FSDP2 gathers.
         buffers: those of the module.

@@ -34,7 +34,8 @@ class Parallel:
     Each batch is divided into ``data`` parts and the points of a step (where it evaluates the loss) into ``probes`` shares;
     rank r evaluates part r % data at the points of share r // data. With ``data=1`` all ranks see the whole batch, with
     ``probes=1``, the default, all evaluate at every point. If one of the two is None, it follows from the other one and the
-    number of ranks.
+    number of ranks. Where each probe has a closure of its own, it is the probes that are shared: rank r has every ``probes``-th of
+    them from number r // data on, and closures for these alone.
 
     The losses of the parts are averaged with equal weights. So where the closure returns a mean, parts must have equal sizes,
     or the closure must multiply its loss by its part's size over the mean size. Losses are sent through the CPU by gloo, as
@@ -69,7 +70,8 @@ class Parallel:
 
         Raises:
             RuntimeError: ``torch.distributed`` has not been initialised.
-            ValueError: their product is not the number of ranks.
+            ValueError: their product is not the number of ranks. Where each probe has a closure of its own, it is the probes that are shared: rank r has every ``probes``-th of
+    them from number r // data on, and closures for these alone.
         """
         if not dist.is_initialized():
             raise RuntimeError("processes: expected torch.distributed to be initialised: call init_process_group first")
@@ -114,39 +116,40 @@ class Exchange:
 
     def losses(
         self,
-        evaluate: Callable[[Sequence[Point]], Tensor],
-        pass_by: Callable[[Sequence[Point]], object],
-        points: Sequence[Point],
+        evaluate: Callable[[Sequence[Sequence[Point]]], Tensor],
+        pass_by: Callable[[Sequence[Sequence[Point]]], object],
+        sets: Sequence[Sequence[Point]],
         number: int,
     ) -> Tensor:
-        """Losses at all points, (n,), with the same bits in all processes.
+        """Losses at all points of these sets, (n,), with the same bits in all processes.
 
         Args:
-            evaluate: the losses of this process's part of the batch at some points, (n,).
-            pass_by: called with these points when it has raised.
-            points: all of the call; each process evaluates its share, and at least one, so that generators stay alike.
+            evaluate: the losses of this process's part of the batch at all points of some sets, (n,).
+            pass_by: called with these sets when it has raised.
+            sets: all of the call, of as many points each; a process evaluates its share of them, and at least one, so that
+                generators stay alike.
             number: of the step.
 
         Raises:
             Exception: what ``evaluate`` raised.
             RankError: it raised in another process, or a process is gone or at another step.
         """
-        mine = points[self.rank // self.data :: self.probes] or points[-1:]
-        values = torch.zeros(-(-len(points) // self.probes), dtype=torch.float64, device="cpu")
+        mine, size = sets[self.rank // self.data :: self.probes] or sets[-1:], len(sets[0])
+        values = torch.zeros(-(-len(sets) // self.probes) * size, dtype=torch.float64, device="cpu")
         try:
             losses = evaluate(mine)
-            values[: len(mine)] = losses
+            values[: len(losses)] = losses
         except BaseException as error:
             pass_by(mine)
             self._fail(number, error)
             raise
         code = _FLOAT64 if losses.dtype == torch.float64 else _FLOAT32
         with self._message():
-            codes, everyone = self._post(code, number, values, points=len(points))
+            codes, everyone = self._post(code, number, values, points=len(sets) * size)
         parts = everyone.view(self.probes, self.data, -1).unbind(1)
         mean = reduce(torch.add, parts) / self.data  # in the order of the ranks: the same bits on every machine
         dtype = torch.float64 if _FLOAT64 in codes else torch.float32
-        return mean.T.reshape(-1)[: len(points)].to(losses.device, dtype)
+        return mean.view(self.probes, -1, size).transpose(0, 1).reshape(-1)[: len(sets) * size].to(losses.device, dtype)
 
     # ---- checks ------------------------------------------------------------------------------------------------
 

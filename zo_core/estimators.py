@@ -1,15 +1,22 @@
 """What methods compute from losses: the points where a step evaluates, and the coefficients that follow from the losses."""
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from .weights import Point, Probe
 
-Losses = Callable[[Sequence[Point]], Tensor]
-"""losses([(c, probe), ...]) is the loss at theta + c z(probe) for each point, (n,); (0.0, None) is theta itself."""
+
+class Losses(Protocol):
+    """What a step evaluates: the loss at theta + c z(probe) for a point (c, probe); (0.0, None) is theta itself."""
+
+    spread: bool  # whether each probe has a closure of its own, not one for all
+
+    def __call__(self, sets: Sequence[Sequence[Point]]) -> Tensor:
+        """Losses at sets of as many points each, (sets, points): one set for each closure."""
+        ...
 
 
 class Estimate(NamedTuple):
@@ -50,21 +57,28 @@ def update_of(found: Estimate, lr: Tensor, decay: Tensor, trains: Tensor, smooth
     return Update(usable, coeffs, decay[0], *([metric[0], metric[1][0]] if metric else []))
 
 
-def both_sides(losses: Losses, probes: Sequence[Probe], eps: float, clean: bool = False) -> tuple[Tensor, ...]:
-    """Losses l+ and l- at theta + eps z_k and theta - eps z_k, (n,) each; before them l0 at theta, (), if clean."""
-    points: list[Point] = [(c, probe) for probe in probes for c in (eps, -eps)]
-    found = losses([(0.0, None), *points] if clean else points)
-    plus, minus = found[int(clean) :].view(-1, 2).unbind(1)
-    return (found[0], plus, minus) if clean else (plus, minus)
+def both_sides(losses: Losses, probes: Sequence[Probe], eps: float) -> tuple[Tensor, Tensor]:
+    """Losses l+ and l- at theta + eps z_k and theta - eps z_k, (n,) each."""
+    plus, minus = _along(losses, probes, eps, -eps)
+    return plus, minus
 
 
 def one_side(losses: Losses, probes: Sequence[Probe], eps: float) -> tuple[Tensor, Tensor]:
-    """Losses l0 at theta, (), and l_k at theta + eps z_k, (n,)."""
-    found = losses([(0.0, None), *((eps, probe) for probe in probes)])
-    return found[0], found[1:]
+    """l0 at theta, and l_k at theta + eps z_k, (n,); l0 is (1,), or (n,) where each probe has a closure of its own."""
+    clean, side = _along(losses, probes, eps, clean=True)
+    return clean, side
 
 
 def second_order(losses: Losses, probes: Sequence[Probe], eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """l0, the projected gradients (l+ - l-) / (2 eps) and curvatures |l+ + l- - 2 l0| / eps^2 along n probes, (n,)."""
-    clean, plus, minus = both_sides(losses, probes, eps, clean=True)
+    """l0 as of ``one_side``; projected gradients (l+ - l-) / (2 eps) and curvatures |l+ + l- - 2 l0| / eps^2, (n,)."""
+    clean, plus, minus = _along(losses, probes, eps, -eps, clean=True)
     return clean, (plus - minus) / (2 * eps), (plus + minus - 2 * clean).abs() / eps**2
+
+
+def _along(losses: Losses, probes: Sequence[Probe], *cs: float, clean: bool = False) -> tuple[Tensor, ...]:
+    """Losses at theta, if clean, for each closure; at theta + c z_k for each c, (n,)."""
+    first: list[Point] = [(0.0, None)] if clean else []
+    sets = [[probe] for probe in probes] if losses.spread else [probes]
+    found = losses([[*first, *((c, probe) for probe in some for c in cs)] for some in sets])
+    sides = found[:, len(first) :].reshape(-1, len(cs)).unbind(1)
+    return (found[:, 0], *sides) if clean else sides

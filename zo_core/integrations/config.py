@@ -155,6 +155,9 @@ class FinetuneConfig(BaseModel):
         ge=1,
     )
     batch_size: int = _option(16, "Method", "Examples per forward.", ge=1)
+    spread: bool = _option(
+        False, "Method", "Give each probe a batch of its own, of --batch-size examples, in place of one for all."
+    )
     dropout: bool = _option(False, "Method", "Use the model's dropout in training.")
     seed: int = _option(0, "Method", "Seed of the directions and of the order of the data.", ge=0, lt=2**63)
 

@@ -23,9 +23,10 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -273,15 +274,15 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = config.lr_at(config.progress(state.step, state.seconds))
         lr = self.optimizer.param_groups[0]["lr"]
-        loss_of_batch = self.session.loss_of(state.step)
 
-        def closure() -> torch.Tensor:
+        def counted(loss: Callable[[], torch.Tensor]) -> torch.Tensor:
             nonlocal forwards
             forwards += 1
-            return loss_of_batch()
+            return loss()
 
+        closures = [partial(counted, loss) for loss in self.session.closures_of(state.step)]
         self.session.model.train(config.dropout)
-        loss = float(self.optimizer.step(closure))
+        loss = float(self.optimizer.step(closures if config.spread else closures[0]))
         took = time.perf_counter() - start
         state.step += 1
         state.seconds += took

@@ -29,16 +29,21 @@ class Session(NamedTuple):
     parts: dict[str, list[Encoded]]
     facts: dict[str, Any]
 
-    def batch_of(self, step: int) -> tasks.Batch:
-        """The training batch of a step, which depends on nothing but the step and the seed."""
+    def batch_of(self, number: int) -> tasks.Batch:
+        """A training batch by its number in the run; it depends on nothing but the number and the seed."""
         train, config = self.parts["train"], self.config
-        indices = tasks.batch_indices(len(train), config.batch_size, step=step, seed=config.seed)
+        indices = tasks.batch_indices(len(train), config.batch_size, step=number, seed=config.seed)
         return self.scorer.batch([train[i] for i in indices])
 
-    def loss_of(self, step: int) -> Callable[[], torch.Tensor]:
-        """A closure that returns the loss of a step's training batch, without gradients."""
-        batch = self.batch_of(step)
+    def loss_of(self, number: int) -> Callable[[], torch.Tensor]:
+        """A closure that returns the loss of a training batch, without gradients."""
+        batch = self.batch_of(number)
         return torch.no_grad()(lambda: self.scorer.loss(batch))
+
+    def closures_of(self, step: int) -> list[Callable[[], torch.Tensor]]:
+        """A step's closures: one, or with ``spread`` one for each probe; batches follow one another in the data's order."""
+        n = self.config.probes if self.config.spread else 1
+        return [self.loss_of(step * n + k) for k in range(n)]
 
 
 def prepare(

@@ -2,7 +2,7 @@
 
 import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +18,7 @@ from zo_core.bindings.warn import warn
 from zo_core.distributed import Parallel
 from zo_core.optim.base import ZOOptimizer
 from zo_core.optim.options import Options
+from zo_core.optim.points import Closure
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
@@ -51,6 +52,8 @@ class ZOArguments(_Arguments):
         rank: rank of factored probes.
         residual: extra bits for each 16-bit weight: 8, 16 or None.
         engine: "shadow", "grouped" (docs/engines.md), "inplace" or None; see ``ZOOptimizer``.
+        spread_probes: whether the micro-batches of an accumulation window are those of the probes, one each, in place of
+            one batch for all; then ``probes``, of each process, is ``gradient_accumulation_steps`` or None.
         zo_options: other options of the method, as a dict or its JSON. The seed of the noise is ``seed`` unless given here.
 
     Raises:
@@ -67,6 +70,7 @@ class ZOArguments(_Arguments):
     rank: int = 1
     residual: int | None = 8
     engine: str | None = None
+    spread_probes: bool = False
     zo_options: dict[str, Any] | str | None = None
 
     def __post_init__(self) -> None:
@@ -88,6 +92,11 @@ class ZOArguments(_Arguments):
         for name, why in _REFUSED.items():
             if value := getattr(self, name, None):
                 raise ValueError(f"{name}: expected it to be off, got {value!r}: {why}")
+        if self.spread_probes and self.probes not in (None, n := self.gradient_accumulation_steps):
+            raise ValueError(
+                f"probes: expected gradient_accumulation_steps, {n}, or None with spread_probes=True, as each micro-batch is "
+                f"that of one probe, got {self.probes}"
+            )
 
 
 @dataclass
@@ -104,7 +113,7 @@ def optimizer_class(name: str) -> type[ZOOptimizer]:
     return methods[name]
 
 
-def _step(optimizer: ZOOptimizer, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+def _step(optimizer: ZOOptimizer, closure: Closure | Sequence[Closure] | None = None) -> Tensor | None:
     """``optimizer.step`` for Trainer: its loop calls it without a closure, when ``training_step`` has made the step already."""
     return type(optimizer).step(optimizer, closure) if closure else None
 
@@ -115,6 +124,8 @@ class ZOMixin(_Trainer):
     The training loop remains Trainer's. With gradient accumulation, the step is made in the ``training_step`` of the last
     micro-batch: each evaluation calls Trainer's own ``training_step`` for all micro-batches, without the backward, so losses
     are weighted as Trainer weights them. Trainer logs the step's loss.
+    With ``spread_probes`` each probe is evaluated on one micro-batch, with a weight that makes the mean over the probes that loss;
+    where an epoch's last window has fewer micro-batches than probes, they are used in turn.
     """
 
     args: Any
@@ -147,20 +158,30 @@ class ZOMixin(_Trainer):
             named["eps"] = eps if args.eps is None else args.eps
             options: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
             options |= {"weight_decay": args.weight_decay, "seed": args.seed, "residual": args.residual}
-            options["processes"] = Parallel() if self.accelerator.num_processes > 1 else None
+            if args.spread_probes:
+                options["probes"] = args.gradient_accumulation_steps * self.accelerator.num_processes
+            options["processes"] = self._parallel() if self.accelerator.num_processes > 1 else None
             options |= args.zo_options or {}
             self.optimizer = optimizer_class(args.zo_method)(model, lr=lr, **options)
         if not isinstance(optimizer := self.zo_optimizer, ZOOptimizer):
             raise TypeError(f"optimizers: expected an optimizer of zo_core, got {type(optimizer).__name__}")
-        if (n := self.accelerator.num_processes) > 1 and (
-            optimizer.processes is None or optimizer.processes.grid() != (n, 1)
-        ):
+        n, expected = self.accelerator.num_processes, self._parallel()
+        if n > 1 and (optimizer.processes is None or optimizer.processes.grid() != expected.grid()):
             raise ValueError(
-                f"processes: expected zo_core.distributed.Parallel(), as each of {n} processes gets rows of its own from "
+                f"processes: expected zo_core.distributed.{expected}, as each of {n} processes gets rows of its own from "
                 f"Trainer, got {optimizer.processes}"
+            )
+        if self.args.spread_probes and optimizer.probes != (most := self.args.gradient_accumulation_steps * n):
+            raise ValueError(
+                f"probes: expected {most} with spread_probes=True, one for each of the gradient_accumulation_steps of each "
+                f"process, got {optimizer.probes}"
             )
         optimizer.step = MethodType(_step, optimizer)  # type: ignore[method-assign]
         return optimizer
+
+    def _parallel(self) -> Parallel:
+        """How processes share a step: each has rows of its own, of all probes, or with ``spread_probes`` of its own."""
+        return Parallel(data=1) if self.args.spread_probes else Parallel()
 
     @property
     def zo_optimizer(self) -> ZOOptimizer:
@@ -178,18 +199,22 @@ class ZOMixin(_Trainer):
         """Make the step at the last micro-batch and return its loss; before that, return zero."""
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
-        evaluate = super().training_step
+        evaluate, window = super().training_step, self._window
 
-        def closure() -> Tensor:
-            losses = [evaluate(model, inputs, num_items_in_batch) for inputs in self._window]
+        def loss_of(some: Sequence[Any], weight: float = 1.0) -> Tensor:
+            losses = [evaluate(model, inputs, num_items_in_batch) for inputs in some]
             if losses[0].element_size() < 4:
                 warn(
                     f"the model computes its loss in {losses[0].dtype}, too few digits for a difference of losses: "
                     "give compute_loss_func (docs/integrations.md)",
                 )
-            return torch.stack(losses).float().sum()
+            return torch.stack(losses).float().sum() * weight
 
-        return self.zo_optimizer.step(closure)
+        if not self.args.spread_probes:
+            return self.zo_optimizer.step(partial(loss_of, window))
+        n, m = self.args.gradient_accumulation_steps, len(window)  # m < n at the end of an epoch
+        weights = [n / len(range(k % m, n, m)) for k in range(n)]  # so that their mean is Trainer's loss of the window
+        return self.zo_optimizer.step([partial(loss_of, [window[k % m]], weights[k]) for k in range(n)])
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> None:
         """None: there are no gradients."""

@@ -2,7 +2,7 @@
 
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import Any, ClassVar
 
@@ -21,7 +21,7 @@ from ..record import Snapshot, carried
 from ..weights import ParamSpace, Probe, padding_of, space_of, versions_of
 from . import report, state
 from .options import Params, Shared, check_choices, check_group, named_params, rates_of
-from .points import losses_of
+from .points import Closure, StepLosses
 from .state import Stateful, refuse_meta
 
 
@@ -154,7 +154,7 @@ class ZOOptimizer(Stateful):
     # ---- the step ----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor | float]) -> Tensor:  # type: ignore[override]
+    def step(self, closure: Closure | Sequence[Closure]) -> Tensor:  # type: ignore[override]
         """One step.
 
         Args:
@@ -163,21 +163,25 @@ class ZOOptimizer(Stateful):
                 that all weights are read where it expects) and must do the same each time. Dropout does, as torch's
                 generators are rewound, and so do the module's buffers, which are put back before each call and
                 stay as the last one left them.
+                Or a list of such functions, one for each probe, each of a batch of its own: all that a method evaluates
+                for a probe, its clean loss included, is then of that batch. With processes that share the probes, one
+                for each probe of this process (docs/distributed.md).
 
         Returns:
-            The mean or clean loss of the evaluations, 0-dimensional, float32 or float64.
+            The mean or clean loss of the evaluations, 0-dimensional, float32 or float64; of several closures, their mean.
 
         Raises:
-            TypeError, ValueError: the closure returned no scalar.
+            TypeError, ValueError: no function, another number of them than of probes, or the closure returned no scalar.
             Exception: whatever the closure raises; the weights and this optimizer are put back first.
         """
-        engine, left_out = self._begin(closure)
-        stream, seen = self._own["stream"].clone(), list[Tensor]()
+        engine, closures, left_out = self._begin(closure)
+        stream, spread = self._own["stream"].clone(), not callable(closure)
         in_place = engine.space if isinstance(engine, InPlaceEngine) and not engine.space.pieces else None
-        evaluation = Evaluation(closure, stream.device, self._units, self._buffers, in_place)
+        evaluation = Evaluation(closures[0], stream.device, self._units, self._buffers, in_place)
+        losses = StepLosses(engine, evaluation, closures, spread, left_out, self._exchange, self._steps)
         done, self._stepping = False, True
         try:
-            found = self.estimate(losses_of(engine, evaluation, left_out, self._exchange, self._steps, seen))
+            found = self.estimate(losses)
             with uninterrupted():  # the record, the weights and the counts change together
                 self._buffers.end(self._move(engine, found, left_out))
                 done = True
@@ -194,27 +198,52 @@ class ZOOptimizer(Stateful):
             forget_casts()
             sharding.reshard(self._units)
             self._versions = versions_of(self._tensors())
-        self._count_flat(torch.cat(seen))
+        self._count_flat(torch.cat(losses.seen, dim=1))
         return found.loss
 
-    def _begin(self, closure: object) -> tuple[Engine, set[int]]:
-        """Check all that can be checked before a step. Returns its engine, and the numbers of the tensors that it leaves out."""
-        if not callable(closure):
-            raise TypeError(f"closure: expected a function that returns the loss, got {closure!r}")
+    def _begin(self, closure: object) -> tuple[Engine, Sequence[Closure], set[int]]:
+        """A step's engine, closures, and tensors that it leaves out, when all that can be checked before it has been."""
         if self._stepping:
             raise RuntimeError("step: called from inside its own closure, where the weights are perturbed")
         if not isinstance(self.journal, Journal | None):
             raise TypeError(f"journal: expected Journal.create(path, optimizer), got {self.journal!r}")
         for i, group in enumerate(self.param_groups):
             check_group(group, () if i else self._shared)
+        closures = [closure] if callable(closure) else self._closures(closure)
         sharding.reshard(self._units)  # while weights are gathered, the module has other parameters
         frozen = self._check_tensors()
         if self._buffers.module is not self.module:
             self._buffers = Buffers(self.module)
         engine = self._prepare()
         if (exchange := self._joined()) is not None:
-            exchange.start(self._steps, report.options_of(self.param_groups), self._snapshot)
-        return engine, self._left_out() | frozen
+            options = {"closures": "one" if callable(closure) else "one for each probe"}
+            exchange.start(self._steps, options | report.options_of(self.param_groups), self._snapshot)
+        return engine, closures, self._left_out() | frozen
+
+    def _closures(self, given: object) -> Sequence[Closure]:
+        """Closures of a step that has one for each probe; TypeError, ValueError unless they are."""
+        if not isinstance(given, list | tuple):
+            raise TypeError(
+                f"closure: expected a function that returns the loss, or a list of them, one for each probe, got {given!r}"
+            )
+        for i, closure in enumerate(given):
+            if not callable(closure):
+                raise TypeError(f"closure {i}: expected a function that returns the loss, got {closure!r}")
+        shares = self.processes.grid()[1] if self.processes is not None else 1
+        if self.probes % shares:
+            raise ValueError(
+                f"probes: expected a multiple of {shares}, as so many processes share them and each probe has a closure of its "
+                f"own, got {self.probes}"
+            )
+        if len(given) != self.probes // shares:
+            which = f"one for each of the {self.probes} probes" + f" that are this process's, 1/{shares} of them" * (
+                shares > 1
+            )
+            raise ValueError(
+                f"closure: expected {self.probes // shares} functions, {which}, got {len(given)}: give as many, or one function "
+                "for all probes"
+            )
+        return given
 
     def _move(self, engine: Engine, found: Estimate, left_out: set[int]) -> Tensor:
         """Write the step's record, move the weights and count the step. Returns whether it moved them, bool (1,)."""

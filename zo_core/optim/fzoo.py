@@ -17,12 +17,14 @@ class FZOO(ZOOptimizer):
     l_i = l(theta + eps u_i), l_0 = l(theta), u_i random signs, i = 1..n = ``probes``. Dividing by s makes a step's length
     independent of the losses' scale, so ``lr`` is about the size of a step in each coordinate, as Adam's (the
     paper's is this one times eps). A step takes 1 + n evaluations and returns l_0; one whose s is not a positive
-    finite number is skipped and counted.
+    finite number is skipped and counted. With a closure for each probe there is an l_0 of each, so 2n evaluations, and s
+    is the standard deviation of the l_i - l_0,i: that of the l_i would be mostly the difference between batches.
 
     Args:
         params: as in ``ZOOptimizer``, and so are all other arguments.
         lr: learning rate.
-        reuse: FZOO-R: s over this step's losses and those of the step before, so that half as many probes serve.
+        reuse: FZOO-R: s over this step's losses and those of the step before, so that half as many probes serve. Give all
+            steps one closure, or all of them a list.
         options: of ``ZOOptimizer``; ``probes`` at least 2.
 
     Raises:
@@ -40,7 +42,9 @@ class FZOO(ZOOptimizer):
         """One-sided differences over the unbiased standard deviation of the losses (equations 3 and 4 of the paper)."""
         probes = self.draw(self.probes)
         clean, side = one_side(losses, probes, self.eps)
-        among = torch.cat((side, self.carry)) if self.reuse else side  # NaN where there was no earlier step
+        varying = side - clean if losses.spread else side
+        among = torch.cat((varying, self.carry)) if self.reuse else varying  # NaN where there was no earlier step
         known = among.isnan().logical_not().sum()
         deviation = ((among - among.nanmean()).square().nansum() / (known - 1)).sqrt()
-        return Estimate(probes, (side - clean) / (len(probes) * deviation), clean, carry=side if self.reuse else None)
+        coeffs = (side - clean) / (len(probes) * deviation)
+        return Estimate(probes, coeffs, clean.mean(), carry=varying if self.reuse else None)

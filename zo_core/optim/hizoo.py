@@ -42,4 +42,4 @@ class HiZOO(ZOOptimizer):
         probes = self.draw(self.probes)
         clean, gradients, curvatures = second_order(losses, probes, self.eps)
         n = len(probes)
-        return Estimate(probes, gradients / n, clean, self.smoothing / (2 * n) * curvatures)
+        return Estimate(probes, gradients / n, clean.mean(), self.smoothing / (2 * n) * curvatures)

@@ -1,47 +1,69 @@
 """The losses at the points that a method asks for: from the engine of this process, or from all processes together."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from ..closure import Evaluation
 from ..distributed import Exchange
 from ..engines.base import Engine
 from ..engines.inplace import InPlaceEngine
-from ..estimators import Losses
 from ..weights import Point
 
+Closure = Callable[[], Tensor | float]
 
-def losses_of(
-    engine: Engine, evaluation: Evaluation, left_out: set[int], exchange: Exchange | None, number: int, seen: list[Tensor]
-) -> Losses:  # fmt: skip
-    """What gives a method its losses in a step.
+
+class StepLosses:
+    """What gives a method its losses in a step (``estimators.Losses``).
 
     Args:
-        engine: evaluates the closure.
-        evaluation: the closure.
+        engine: evaluates the closures.
+        evaluation: how each of them is called.
+        closures: one for all points, or one for each set of points that this process evaluates.
+        spread: whether it is the latter.
         left_out: numbers of the tensors that the step leaves out.
         exchange: joins the processes, where there are several.
         number: of the step.
-        seen: gets the losses of each call.
     """
-    before = 0  # calls of the closure when the evaluation of these points began
 
-    def evaluate(points: Sequence[Point]) -> Tensor:
-        nonlocal before
-        before = evaluation.calls
-        return engine.evaluate_all(evaluation, points, left_out)
+    def __init__(
+        self, engine: Engine, evaluation: Evaluation, closures: Sequence[Closure], spread: bool, left_out: set[int],
+        exchange: Exchange | None, number: int,
+    ) -> None:  # fmt: skip
+        self.engine, self.evaluation, self.closures, self.spread = engine, evaluation, closures, spread
+        self.left_out, self.exchange, self.number = left_out, exchange, number
+        self.seen: list[Tensor] = []  # what each call returned
+        self._before = 0  # calls of the closures when the evaluation of these points began
 
-    def pass_by(points: Sequence[Point]) -> None:
-        if isinstance(engine, InPlaceEngine):  # going there and back rounds, as it does in other processes
-            for c, probe in points[evaluation.calls - before :]:
-                engine.evaluate(lambda: engine.space.counters, c, probe, left_out)
-
-    def losses(points: Sequence[Point]) -> Tensor:
-        if exchange is None:
-            seen.append(evaluate(points))
+    def __call__(self, sets: Sequence[Sequence[Point]]) -> Tensor:
+        """Losses at sets of as many points each, (sets, points)."""
+        shared = sets if self.spread else [[point] for point in sets[0]]  # what processes divide among them
+        if self.exchange is None:
+            found = self._evaluate(shared)
         else:
-            seen.append(exchange.losses(evaluate, pass_by, points, number))
-        return seen[-1]
+            found = self.exchange.losses(self._evaluate, self._pass_by, shared, self.number)
+        self.seen.append(found.view(len(sets), -1))
+        return self.seen[-1]
 
-    return losses
+    def _evaluate(self, sets: Sequence[Sequence[Point]]) -> Tensor:
+        """Losses at all points of these sets, (n,)."""
+        self._before = self.evaluation.calls
+        sets = sets if self.spread else [_flat(sets)]
+        found = []
+        for closure, points in zip(self.closures, sets, strict=True):
+            self.evaluation.closure = closure
+            found.append(self.engine.evaluate_all(self.evaluation, points, self.left_out))
+        return torch.cat(found)
+
+    def _pass_by(self, sets: Sequence[Sequence[Point]]) -> None:
+        """Go to the points at which no closure was called, as an error came before."""
+        if isinstance(
+            engine := self.engine, InPlaceEngine
+        ):  # going there and back rounds, as it does in other processes
+            for c, probe in _flat(sets)[self.evaluation.calls - self._before :]:
+                engine.evaluate(lambda: engine.space.counters, c, probe, self.left_out)
+
+
+def _flat(sets: Sequence[Sequence[Point]]) -> list[Point]:
+    return [point for points in sets for point in points]

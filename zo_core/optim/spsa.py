@@ -46,4 +46,4 @@ class SPSA(ZOOptimizer):
         probes = self.draw(self.probes)
         clean, gradients, curvatures = second_order(losses, probes, self.eps)
         n, weights = len(probes), 1 / curvatures.pow(self.alpha).clamp_min(self.floor)
-        return Estimate(probes, weights * gradients / n, clean, self.smoothing / (2 * n) * curvatures)
+        return Estimate(probes, weights * gradients / n, clean.mean(), self.smoothing / (2 * n) * curvatures)

@@ -245,11 +245,10 @@ class Stateful(torch.optim.Optimizer):
         return int(self._flat[0]) if self._flat is not None else 0
 
     def _count_flat(self, losses: Tensor) -> None:
-        """Count a step whose losses are all the same; the tenth in a row is worth a warning."""
+        """Count a step whose losses, (closures, points), are the same at all points; the tenth in a row is worth a warning."""
         before = torch.zeros(2, dtype=torch.int64, device=losses.device) if self._flat is None else self._flat
-        same = (
-            (losses == losses[0]).all() if len(losses) > 1 else torch.zeros((), dtype=torch.bool, device=losses.device)
-        )
+        alone = losses.shape[1] == 1
+        same = torch.zeros((), dtype=torch.bool, device=losses.device) if alone else (losses == losses[:, :1]).all()
         self._flat = torch.stack((before[0] + same, (before[1] + 1) * same))
         if (losses.device.type == "cpu" or self._steps % _FLAT == 0) and not self._told and self._flat[1] >= _FLAT:
             self._told = True
