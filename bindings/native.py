@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from ..kernels import reference
-from ..kernels.reference import HESSIAN_RANGE, ROUNDS, signs_  # noqa: F401
+from ..kernels.reference import HESSIAN_RANGE, ROUNDS
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 LIBRARY = Path(__file__).with_name("libzo_core.so")
 CHOICE = os.environ.get("ZO_CORE_BACKEND", "")  # read once, when the library is imported
 ISAS = ("portable", "avx2", "avx512")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _FIELDS = 12  # int64 of a zo_tensor
-DISTRIBUTIONS = {"gaussian": 0, "rademacher": 1}
+DISTRIBUTIONS = {"gaussian": 0, "rademacher": 1, "factored": 2}
 
 _i32, _i64, _u32, _u64, _f32, _ptr = (
     ctypes.c_int32,
@@ -47,6 +47,7 @@ class _PassStruct(ctypes.Structure):
         ("rounding", _i32),
         ("update", _u32),
         ("threads", _i32),
+        ("rank", _i32),
     )
 
 
@@ -71,6 +72,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         return None, f"{LIBRARY.name} has ABI version {found}, this package needs {ABI_VERSION}: rebuild it"
     library.zo_run.argtypes = (ctypes.POINTER(_PassStruct), _ptr, _i64, _ptr)
     library.zo_run_steps.argtypes = (ctypes.POINTER(_PassStruct), _i64, _ptr, _i64, _ptr)
+    library.zo_signs.argtypes = (_u64, _u32, _u32, _ptr, _i64, _i32, _i64, _ptr)
     library.zo_philox.argtypes = (_u64, _u32, _u32, _u32, _u64, _i64, _i32, _ptr)
     if (isa := os.environ.get("ZO_CORE_ISA")) and (isa not in ISAS or library.zo_isa_set(ISAS.index(isa))):
         choices = ", ".join(name for i, name in enumerate(ISAS) if library.zo_isa_available(i))
@@ -117,6 +119,13 @@ def philox_(
         raise RuntimeError("zo_philox refused its arguments: please report this as a bug")
 
 
+def signs_(signs: Tensor, streams: Tensor, *, domain: int, tensor_id: int, seed: int) -> None:
+    """Fill float32 ``signs`` of shape (K, rank, n) with those of indices 0 to n - 1: of stream k and factor q at [k, q]."""
+    (k, rank, n), numbers = signs.shape, streams.to(torch.int32).contiguous()
+    if _require().zo_signs(seed, domain, tensor_id, numbers.data_ptr(), k, rank, n, signs.data_ptr()):
+        raise RuntimeError("zo_signs refused its arguments: please report this as a bug")
+
+
 def prepare(
     src: Sequence[Tensor],
     dst: Sequence[Tensor],
@@ -127,13 +136,13 @@ def prepare(
     residuals: Sequence[Tensor] = (),
     row_scales: Sequence[Tensor] = (),
     column_scales: Sequence[Tensor] = (),
-    mirrors: Sequence[Tensor] = (),
+    columns: Sequence[int] = (),
 ) -> Callable[..., None]:
     """``zo_run`` on CPU tensors, as a function of the scalars of ``bindings.ops``, already checked.
 
     It keeps no tensor alive: they are to stay where they are for as long as it is called.
     """
-    table = _table(src, dst, hessians, tensor_ids, offsets, residuals, row_scales, column_scales, mirrors)
+    table = _table(src, dst, hessians, tensor_ids, offsets, residuals, row_scales, column_scales, columns)
     n = len(src)
     return lambda **scalars: _run(table.buffer_info()[0], n, **scalars)
 
@@ -141,17 +150,10 @@ def prepare(
 def run_pass(
     src: Sequence[Tensor], dst: Sequence[Tensor], hessians: Sequence[Tensor], tensor_ids: Sequence[int],
     offsets: Sequence[int], streams: Tensor, coeffs: Tensor, *, residuals: Sequence[Tensor] = (),
-    row_scales: Sequence[Tensor] = (), column_scales: Sequence[Tensor] = (), rank: int = 1, columns: Sequence[int] = (),
-    **scalars: Any,
+    row_scales: Sequence[Tensor] = (), column_scales: Sequence[Tensor] = (), columns: Sequence[int] = (), **scalars: Any,
 ) -> None:  # fmt: skip
     """``zo_run`` on CPU tensors; arguments as in ``bindings.ops``, already checked."""
-    if scalars["distribution"] == "factored":
-        reference.run_pass(
-            src, dst, hessians, tensor_ids, offsets, streams, coeffs, residuals=residuals, row_scales=row_scales,
-            column_scales=column_scales, rank=rank, columns=columns, **scalars,
-        )  # fmt: skip
-        return
-    beside = {"residuals": residuals, "row_scales": row_scales, "column_scales": column_scales}
+    beside = {"residuals": residuals, "row_scales": row_scales, "column_scales": column_scales, "columns": columns}
     prepare(src, dst, hessians, tensor_ids, offsets, **beside)(streams=streams, coeffs=coeffs, **scalars)
 
 
@@ -161,14 +163,6 @@ def run_steps(
     residuals: Sequence[Tensor] = (), rank: int = 1, columns: Sequence[int] = (),
 ) -> None:  # fmt: skip
     """``zo_run_steps`` on CPU tensors; arguments as ``replay_`` in ``bindings.ops``, already checked."""
-    if distribution == "factored":
-        for s in range(len(streams)):
-            step = {"decay": None if decay is None else decay[s], "update": None if updates is None else updates[s]}
-            reference.run_pass(
-                weights, weights, [], tensor_ids, offsets, streams[s], coeffs[s], seed=seed, distribution=distribution,
-                counters=counters, residuals=residuals, rank=rank, columns=columns, **step,
-            )  # fmt: skip
-        return
     streams, coeffs = streams.to(torch.int32).contiguous(), coeffs.contiguous()
     decay = decay.contiguous() if decay is not None else None
     rounding = updates.tolist() if updates is not None else [0] * len(streams)
@@ -178,8 +172,8 @@ def run_steps(
         job.streams, job.coeffs = streams[s].data_ptr(), coeffs[s].data_ptr()
         job.decay = decay[s].data_ptr() if decay is not None else None
         job.distribution, job.rounding = DISTRIBUTIONS[distribution], updates is not None
-        job.update = rounding[s] & 0xFFFFFFFF
-    table = _table(weights, weights, (), tensor_ids, offsets, residuals)
+        job.update, job.rank = rounding[s] & 0xFFFFFFFF, rank
+    table = _table(weights, weights, (), tensor_ids, offsets, residuals, columns=columns)
     address, count = table.buffer_info()[0], len(weights)
     if status := _require().zo_run_steps(jobs, len(jobs), address, count, counters.data_ptr()):
         raise RuntimeError(f"zo_run_steps refused its arguments (status {status}): please report this as a bug")
@@ -188,7 +182,7 @@ def run_steps(
 def _table(
     src: Sequence[Tensor], dst: Sequence[Tensor], hessians: Sequence[Tensor], tensor_ids: Sequence[int],
     offsets: Sequence[int], residuals: Sequence[Tensor], row_scales: Sequence[Tensor] = (),
-    column_scales: Sequence[Tensor] = (), mirrors: Sequence[Tensor] = (),
+    column_scales: Sequence[Tensor] = (), columns: Sequence[int] = (),
 ) -> "array[int]":  # fmt: skip
     """``zo_tensor`` structs, one a tensor: _FIELDS int64, [6] and [7] pairs of 32-bit fields."""
     kept_bits = [8 * r.itemsize if r.numel() else 0 for r in residuals] if residuals else [0] * len(src)
@@ -199,7 +193,7 @@ def _table(
         [i | DTYPES[t.dtype] << 32 for i, t in zip(tensor_ids, src, strict=True)],
         [DTYPES[t.dtype] | bits << 32 for t, bits in zip(dst, kept_bits, strict=True)],
         *(zip(*map(_factors, row_scales, column_scales), strict=True) if row_scales else ((), (), ())),
-        [m.data_ptr() for m in mirrors],
+        columns or reference.columns_of(src),
     ]  # fmt: skip
     table = array("q", bytes(8 * _FIELDS * len(src)))
     for i, field in enumerate(fields):
@@ -221,12 +215,6 @@ def run_rows(
     row_scale: Tensor | None = None, column_scale: Tensor | None = None, rank: int = 1,
 ) -> None:  # fmt: skip
     """``perturb`` with a tensor a row: rows of ``src`` that ``rows`` names, into the rows of ``dst``."""
-    if distribution == "factored":
-        reference.run_rows(
-            src, rows, dst, tensor_id, offset, streams, coeffs, seed=seed, distribution=distribution, counters=counters,
-            residual=residual, hessian=hessian, row_scale=row_scale, column_scale=column_scale, rank=rank,
-        )  # fmt: skip
-        return
     n, width = dst.shape
     bits = 8 * residual.itemsize if residual is not None and residual.numel() else 0
     read = [
@@ -234,12 +222,12 @@ def run_rows(
     ]
     factors = _factors(row_scale, column_scale) if row_scale is not None and column_scale is not None else (0, 0, 0)
     kinds = (tensor_id | DTYPES[src.dtype] << 32, DTYPES[dst.dtype] | bits << 32)
-    first = (read[0][0], dst.data_ptr(), read[1][0], read[2][0], width, offset, *kinds, *factors, 0)
+    first = (read[0][0], dst.data_ptr(), read[1][0], read[2][0], width, offset, *kinds, *factors, width)
     a_row = (read[0][1], 0, read[1][1], read[2][1], 0, width, 0, 0, 0, 0, 0, 0)
     table = torch.tensor(first) + rows.unsqueeze(1) * torch.tensor(a_row)
     table[:, 1] += torch.arange(n) * (width * dst.itemsize)
     counts = counters.new_zeros(1 + n)
-    _run(table.data_ptr(), n, streams, coeffs.expand(-1, n), seed, distribution, counts)
+    _run(table.data_ptr(), n, streams, coeffs.expand(-1, n), seed, distribution, counts, rank=rank)
     counters += torch.stack((counts[0], counts[1:].sum()))
 
 
@@ -273,6 +261,7 @@ def _run(
         rounding=update is not None,
         update=0 if update is None else int(update) & 0xFFFFFFFF,
         threads=torch.get_num_threads(),
+        rank=rank,
     )
     if status := _require().zo_run(job, table, n, counters.data_ptr()):
         raise RuntimeError(f"zo_run refused its arguments (status {status}): please report this as a bug")

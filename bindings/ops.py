@@ -420,11 +420,7 @@ def prepare_perturb(device: torch.device, src: Any, dst: Any, **beside: Any) -> 
     backend = backend_for(device)
     if backend is native:
         run = native.prepare(src, dst, **beside)
-        return lambda src, **scalars: (
-            run(**scalars)
-            if scalars["distribution"] != "factored"
-            else reference.run_pass(src, dst, **beside, **scalars)
-        )
+        return lambda _, **scalars: run(**scalars)
     return lambda src, **scalars: backend.run_pass(src, dst, **beside, **scalars)
 
 

@@ -25,7 +25,8 @@ class Case:
     """One call. ``dst`` None is in place; ``hessian``: "", "read" or "update"; ``bad``: what is not finite or too large.
 
     ``residual``: bits of the residuals of all tensors but the second, which keeps none; ``mixed``: tensor i has the dtype
-    and the residual of MIXED[i]. ``columns``: numbers of columns of scales in two factors, taken in turn, 0 for a vector.
+    and the residual of MIXED[i]. ``columns``: numbers of columns of scales in two factors, taken in turn, 0 for a vector;
+    ``widths``: the same of factored noise, of ``rank``.
     """
 
     distribution: str = "gaussian"
@@ -42,6 +43,8 @@ class Case:
     residual: int = 0
     mixed: bool = False
     columns: tuple[int, ...] = ()
+    widths: tuple[int, ...] = ()
+    rank: int = 1
 
     def kinds(self) -> list[tuple[torch.dtype, int]]:
         """Dtype and bits of the residual, 0 for none, of each tensor of ``src``."""
@@ -52,8 +55,8 @@ class Case:
     def one_order(self) -> bool:
         """Whether every backend must make the same bits: sums of one addend that is the same for all."""
         return (
-            self.distribution == "rademacher"
-            and self.k <= 1
+            self.distribution != "gaussian"
+            and self.k * self.rank <= 1
             and not self.decay
             and not self.hessian
             and not self.columns
@@ -141,6 +144,8 @@ def make(case: Case, device: str = "cpu") -> dict[str, Any]:
         options["residuals"] = residuals
     if case.columns:
         options |= {"row_scales": scales[0], "column_scales": scales[1]}
+    if case.widths:
+        options |= {"rank": case.rank, "columns": [case.widths[i % len(case.widths)] for i in range(count)]}
     if case.decay:
         options["decay"] = uniform(count, low=0, high=0.1)
         if case.bad == "decay":
@@ -173,7 +178,7 @@ def check(case: Case, backend: Any, noise: float, device: str = "cpu") -> None:
     """Raise AssertionError where the backend is not the reference."""
     got, expected = run(case, backend, device), run(case, reference, device)
     assert got["options"]["counters"].tolist() == expected["options"]["counters"].tolist(), "counters"
-    spread = 8.0 if case.distribution == "gaussian" else 1.0
+    spread = 8.0 if case.distribution == "gaussian" else case.rank**0.5
     added = spread * got["args"][6].abs().sum(0)  # most that a tensor can be moved by
     if case.hessian == "update":
         added = added + spread * got["options"]["restore"].abs().sum(0)
@@ -270,6 +275,34 @@ def _cases() -> list[Case]:
               for d, k in (("gaussian", 1), ("gaussian", 2), ("rademacher", 1), ("rademacher", 9))]  # fmt: skip
     cases += [Case("gaussian", BF16, bad="weights", columns=(8,)), Case("rademacher", F16, bad="range", columns=(8, 3)),
               Case("gaussian", F32, sizes=(), columns=(8,)), Case("gaussian", BF16, bad="coeffs", columns=(8,))]  # fmt: skip
+
+    def factored(*args: Any, **given: Any) -> Case:
+        """Narrow rows, a vector, and rows that a backend may cut into blocks; tensors that start and end inside of rows."""
+        shapes = {
+            "sizes": (4700, 131, 40, 5, 2300),
+            "offsets": (1003, 0, 2**34 + 7, 3, 517),
+            "widths": (320, 0, 3, 8, 257),
+        }
+        return Case("factored", *args, **{**shapes, **given})
+
+    cases += [factored(t, stochastic=s) for t in EPS for s in (False, True)]
+    cases += [
+        factored(BF16, BF16, k=3, rank=2),
+        factored(F32, F16, k=9, decay=True),
+        factored(F16, BF16, rank=19, skewed=3),
+    ]
+    cases += [factored(BF16, k=2, residual=r, stochastic=True, decay=True) for r in (8, 16)] + [
+        factored(F32, k=0, decay=True)
+    ]
+    cases += [
+        factored(BF16, hessian="read", k=2),
+        factored(F16, columns=(7, 64), k=2, offsets=(1003, 0, 70, 3, 517)),
+    ]
+    cases += [factored(BF16, bad="weights", decay=True), factored(F16, F16, bad="range"), factored(F32, bad="coeffs")]
+    cases += [factored(F32, mixed=True, k=k, sizes=(9000, 129, 40, 5, 2200, 6000, 77), offsets=(), stochastic=True, decay=True)
+              for k in (1, 5)]  # fmt: skip
+    cases += [factored(F32, sizes=(2900, 77), offsets=(2**46 - 1500, 2**40), widths=(2**45 + 3, 2**20 + 1), k=2)]
+    cases += [factored(BF16, F32, sizes=(70000,), offsets=(), widths=(4096,), k=2)]
     return cases
 
 

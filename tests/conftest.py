@@ -36,7 +36,8 @@ def poisoned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     @wraps(make)
     def made(*args: object, **kwargs: object) -> torch.Tensor:
         out = make(*args, **kwargs)
-        if type(out) is torch.Tensor and out.layout is torch.strided and not out.is_meta and not out.is_quantized:
+        plain = type(out) is torch.Tensor and not torch._C._functorch.is_batchedtensor(out)
+        if plain and out.layout is torch.strided and not out.is_meta and not out.is_quantized:
             values = out.data  # which counts its writes by itself: a new tensor is of version 0
             if out.is_floating_point() or out.is_complex():
                 values.fill_(torch.nan)

@@ -73,13 +73,17 @@ ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
     "nested": Nested,
     "recurrent": Recurrent,
 }
+MORE = {  # that only some tests take
+    "phi3": lambda: hf.Phi3ForCausalLM(hf.Phi3Config(**SMALL, **END, num_key_value_heads=1)),
+    "neox": lambda: hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**SMALL, **END, max_position_embeddings=32)),
+}
 
 
 def make(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Callable[[], Tensor]]:
     """A model and the loss of one batch."""
     with torch.random.fork_rng():
         torch.random.default_generator.manual_seed(0)
-        model = ARCHITECTURES[name]().to(dtype).eval()
+        model = {**ARCHITECTURES, **MORE}[name]().to(dtype).eval()
 
     def loss() -> Tensor:
         if isinstance(model, Nested | Recurrent):

@@ -248,8 +248,8 @@ class ParamSpace:
         make = self.perturb(*zip(*every, strict=True))
 
         def at_once(sources: Sequence[Tensor], streams: Tensor, coeffs: Tensor, counters: Tensor) -> None:
-            each = [source for source in sources for _ in range(points)]
-            make(each, streams, coeffs.diag().repeat(1, n), counters)  # no work for a coefficient of zero
+            every = [source for source in sources for _ in range(points)]
+            make(every, streams, coeffs.diag().repeat(1, n), counters)  # no work for a coefficient of zero
 
         return at_once
 

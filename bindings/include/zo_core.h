@@ -5,7 +5,8 @@
  *   dst = round( (1 - decay) * (src + H^-1/2 * sum_k restore[k] z_k)  +  H'^-1/2 * sum_k coeffs[k] z_k )
  *   H'  = clamp( H * (1 - smoothing + sum_k curvature[k] z_k^2), hessian_min, hessian_max )
  *
- * z_k is the noise of stream k at element `offset + e` of tensor `id`: a pure function, never stored.
+ * z_k is the noise of stream k at element `offset + e` of tensor `id`: a pure function, never stored. That of a matrix may
+ * be factored: rank^-1/2 times a sum of `rank` products of a sign of the row and a sign of the column.
  * Without a hessian H = H' = 1, or H^-1/2 is given in two factors, row_scale[f / columns] * column_scale[f % columns]
  * with f = offset + e, the index in the full tensor. Sums are float32, the result is rounded once. A bfloat16 or float16
  * src may keep a residual of 8 or 16 bits an element: src above is then the value weight + residual (docs/noise.md), and
@@ -29,13 +30,17 @@
 extern "C" {
 #endif
 
-#define ZO_ABI_VERSION 5   /* layout of the structs below */
+#define ZO_ABI_VERSION 6   /* layout of the structs below */
 #define ZO_NOISE_VERSION 1 /* docs/noise.md */
+#define ZO_MAX_RANK 1024   /* of factored noise */
 
 enum zo_dtype { ZO_FLOAT32 = 0, ZO_BFLOAT16 = 1, ZO_FLOAT16 = 2 };
-enum zo_distribution { ZO_GAUSSIAN = 0, ZO_RADEMACHER = 1 };
+enum zo_distribution { ZO_GAUSSIAN = 0, ZO_RADEMACHER = 1, ZO_FACTORED = 2 };
 enum zo_rounding { ZO_NEAREST = 0, ZO_STOCHASTIC = 1 };
-enum zo_domain { ZO_DOMAIN_GAUSSIAN = 0, ZO_DOMAIN_RADEMACHER = 1, ZO_DOMAIN_ROUNDING = 2, ZO_DOMAIN_HOST = 3 };
+enum zo_domain {
+  ZO_DOMAIN_GAUSSIAN = 0, ZO_DOMAIN_RADEMACHER = 1, ZO_DOMAIN_ROUNDING = 2, ZO_DOMAIN_HOST = 3, ZO_DOMAIN_ROWS = 4,
+  ZO_DOMAIN_COLUMNS = 5
+};
 enum zo_isa { ZO_ISA_PORTABLE = 0, ZO_ISA_AVX2 = 1, ZO_ISA_AVX512 = 2 };
 enum zo_status { ZO_OK = 0, ZO_BAD_ARGUMENT = 1 };
 
@@ -52,7 +57,7 @@ typedef struct zo_tensor {
   const float *row_scale;    /* one float32 for each row that `columns` divide the full tensor into; NULL for 1 */
   const float *column_scale; /* `columns` float32, or NULL for no scales; not with a hessian */
   int64_t columns;           /* at least 1 with a column_scale; a vector is one row */
-  void *mirror; /* as dst, for the pass with its sum of noise subtracted; or NULL. Not in place, nor with curvature */
+  int64_t noise_columns; /* for factored noise: the last dimension of the full tensor, 0 for a vector; at most 2^47, as its rows */
 } zo_tensor;
 
 typedef struct zo_pass {
@@ -68,6 +73,7 @@ typedef struct zo_pass {
   int32_t distribution, rounding;
   uint32_t update; /* stream of the stochastic rounding */
   int32_t threads; /* at least 1 */
+  int32_t rank;    /* of factored noise, 1 to ZO_MAX_RANK, then without curvature; of no other */
 } zo_pass;
 
 /* Runs one pass. counters holds 1 + n_tensors. counters[0] += 1 and nothing else is written when any scalar is
@@ -75,13 +81,18 @@ typedef struct zo_pass {
 ZO_API int zo_run(const zo_pass *pass, const zo_tensor *tensors, int64_t n_tensors, int64_t *counters);
 
 /* Runs passes one after the other on tensors in place (src is dst): the same bits and counts as a zo_run each, but memory
- * is read and written once, as all passes go over a tile before the next one. The first pass says how many threads. */
+ * is read and written once, as all passes go over a tile before the next one. All have one distribution. The first pass says how many threads. */
 ZO_API int zo_run_steps(const zo_pass *passes, int64_t n_passes, const zo_tensor *tensors, int64_t n_tensors,
                         int64_t *counters);
 
 /* Writes 4 * n_blocks raw Philox4x32 words of consecutive blocks (rounds: 7, the noise's, or 10). */
 ZO_API int zo_philox(uint64_t seed, uint32_t domain, uint32_t tensor_id, uint32_t stream, uint64_t block,
               int64_t n_blocks, int32_t rounds, uint32_t *words);
+
+/* Writes n_streams x rank x n random signs, +1 or -1: those of stream k and q = 0 .. rank - 1 at indices 0 .. n - 1 of a
+ * domain (docs/noise.md). The factors of factored noise are in ZO_DOMAIN_ROWS and ZO_DOMAIN_COLUMNS. */
+ZO_API int zo_signs(uint64_t seed, uint32_t domain, uint32_t tensor_id, const uint32_t *streams, int64_t n_streams,
+                    int32_t rank, int64_t n, float *signs);
 
 ZO_API int zo_isa_available(int isa); /* compiled in and supported by this processor */
 ZO_API int zo_isa_get(void);          /* the one in use; the best available one at start */

@@ -1,9 +1,7 @@
 // The pass over one tile of one tensor. Compiled once an instruction set, with ZO_VARIANT its name.
 #include <type_traits>
 
-#include "pass.h"
-
-#include "noise.h"
+#include "factored.h"
 
 namespace {
 
@@ -122,12 +120,14 @@ __attribute__((noinline)) int64_t saturate(vf &out, const vf &weight, float limi
 
 struct Buffers {  // one thread's scratch; indices count from a multiple of 128 elements
   alignas(64) float coeffs[ZO_TILE], restore[ZO_TILE], curvature[ZO_TILE];
+  alignas(64) float block[ZO_ROWS][STRIDE];  // in place of coeffs, of a block
   alignas(64) uint32_t random[ZO_TILE / 2];  // 16 bits an element
 };
 
-// Elements [first, first + n) of the tile in the buffers. `hessian` is null, read, or (curvature) updated.
+// n elements, whose noise is given and which are [first, first + n) in the buffers. `hessian` is null, read, or (curvature)
+// updated.
 template <class Src, class Dst, bool STOCHASTIC, bool SCALED, bool PAST = false>
-int64_t finish(const Tile &t, const Buffers &buf, int64_t first, int64_t n, const typename Src::Bits *src,
+int64_t finish(const Tile &t, const Buffers &buf, const float *sums, int64_t first, int64_t n, const typename Src::Bits *src,
                typename Dst::Bits *dst, float *hessian, char *residual) {
   const vf keep = splat<vf>(t.keep);
   int64_t saturated = 0;
@@ -138,7 +138,7 @@ int64_t finish(const Tile &t, const Buffers &buf, int64_t first, int64_t n, cons
       __builtin_prefetch(src + i + ZO_TILE, 0, 0);
       if constexpr (Src::KEPT != 0) __builtin_prefetch(kept + ZO_TILE * Src::KEPT, 0, 0);
     }
-    vf weight, noise = load<vf>(buf.coeffs + k);
+    vf weight, noise = load<vf>(sums + i);
     if constexpr (SCALED && Src::KEPT != 0)
       weight = Src::exact(src + i, kept);
     else
@@ -175,7 +175,7 @@ int64_t finish(const Tile &t, const Buffers &buf, int64_t first, int64_t n, cons
 
 // Whole vectors go straight through; what is left of one goes through a padded copy.
 template <class Src, class Dst, bool STOCHASTIC, bool SCALED>
-int64_t finish_all(const Tile &t, Buffers &buf) {
+int64_t finish_all(const Tile &t, Buffers &buf, float *sums) {
   const auto *src = (const typename Src::Bits *)t.src + t.begin;
   auto *dst = (typename Dst::Bits *)t.dst + t.begin;
   float *hessian = SCALED ? t.hessian + t.begin : nullptr;
@@ -184,7 +184,7 @@ int64_t finish_all(const Tile &t, Buffers &buf) {
   auto *run = finish<Src, Dst, STOCHASTIC, SCALED>;
   if constexpr (!STOCHASTIC && !Dst::KEPT)
     if (t.past && (uintptr_t)dst % ZO_BYTES == 0) run = finish<Src, Dst, STOCHASTIC, SCALED, true>;
-  int64_t saturated = run(t, buf, first, whole, src, dst, hessian, residual);
+  int64_t saturated = run(t, buf, sums, first, whole, src, dst, hessian, residual);
   if (rest) {
     typename Src::Bits from[LANES] = {};
     typename Dst::Bits to[LANES];
@@ -193,9 +193,11 @@ int64_t finish_all(const Tile &t, Buffers &buf) {
     for (int i = 0; i < LANES; i++) h[i] = SCALED && i < rest ? hessian[whole + i] : 1.0f;
     memcpy(from, src + whole, (size_t)rest * sizeof *from);
     if (Src::KEPT) memcpy(kept, residual + whole * Src::KEPT, (size_t)rest * Src::KEPT);
-    for (int64_t i = first + n; i < first + whole + LANES; i++)  // what is behind the end must not saturate
-      buf.coeffs[i] = buf.restore[i] = buf.curvature[i] = 0.0f;
-    saturated += finish<Src, Dst, STOCHASTIC, SCALED>(t, buf, first + whole, LANES, from, to, h, kept);
+    for (int64_t i = n; i < whole + LANES; i++) {  // what is behind the end must not saturate
+      sums[i] = 0.0f;
+      if (SCALED && t.curvature) buf.restore[first + i] = buf.curvature[first + i] = 0.0f;
+    }
+    saturated += finish<Src, Dst, STOCHASTIC, SCALED>(t, buf, sums + whole, first + whole, LANES, from, to, h, kept);
     memcpy(dst + whole, to, (size_t)rest * sizeof *to);
     if (Dst::KEPT) memcpy(residual + whole * Dst::KEPT, kept, (size_t)rest * Dst::KEPT);
     if (SCALED && t.curvature) memcpy(hessian + whole, h, (size_t)rest * sizeof *h);
@@ -204,41 +206,40 @@ int64_t finish_all(const Tile &t, Buffers &buf) {
 }
 
 template <class Src, class Dst>
-int64_t finish_rounded(const Tile &t, Buffers &buf) {
+int64_t finish_rounded(const Tile &t, Buffers &buf, float *sums) {
   if constexpr (Dst::RANDOM)
     if (t.stochastic)
-      return t.hessian ? finish_all<Src, Dst, true, true>(t, buf) : finish_all<Src, Dst, true, false>(t, buf);
-  return t.hessian ? finish_all<Src, Dst, false, true>(t, buf) : finish_all<Src, Dst, false, false>(t, buf);
+      return t.hessian ? finish_all<Src, Dst, true, true>(t, buf, sums) : finish_all<Src, Dst, true, false>(t, buf, sums);
+  return t.hessian ? finish_all<Src, Dst, false, true>(t, buf, sums) : finish_all<Src, Dst, false, false>(t, buf, sums);
 }
 
 template <class Src>
-int64_t finish_from(const Tile &t, Buffers &buf) {
+int64_t finish_from(const Tile &t, Buffers &buf, float *sums) {
   if constexpr (Src::KEPT != 0)
-    if (t.src == t.dst) return finish_rounded<Src, Src>(t, buf);
+    if (t.src == t.dst) return finish_rounded<Src, Src>(t, buf, sums);
   switch (t.dst_dtype) {
-    case ZO_FLOAT32: return finish_rounded<Src, Float32>(t, buf);
-    case ZO_BFLOAT16: return finish_rounded<Src, BFloat16>(t, buf);
-    default: return finish_rounded<Src, Float16>(t, buf);
+    case ZO_FLOAT32: return finish_rounded<Src, Float32>(t, buf, sums);
+    case ZO_BFLOAT16: return finish_rounded<Src, BFloat16>(t, buf, sums);
+    default: return finish_rounded<Src, Float16>(t, buf, sums);
   }
 }
 
-int64_t finish_tile(const Tile &t, Buffers &buf) {
+int64_t finish_tile(const Tile &t, Buffers &buf, float *sums) {
   switch (t.src_dtype + t.residual_bits) {
-    case ZO_FLOAT32: return finish_from<Float32>(t, buf);
-    case ZO_BFLOAT16: return finish_from<BFloat16>(t, buf);
-    case ZO_BFLOAT16 + 8: return finish_from<Kept<BFloat16, int8_t>>(t, buf);
-    case ZO_BFLOAT16 + 16: return finish_from<Kept<BFloat16, int16_t>>(t, buf);
-    case ZO_FLOAT16: return finish_from<Float16>(t, buf);
-    case ZO_FLOAT16 + 8: return finish_from<Kept<Float16, int8_t>>(t, buf);
-    default: return finish_from<Kept<Float16, int16_t>>(t, buf);
+    case ZO_FLOAT32: return finish_from<Float32>(t, buf, sums);
+    case ZO_BFLOAT16: return finish_from<BFloat16>(t, buf, sums);
+    case ZO_BFLOAT16 + 8: return finish_from<Kept<BFloat16, int8_t>>(t, buf, sums);
+    case ZO_BFLOAT16 + 16: return finish_from<Kept<BFloat16, int16_t>>(t, buf, sums);
+    case ZO_FLOAT16: return finish_from<Float16>(t, buf, sums);
+    case ZO_FLOAT16 + 8: return finish_from<Kept<Float16, int8_t>>(t, buf, sums);
+    default: return finish_from<Kept<Float16, int16_t>>(t, buf, sums);
   }
 }
 
-// Multiplies the noise in the buffers by the scales of its elements, a row or what the tile has of one at a time.
-void scale(const Tile &t, Buffers &buf) {
+// Multiplies the noise by the scales of its elements, a row or what the tile has of one at a time.
+void scale(const Tile &t, float *__restrict noise) {
   const int64_t end = t.offset + t.end;
   int64_t e = t.offset + t.begin, row = e / t.columns, column = e - row * t.columns;
-  float *__restrict noise = buf.coeffs + (e & 127);
   for (; e < end; row++, column = 0) {
     const float factor = t.row_scale ? t.row_scale[row] : 1.0f, *factors = t.column_scale + column;
     const int64_t n = t.columns - column < end - e ? t.columns - column : end - e;
@@ -256,8 +257,40 @@ ZO_INLINE void each_z(int distribution, int64_t e, int64_t n, Noise key, Sink si
     rademacher(e, n, key, sink);
 }
 
-int64_t run_tile(const zo_pass &pass, const Tile &t) {
+// What comes after the noise.
+int64_t finish_run(const zo_pass &pass, const Tile &t, Buffers &buf, float *sums) {
+  if (t.column_scale) scale(t, sums);
+  if (t.stochastic) {
+    const int64_t e = (t.offset + t.begin) & ~(int64_t)127, n = ((t.offset + t.end + 127) & ~(int64_t)127) - e;
+    philox_words(buf.random, (uint64_t)e >> 3, n >> 3, ZO_DOMAIN_ROUNDING, {pass.seed, t.id, pass.update});
+  }
+  return finish_tile(t, buf, sums);
+}
+
+// What of a block of rows and columns the tensor has, a row at a time.
+int64_t run_block(const zo_pass &pass, const Tile &t) {
   Buffers buf;
+  const int64_t left = t.noise_columns - t.column, width = left < ZO_WIDTH ? left : ZO_WIDTH;
+  block_noise(pass, t, buf.block, t.row, t.column, (int)(width + 2 * LANES - 1) / (2 * LANES) * (2 * LANES));
+  int64_t saturated = 0;
+  for (int r = 0; r < ZO_ROWS; r++) {
+    const int64_t start = (t.row + r) * t.noise_columns + t.column - t.offset;
+    Tile x = t;
+    x.begin = start > t.begin ? start : t.begin;
+    x.end = start + width < t.end ? start + width : t.end;
+    if (x.begin < x.end) saturated += finish_run(pass, x, buf, buf.block[r] + (x.begin - start));
+  }
+  return saturated;
+}
+
+int64_t run_tile(const zo_pass &pass, const Tile &t) {
+  if (t.block) return run_block(pass, t);
+  Buffers buf;
+  if (pass.distribution == ZO_FACTORED && t.noise_columns) {
+    float *sums = buf.coeffs + ((t.offset + t.begin) & 127);
+    run_noise(pass, t, sums, t.offset + t.begin, t.offset + t.end);
+    return finish_run(pass, t, buf, sums);
+  }
   // The noise is made for whole groups of 128 elements around [begin, end): blocks never start inside one.
   const int64_t e = (t.offset + t.begin) & ~(int64_t)127, n = ((t.offset + t.end + 127) & ~(int64_t)127) - e;
   bool empty = true;
@@ -284,17 +317,7 @@ int64_t run_tile(const zo_pass &pass, const Tile &t) {
     memset(buf.restore, 0, sizeof buf.restore);
     memset(buf.curvature, 0, sizeof buf.curvature);
   }
-  if (t.column_scale) scale(t, buf);
-  if (t.stochastic)
-    philox_words(buf.random, (uint64_t)e >> 3, n >> 3, ZO_DOMAIN_ROUNDING, {pass.seed, t.id, pass.update});
-  int64_t saturated = finish_tile(t, buf);
-  if (t.mirror) {
-    for (int64_t i = 0; i < n; i++) buf.coeffs[i] = -buf.coeffs[i];
-    Tile mirrored = t;
-    mirrored.dst = t.mirror;
-    saturated += finish_tile(mirrored, buf);
-  }
-  return saturated;
+  return finish_run(pass, t, buf, buf.coeffs + ((t.offset + t.begin) & 127));
 }
 
 void words(uint32_t *out, uint64_t block, int64_t n_blocks, uint32_t domain, uint64_t seed, uint32_t tensor_id,
@@ -311,6 +334,10 @@ void words(uint32_t *out, uint64_t block, int64_t n_blocks, uint32_t domain, uin
   }
 }
 
+void signs_from(float *out, int64_t n, uint32_t domain, uint64_t seed, uint32_t tensor_id, uint32_t stream, int q) {
+  signs(out, n, (uint64_t)domain << DOMAIN | (uint64_t)q << 40, {seed, tensor_id, stream});
+}
+
 }  // namespace
 
-extern const Variant ZO_VARIANT = {run_tile, words};
+extern const Variant ZO_VARIANT = {run_tile, words, signs_from};

@@ -4,18 +4,23 @@
 
 constexpr int ZO_TILE = 2048;  // elements; a thread's scratch is then 28 KiB and stays in its first-level cache
 
+// A tile of factored noise, where rows are wide and there are some: its product is then made by blocks (factored.h).
+constexpr int ZO_ROWS = 8, ZO_WIDTH = 256;
+
 struct Tile {
   const void *src;
-  void *dst, *mirror;
+  void *dst;
   float *hessian;
   void *residual;
   const float *row_scale, *column_scale;
-  int64_t columns;
+  int64_t columns, noise_columns;
   int64_t offset, begin, end;  // elements [begin, end) of a tensor whose first element has index `offset`
+  int64_t row, column;         // of a block: where it starts in the full tensor; it has what lies in [begin, end)
   int64_t index, n_tensors;    // column of the coefficient matrices, and how many they have
   uint32_t id;
   int32_t src_dtype, dst_dtype, residual_bits;
   bool stochastic, curvature;  // whether results are rounded with random bits, whether H changes
+  bool block;                  // whether it is one of ZO_ROWS x ZO_WIDTH elements
   bool past;                   // whether copies go past the caches to memory
   float keep, remain, hessian_min, hessian_max;  // 1 - decay, 1 - smoothing, limits of H
 };
@@ -24,6 +29,7 @@ struct Variant {
   int64_t (*run_tile)(const zo_pass &, const Tile &);  // the number of elements that saturated
   void (*words)(uint32_t *out, uint64_t block, int64_t n_blocks, uint32_t domain, uint64_t seed, uint32_t tensor_id,
                 uint32_t stream, int rounds);
+  void (*signs)(float *out, int64_t n, uint32_t domain, uint64_t seed, uint32_t tensor_id, uint32_t stream, int q);
 };
 
 extern const Variant zo_portable, zo_avx2, zo_avx512;

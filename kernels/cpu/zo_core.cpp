@@ -85,12 +85,10 @@ bool overlap(const void *a, int32_t a_dtype, const void *b, int32_t b_dtype, int
   return x < y + bytes(b_dtype, numel) && y < x + bytes(a_dtype, numel);
 }
 
-// src and dst must be the same memory in the same dtype, or disjoint; a mirror is disjoint from both.
+// src and dst must be the same memory in the same dtype, or disjoint.
 bool wrong_memory(const zo_tensor &t) {
-  const bool in_place = t.src == t.dst;
-  if (in_place ? t.numel && t.src_dtype != t.dst_dtype : overlap(t.src, t.src_dtype, t.dst, t.dst_dtype, t.numel)) return true;
-  return t.mirror && (in_place || overlap(t.src, t.src_dtype, t.mirror, t.dst_dtype, t.numel) ||
-                      overlap(t.dst, t.dst_dtype, t.mirror, t.dst_dtype, t.numel));
+  if (t.src == t.dst) return t.numel && t.src_dtype != t.dst_dtype;
+  return overlap(t.src, t.src_dtype, t.dst, t.dst_dtype, t.numel);
 }
 
 bool valid_dtype(int32_t d) { return d >= ZO_FLOAT32 && d <= ZO_FLOAT16; }
@@ -104,9 +102,35 @@ bool valid_residual(const zo_tensor &t) {
   return (t.residual_bits == 8 || t.residual_bits == 16) && t.src_dtype != ZO_FLOAT32 && (!t.numel || t.residual);
 }
 
-// Tiles end at multiples of ZO_TILE of the element index, wherever a tensor starts.
-int64_t tiles_of(const zo_tensor &t) {
-  return t.numel ? (t.offset + t.numel + ZO_TILE - 1) / ZO_TILE - t.offset / ZO_TILE : 0;
+// How a tensor is cut into tiles. They end at multiples of ZO_TILE of the element index, wherever it starts; those of factored
+// noise, where rows are wide and not few, are blocks that start at multiples of ZO_ROWS and ZO_WIDTH.
+struct Tiles {
+  int64_t count, first, across;  // first: number of the first tile or row of blocks; across: blocks in a row, or 0
+
+  Tiles(const zo_pass &p, const zo_tensor &t) : count(0), first(0), across(0) {
+    if (!t.numel) return;
+    const int64_t last = t.offset + t.numel - 1;
+    const bool blocks = p.distribution == ZO_FACTORED && t.noise_columns >= ZO_WIDTH && t.numel / t.noise_columns >= ZO_ROWS / 2;
+    const int64_t size = blocks ? ZO_ROWS * t.noise_columns : ZO_TILE;
+    across = blocks ? (t.noise_columns + ZO_WIDTH - 1) / ZO_WIDTH : 0;
+    first = t.offset / size;
+    count = (last / size - first + 1) * (blocks ? across : 1);
+  }
+
+  void place(Tile &x, int64_t n, int64_t numel) const {  // the n-th of them
+    const int64_t start = (first + n) * ZO_TILE - x.offset;
+    x.block = across != 0;
+    x.begin = x.block || start < 0 ? 0 : start;
+    x.end = x.block || start + ZO_TILE > numel ? numel : start + ZO_TILE;
+    if (x.block) x.row = (first + n / across) * ZO_ROWS, x.column = n % across * ZO_WIDTH;
+  }
+};
+
+// Rows and columns are numbered by 47 bits: 7 in a Philox block, 40 in its number.
+bool valid_matrix(const zo_tensor &t) {
+  const int64_t most = (int64_t)1 << 47;
+  return t.noise_columns >= 0 && t.noise_columns <= most &&
+         (!t.noise_columns || !t.numel || (t.offset + t.numel - 1) / t.noise_columns < most);
 }
 
 // Whether the pass changes anything of tensor i: layers that a mask leaves out cost nothing.
@@ -121,7 +145,8 @@ bool touches(const zo_pass &p, const zo_tensor &t, int64_t i, int64_t n) {
 
 int check(const zo_pass &p, const zo_tensor *tensors, int64_t n_tensors) {
   if (p.n_streams < 0 || (p.n_streams && n_tensors && (!p.streams || !p.coeffs)) || p.threads < 1 ||
-      (p.distribution != ZO_GAUSSIAN && p.distribution != ZO_RADEMACHER) ||
+      p.distribution < ZO_GAUSSIAN || p.distribution > ZO_FACTORED ||
+      (p.distribution == ZO_FACTORED && (p.rank < 1 || p.rank > ZO_MAX_RANK || p.curvature)) ||
       (p.rounding != ZO_NEAREST && p.rounding != ZO_STOCHASTIC) || (p.curvature && (!p.restore || !p.smoothing)) ||
       (p.restore && !p.curvature) || (p.curvature && !(0 < p.hessian_min && p.hessian_min <= p.hessian_max)))
     return ZO_BAD_ARGUMENT;
@@ -129,8 +154,7 @@ int check(const zo_pass &p, const zo_tensor *tensors, int64_t n_tensors) {
     const zo_tensor &t = tensors[i];
     if (t.numel < 0 || t.offset < 0 || t.numel > MAX_INDEX || t.offset > MAX_INDEX || !valid_dtype(t.src_dtype) || !valid_dtype(t.dst_dtype) ||
         (t.numel && (!t.src || !t.dst)) || (p.curvature && t.numel && !t.hessian) ||
-        !valid_residual(t) || !valid_scales(t) || wrong_memory(t) ||
-        (p.curvature && t.mirror))
+        !valid_residual(t) || !valid_scales(t) || wrong_memory(t) || (p.distribution == ZO_FACTORED && !valid_matrix(t)))
       return ZO_BAD_ARGUMENT;
   }
   return ZO_OK;
@@ -154,13 +178,14 @@ int run(const zo_pass *passes, int64_t n_passes, const zo_tensor *tensors, int64
       counters[0]++;
 
   std::vector<int64_t> first_tile(1, 0);  // of each tensor, in one row of all tiles
+  std::vector<Tiles> cut;
   int64_t copied = 0;
   for (int64_t i = 0; i < n_tensors; i++) {
     bool touched = false;
     for (size_t s = 0; s < steps.size() && !touched; s++) touched = touches(*steps[s], tensors[i], i, n_tensors);
-    first_tile.push_back(first_tile.back() + (touched ? tiles_of(tensors[i]) : 0));
+    cut.emplace_back(passes[0], tensors[i]);
+    first_tile.push_back(first_tile.back() + (touched ? cut[i].count : 0));
     copied += tensors[i].src != tensors[i].dst ? bytes(tensors[i].dst_dtype, tensors[i].numel) : 0;
-    copied += tensors[i].mirror ? bytes(tensors[i].dst_dtype, tensors[i].numel) : 0;
   }
   const int64_t tiles = first_tile.back();
   const Variant &variant = *variant_of(current_isa);
@@ -174,12 +199,11 @@ int run(const zo_pass *passes, int64_t n_passes, const zo_tensor *tensors, int64
     for (int64_t tile = from; tile < to; tile++) {
       while (first_tile[i + 1] <= tile) i++;
       const zo_tensor &t = tensors[i];
-      const int64_t start = (t.offset / ZO_TILE + tile - first_tile[i]) * ZO_TILE - t.offset;
       Tile x = {};
-      x.src = t.src, x.dst = t.dst, x.mirror = t.mirror, x.hessian = t.hessian, x.residual = t.residual, x.offset = t.offset;
+      x.src = t.src, x.dst = t.dst, x.hessian = t.hessian, x.residual = t.residual, x.offset = t.offset;
       x.row_scale = t.row_scale, x.column_scale = t.column_scale, x.columns = t.columns;
-      x.begin = start < 0 ? 0 : start;
-      x.end = start + ZO_TILE < t.numel ? start + ZO_TILE : t.numel;
+      x.noise_columns = t.noise_columns;
+      cut[i].place(x, tile - first_tile[i], t.numel);
       x.index = i, x.n_tensors = n_tensors, x.id = t.id, x.src_dtype = t.src_dtype, x.dst_dtype = t.dst_dtype;
       x.residual_bits = t.residual_bits, x.past = t.src != t.dst && copied > PAST_CACHES;
       const bool keeps_all = t.src == t.dst && t.residual_bits == 16;  // what rounding takes: nothing random about it
@@ -216,6 +240,8 @@ extern "C" int zo_run_steps(const zo_pass *passes, int64_t n_passes, const zo_te
     return ZO_BAD_ARGUMENT;
   for (int64_t i = 0; i < n_tensors; i++)
     if (tensors[i].src != tensors[i].dst) return ZO_BAD_ARGUMENT;
+  for (int64_t s = 1; s < n_passes; s++)
+    if (passes[s].distribution != passes[0].distribution) return ZO_BAD_ARGUMENT;
   return n_passes ? run(passes, n_passes, tensors, n_tensors, counters) : ZO_OK;
 }
 
@@ -223,6 +249,17 @@ extern "C" int zo_philox(uint64_t seed, uint32_t domain, uint32_t tensor_id, uin
                          int64_t n_blocks, int32_t rounds, uint32_t *words) {
   if (n_blocks < 0 || (n_blocks && !words) || (rounds != 7 && rounds != 10) || domain > 0xff) return ZO_BAD_ARGUMENT;
   variant_of(current_isa)->words(words, block, n_blocks, domain, seed, tensor_id, stream, rounds);
+  return ZO_OK;
+}
+
+extern "C" int zo_signs(uint64_t seed, uint32_t domain, uint32_t tensor_id, const uint32_t *streams, int64_t n_streams,
+                        int32_t rank, int64_t n, float *signs) {
+  if (n_streams < 0 || rank < 0 || rank > ZO_MAX_RANK || n < 0 || n > (int64_t)1 << 47 || domain > 0xff ||
+      (n_streams && rank && n && (!streams || !signs)))
+    return ZO_BAD_ARGUMENT;
+  for (int64_t k = 0; k < n_streams; k++)
+    for (int32_t q = 0; q < rank; q++)
+      variant_of(current_isa)->signs(signs + (k * rank + q) * n, n, domain, seed, tensor_id, streams[k], q);
   return ZO_OK;
 }
 

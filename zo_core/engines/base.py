@@ -19,6 +19,7 @@ class Engine(Protocol):
     """How a perturbation reaches a forward pass."""
 
     space: ParamSpace
+    rows: int = 0  # of the largest product so far, in engines that choose by it; saved with the optimizer
 
     def evaluate(
         self, closure: Callable[[], Tensor], c: float, probe: Probe | None, leave_out: Collection[int] = ()

@@ -71,7 +71,7 @@ class GroupedEngine(ShadowEngine):
         self.alone: str | None = None  # why the shadow engine evaluates, where it does
         self._known = False  # whether losses were compared
         self._most: int | None = None  # points at once that memory was found to hold
-        self._rows, self._widest = 1, 0  # largest of the products so far: rows, and bytes of the result, of one point
+        self._widest = 0  # bytes of the largest product so far, of one point
         self._copied: dict[int, torch.dtype] = {}  # tensors that were copied for several points, and their dtypes
         self._factored = space.distribution == "factored" and not space.hessian
         self._plans: dict[int, Plan] = {}  # by the number of points
@@ -87,15 +87,19 @@ class GroupedEngine(ShadowEngine):
         self, closure: Callable[[], Tensor], points: Sequence[Point], leave_out: Collection[int] = ()
     ) -> Tensor:
         """The closure's results at all of these points, (n,)."""
+        why = ""
         if self.alone is None:
             try:
                 if self._known or self._agrees(closure, points[:2], leave_out):
                     return self._in_chunks(closure, points, leave_out)
             except Exception as error:
-                if not any(words in str(error).lower() for words in _UNBATCHED):
+                if not _unbatched(error):
                     raise
-                self._leave(_reason(error))
-        return super().evaluate_all(closure, points, leave_out)
+                why = _reason(error)
+        found = super().evaluate_all(closure, points, leave_out)  # which raises what is the closure's own
+        if why:
+            self._leave(why)
+        return found
 
     def restore(self) -> None:
         """End an evaluation, wherever it was left: parameters are theta again."""
@@ -114,7 +118,9 @@ class GroupedEngine(ShadowEngine):
     def _agrees(self, closure: Callable[[], Tensor], points: Sequence[Point], leave_out: Collection[int]) -> bool:
         """Whether the first points have the losses that the shadow engine finds; not known while these are not finite."""
         if not (why := self._elsewhere()):
+            rows = self.rows
             grouped = self._at(closure, points, leave_out)
+            self.rows = rows or self.rows  # a run that goes on from its state goes on as if it had not been interrupted
             alone = super().evaluate_all(closure, points, leave_out)
             if not (why := self._elsewhere()) and getattr(getattr(closure, "buffers", None), "moving", False):
                 why = "its modules write their buffers"
@@ -124,6 +130,7 @@ class GroupedEngine(ShadowEngine):
                 self._known = bool((apart <= most * size + 1e-7).all())
                 if not self._known:
                     why = f"its losses are {grouped.tolist()} then, and {alone.tolist()} at one point at a time"
+        self._scratch.buffers.clear()  # the shadow engine's copies of matrices, which may not be needed again
         if why:
             self._leave(why)
         return self._known
@@ -156,7 +163,7 @@ class GroupedEngine(ShadowEngine):
         most = self._most or sys.maxsize
         if self.points_at_once is not None:
             return min(self.points_at_once, most)
-        enough = _ROWS.get(self.device.type, _MANY_ROWS) // self._rows
+        enough = _ROWS.get(self.device.type, _MANY_ROWS) // max(1, self.rows)
         memory = _free_memory(self.device) // 2 // max(1, 16 * self._widest)
         copied = [self.space.tensors[i].numel() * dtype.itemsize for i, dtype in self._copied.items()]
         room = max(2 * GROUP, sum(t.nbytes for t in self.module.parameters()) // 20) // (2 * max(copied, default=1))
@@ -228,7 +235,7 @@ class GroupedEngine(ShadowEngine):
             else:
                 copies = turned(self._copy((i, dtype)), transposed)
                 y = torch.bmm(each, copies) if bias is None else torch.baddbmm(bias, each, copies)
-        self._rows, self._widest = max(self._rows, count), max(self._widest, y[0].nbytes)
+        self.rows, self._widest = max(self.rows, count), max(self._widest, y[0].nbytes)
         return batched(y.view(points, *x.shape[:-1], y.shape[-1]), level)
 
     def _add_factors(self, y: Tensor, x: Tensor, i: int, transposed: bool, bias: Any) -> Tensor:
@@ -259,13 +266,12 @@ class GroupedEngine(ShadowEngine):
         if raw is not None:
             return functional.embedding(index, self.read(i))
         if self._factored:
-            a, b = self._factors_of(i, source.dtype)
-            out = functional.embedding(index, source) + (
-                a[:, :, index].unsqueeze(-1) * b.unflatten(-1, (*(1,) * index.dim(), -1))
-            ).sum(1)
-            return batched(out, level)
+            a, b = self._factors_of(i, source.dtype)  # (P, r, R) and (P, r, C)
+            rows = a[:, :, index.reshape(-1)]
+            noise = torch.baddbmm(functional.embedding(index.reshape(-1), source), rows.mT, b)
+            return batched(noise.view(-1, *index.shape, source.shape[1]), level)
         out = torch.empty(len(self._cs), *index.shape, source.shape[1], dtype=source.dtype, device=self.device)
-        for copy, stream, c in zip(out, self._streams.split(1), self._cs, strict=True):
+        for copy, stream, c in zip(out, torch.split(self._streams, 1), self._cs, strict=True):
             self._look_up(i, index, copy, stream, c.view(1, 1))
         return batched(out, level)
 
@@ -273,6 +279,15 @@ class GroupedEngine(ShadowEngine):
 def turned(matrix: Tensor, transposed: bool) -> Tensor:
     """The matrix, or its transpose."""
     return matrix.mT if transposed else matrix
+
+
+def _unbatched(error: Exception) -> bool:
+    """Whether torch may have raised this because it cannot batch something. Python code's own ``raise`` is not torch's."""
+    line = traceback.extract_tb(error.__traceback__)[-1].line or ""
+    return not _out_of_memory(error) and (
+        any(words in str(error).lower() for words in _UNBATCHED)
+        or (isinstance(error, RuntimeError | ValueError | TypeError | IndexError) and not line.startswith("raise"))
+    )
 
 
 def _reason(error: Exception) -> str:

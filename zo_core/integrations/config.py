@@ -139,8 +139,16 @@ class FinetuneConfig(BaseModel):
     residual: Literal["none", "8", "16"] = _option(
         "8", "Method", "Low-order bits kept beside each 16-bit weight, so that small updates arrive."
     )
-    engine: Literal["shadow", "inplace"] = _option(
-        "shadow", "Method", "How weights are perturbed: as they are read, or in place."
+    engine: Literal["shadow", "grouped", "inplace"] = _option(
+        "shadow",
+        "Method",
+        "How weights are perturbed: as they are read, for one point or for all of a step at once (docs/engines.md), or in place.",
+    )
+    points_at_once: int | None = _option(
+        None,
+        "Method",
+        "Points that the grouped engine evaluates at once. Without: as many as pay and fit in memory.",
+        ge=1,
     )
     batch_size: int = _option(16, "Method", "Examples a forward.", ge=1)
     dropout: bool = _option(False, "Method", "Train with the model's dropout.")
@@ -209,6 +217,7 @@ class FinetuneConfig(BaseModel):
                 rho=self.rho,
                 residual=None if self.residual == "none" else int(self.residual),
                 engine=self.engine,
+                points_at_once=self.points_at_once,
                 **method.fixed,
                 **own,
             )

@@ -52,7 +52,7 @@ class ZOArguments(_Arguments):
         distribution: "gaussian", "rademacher" or "factored"; None: the method's own default.
         rank: of factored probes.
         residual: bits, 8, 16 or None, that 16-bit weights keep beside them.
-        engine: "shadow", "inplace" or None.
+        engine: "shadow", "grouped" (docs/engines.md), "inplace" or None.
         zo_options: what else the method takes, as a dict or its JSON. The seed of the noise is ``seed`` unless given here.
 
     Raises:

@@ -235,6 +235,8 @@ class ZOOptimizer(Stateful):
         own["updates"] += update.usable
         own["skipped"] += ~update.usable
         own["steps"] += 1
+        if engine.rows:
+            own["rows"] = engine.rows
         own["carry"] = carried(own["carry"], found.carry, update.usable)
         return update.usable
 
@@ -295,6 +297,7 @@ class ZOOptimizer(Stateful):
             self._left_out()
             space.warn_of_small_eps(self.eps)
             self._engine = engines.make(self.engine, space, self.module, self.points_at_once)
+            self._engine.rows = self._own.get("rows", 0)
             self._versions, self._seen = versions_of(space.tensors), self._look(space.tensors)
         return self._engine
 

@@ -107,7 +107,7 @@ def refuse_meta(named: Iterable[tuple[str, Tensor]]) -> None:
 
 def check_saved(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     """ValueError unless this is a state that an optimizer with the state ``own`` can go on with."""
-    if (set(saved) ^ set(own)) - {"rank"}:
+    if (set(saved) ^ set(own)) - {"rank", "rows"}:
         raise ValueError(
             f"state_dict: expected a state with {sorted(own)} as zo_core optimizers save, got {sorted(saved)}"
         )

@@ -1,0 +1,151 @@
+// Factored noise (docs/noise.md): z[i, j] = rank^-1/2 sum_q a_q(i) b_q(j) with signs a of rows and b of columns.
+//
+// A term is a stream k and a q: c a(i) b(j), c = coeffs[k] rank^-1/2. The sum of the terms of a block of rows and columns is
+// a product of two small matrices, a with c in it and b, that stay in the first-level cache: an element costs a fused
+// multiply-add a term, and Philox makes three blocks of signs a term for 2,048 elements, where Rademacher noise takes 16.
+#pragma once
+#include <cmath>
+
+#include "noise.h"
+#include "pass.h"
+
+namespace {
+
+constexpr int TERMS = 16;                // summed at a time, 16 KiB of column signs
+constexpr int STRIDE = ZO_WIDTH + 16;    // of a row of sums: a vector behind its end is nobody's, and rows differ in cache sets
+constexpr int MOST_BLOCKS = ZO_TILE / 128 + 1;  // of Philox, that the rows or columns of a tile lie in
+constexpr uint64_t DOMAIN = 56;          // its place in what philox() takes for a block, if it is told domain 0
+
+// The words of Philox blocks, domain << DOMAIN | block each; ``out`` and ``blocks`` have room for a multiple of PAIRS.
+ZO_INLINE void words_of(uint32_t (*out)[4], const uint64_t *blocks, int n, Noise key) {
+  for (int b = 0; b < n; b += PAIRS) {
+    const Words x = philox(load<vq>(blocks + b), 0, key);
+    for (int w = 0; w < 4; w++)
+      for (int l = 0; l < PAIRS; l++) out[b + l][w] = (uint32_t)x.w[w][l];
+  }
+}
+
+// The 32 signs of a word as +1 and -1.
+ZO_INLINE void signs_of(float *out, uint32_t word) {
+  const vu flipped = splat<vu>(~word);
+  for (int k = 0; k < 32; k += LANES)
+    store(out + k, as_f(((flipped << (31 - k - iota())) & 0x80000000u) | 0x3f800000u));
+}
+
+ZO_INLINE float signed_by(float x, const uint32_t (*words)[4], int64_t i) {  // bit i of the words
+  return words[i >> 7][(i >> 5) & 3] >> (i & 31) & 1 ? x : -x;
+}
+
+// Calls f(c rank^-1/2, key, q) for the terms of a tensor, in order.
+template <class F>
+ZO_INLINE void each_term(const zo_pass &pass, const Tile &t, F f) {
+  const float scale = (float)(1.0 / std::sqrt((double)pass.rank));
+  for (int64_t k = 0; k < pass.n_streams; k++) {
+    const float c = pass.coeffs[k * t.n_tensors + t.index];
+    if (c == 0) continue;
+    for (int q = 0; q < pass.rank; q++) f(c * scale, Noise{pass.seed, t.id, pass.streams[k]}, (uint64_t)q << 40);
+  }
+}
+
+// sums[r][x] (+)= sum of n terms, in order, of a[.][r] b[.][x] for x < width, to which b is padded.
+ZO_INLINE void add_product(float (*sums)[STRIDE], const float (*a)[ZO_ROWS], const float (*b)[STRIDE], int n, int width,
+                           bool first) {
+  constexpr int R = 4;
+  for (int x = 0; x < width; x += 2 * LANES)
+    for (int row = 0; row < ZO_ROWS; row += R) {
+      vf left[R], right[R];
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++) {
+        left[r] = first ? vf{} : load<vf>(sums[row + r] + x);
+        right[r] = first ? vf{} : load<vf>(sums[row + r] + x + LANES);
+      }
+      for (int t = 0; t < n; t++) {
+        const vf b0 = load<vf>(b[t] + x), b1 = load<vf>(b[t] + x + LANES);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) {
+          left[r] = left[r] + a[t][row + r] * b0;
+          right[r] = right[r] + a[t][row + r] * b1;
+        }
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++) {
+        store(sums[row + r] + x, left[r]);
+        store(sums[row + r] + x + LANES, right[r]);
+      }
+    }
+}
+
+// The noise of ZO_ROWS rows from ``row`` and of ``width`` columns from ``column``, multiples of ZO_ROWS and ZO_WIDTH.
+void block_noise(const zo_pass &pass, const Tile &t, float (*sums)[STRIDE], int64_t row, int64_t column, int width) {
+  alignas(64) float a[TERMS][ZO_ROWS], b[TERMS][STRIDE];
+  uint64_t blocks[3 + 8] = {};
+  uint32_t words[3 + 8][4];
+  int n = 0;
+  bool first = true;
+  const auto add = [&] {
+    add_product(sums, a, b, n, width, first);
+    first = false;
+    n = 0;
+  };
+  each_term(pass, t, [&](float c, Noise key, uint64_t q) {
+    const uint64_t at = (uint64_t)column >> 7 | q | (uint64_t)ZO_DOMAIN_COLUMNS << DOMAIN;
+    blocks[0] = at;
+    blocks[1] = at + 1;
+    blocks[2] = (uint64_t)row >> 7 | q | (uint64_t)ZO_DOMAIN_ROWS << DOMAIN;
+    words_of(words, blocks, 3, key);
+    for (int x = 0; x < width; x += 32) signs_of(b[n] + x, words[x / 128][x / 32 % 4]);
+    for (int r = 0; r < ZO_ROWS; r++) a[n][r] = signed_by(c, words + 2, (row + r) & 127);
+    if (++n == TERMS) add();
+  });
+  if (n || first) add();
+}
+
+// The noise of elements [e, end) of the full tensor, at most ZO_TILE, where there are few rows or narrow ones.
+void run_noise(const zo_pass &pass, const Tile &t, float *__restrict noise, int64_t e, int64_t end) {
+  const int64_t n = t.noise_columns, row = e / n, last = (end - 1) / n;
+  const bool narrow = n <= ZO_WIDTH;  // then all columns are needed, for many rows
+  alignas(64) float b[ZO_TILE + 256];
+  uint64_t blocks[MOST_BLOCKS + 8] = {};
+  uint32_t rows[MOST_BLOCKS + 8][4], words[MOST_BLOCKS + 8][4];
+  const auto spread = [&](int64_t column, int64_t count, Noise key, uint64_t q) {  // their signs, from b[column & 127] on
+    const int of = (int)((column & 127) + count + 127) >> 7;
+    for (int i = 0; i < of; i++)
+      blocks[i] = ((uint64_t)(column >> 7) + (uint64_t)i) | q | (uint64_t)ZO_DOMAIN_COLUMNS << DOMAIN;
+    words_of(words, blocks, of, key);
+    for (int i = 0; i < 4 * of; i++) signs_of(b + 32 * i, words[i / 4][i % 4]);
+  };
+  for (int64_t i = 0; i < end - e; i++) noise[i] = 0;
+  each_term(pass, t, [&](float c, Noise key, uint64_t q) {
+    const int of = (int)((last >> 7) - (row >> 7)) + 1;
+    for (int i = 0; i < of; i++)
+      blocks[i] = ((uint64_t)(row >> 7) + (uint64_t)i) | q | (uint64_t)ZO_DOMAIN_ROWS << DOMAIN;
+    words_of(rows, blocks, of, key);
+    if (narrow) spread(0, n, key, q);
+    int64_t at = e;
+    for (int64_t i = row; i <= last; i++) {
+      const int64_t column = at - i * n, count = n - column < end - at ? n - column : end - at;
+      if (!narrow) spread(column, count, key, q);
+      const float *signs = b + (narrow ? column : column & 127), s = signed_by(c, rows, i - (row & ~(int64_t)127));
+      float *out = noise + (at - e);
+      for (int64_t x = 0; x < count; x++) out[x] += s * signs[x];
+      at += count;
+    }
+  });
+}
+
+// The signs of indices 0 to n - 1 of a domain.
+void signs(float *out, int64_t n, uint64_t domain_and_q, Noise key) {
+  for (int64_t i = 0; i < n; i += 128 * PAIRS) {
+    uint64_t blocks[PAIRS];
+    uint32_t words[PAIRS][4];
+    for (int b = 0; b < PAIRS; b++) blocks[b] = ((uint64_t)(i >> 7) + (uint64_t)b) | domain_and_q;
+    words_of(words, blocks, PAIRS, key);
+    for (int64_t x = 0; x < 128 * PAIRS && i + x < n; x += 32) {
+      float some[32];
+      signs_of(some, words[x / 128][x / 32 % 4]);
+      memcpy(out + i + x, some, (size_t)(n - i - x < 32 ? n - i - x : 32) * sizeof *some);
+    }
+  }
+}
+
+}  // namespace
