@@ -5,8 +5,10 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from conftest import NATIVE
 from hypothesis import given
 from hypothesis import strategies as st
+from zo_core.bindings import native
 from zo_core.kernels import reference
 
 import zo_core
@@ -111,6 +113,39 @@ def test_moments(rank):
     assert float(z.mean(0).abs().amax()) < 5 / n**0.5
     correlation = z.T @ z / n
     assert float((correlation - torch.eye(64)).abs().amax()) < 5 * (2 if rank > 1 else 1) / n**0.5
+
+
+@pytest.mark.parametrize("isa", NATIVE, indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_native_sums_of_many_terms_have_the_bits_of_the_reference(isa, dtype):
+    """More terms than are summed at a time, some of them zero; blocks with parts of rows; any threads and slices."""
+    k, rank, width = 5, 7, 1100
+    weights = torch.linspace(-1, 1, 37 * width).to(dtype)
+    coeffs = torch.tensor([[0.01], [0.0], [-0.003], [0.7], [1e-5]])
+    options = {"seed": SEED, "distribution": "factored", "rank": rank, "columns": [width], "update": torch.tensor(3)}
+
+    def run(backend, begin, end):
+        part = weights[begin:end].clone()
+        counters = torch.zeros(2).long()
+        backend.run_pass([part], [part], [], [4], [begin], torch.arange(k), coeffs, counters=counters, **options)
+        return part
+
+    whole = run(reference, 0, len(weights))
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            assert torch.equal(run(native, 0, len(weights)), whole)
+    finally:
+        torch.set_num_threads(threads)
+    for begin, end in (
+        (1, 30_000),
+        (777, 20_001),
+        (5 * width - 3, 5 * width + 4),
+        (2 * width, 3 * width),
+        (8191, 8192),
+    ):
+        assert torch.equal(run(native, begin, end), whole[begin:end])
 
 
 def call(**changes):

@@ -413,7 +413,7 @@ def test_a_run_goes_on_from_its_state_bit_for_bit_though_batches_grow():
     one, two = network(), network()
     state = run(one, 0, 5)
     found = run(two, 2, 5, run(two, 0, 2))
-    assert same(one, two) and state["state"]["zo"]["rows"] == found["state"]["zo"]["rows"] == 64
+    assert same(one, two) and state["state"][0]["zo"]["rows"] == found["state"][0]["zo"]["rows"] == 64
 
 
 def train(parallel):

@@ -15,7 +15,8 @@ CASES = [
     for d in ("gaussian", "rademacher")
     for t, r, s in ((F32, 0, False), (BF16, 0, True), (BF16, 8, True), (BF16, 16, False), (F16, 8, False), (F16, 16, True))
     for k in (1, 3)
-] + [Case("rademacher", F16, bad="range", k=2, **SIZES), Case("gaussian", mixed=True, k=0, decay=True, **SIZES)]  # fmt: skip
+] + [Case("rademacher", F16, bad="range", k=2, **SIZES), Case("gaussian", mixed=True, k=0, decay=True, **SIZES),
+     Case("factored", BF16, k=2, rank=2, widths=(300, 0, 1, 8, 700), residual=8, stochastic=True, **SIZES)]  # fmt: skip
 
 
 def steps_of(case: Case) -> tuple[dict, dict]:
@@ -29,7 +30,8 @@ def steps_of(case: Case) -> tuple[dict, dict]:
         "coeffs": coeffs * scale, "decay": None if decay is None else decay * scale[:, 0].abs(),
         "updates": torch.arange(STEPS) + 2**32 if case.stochastic else None,
         "residuals": job["options"].get("residuals"), "counters": job["options"]["counters"],
-        "seed": ops.signed64(SEED), "distribution": case.distribution,
+        "seed": ops.signed64(SEED), "distribution": case.distribution, "rank": case.rank,
+        "columns": job["options"].get("columns"),
     }  # fmt: skip
     if case.k:
         every["coeffs"][2, 0, 1] = torch.nan

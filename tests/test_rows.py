@@ -19,9 +19,11 @@ def arguments(rows: list[int]) -> tuple[tuple, dict]:
     return args, {"seed": 5, "distribution": "gaussian", "counters": torch.zeros(2, dtype=torch.int64)}
 
 
-def test_rows_are_those_of_the_perturbed_matrix(backend, monkeypatch):
+@pytest.mark.parametrize("noise", [{}, {"distribution": "factored", "rank": 3}], ids=str)
+def test_rows_are_those_of_the_perturbed_matrix(backend, monkeypatch, noise):
     monkeypatch.setattr(ops, "backend_for", lambda device: backend)
     args, options = arguments([8, 0, 8, 3])
+    options |= noise
     src, names, dst, tensor_id, offset, streams, coeffs = args
     whole = torch.empty_like(src)
     torch.ops.zo_core.perturb([src], [whole], [], [tensor_id], [offset], streams, coeffs, **options)

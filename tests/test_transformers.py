@@ -268,13 +268,15 @@ def test_training_again_goes_on_with_the_optimizer(tmp_path):
 
 def test_fields_reach_the_optimizer(tmp_path):
     args = arguments(
-        tmp_path, max_steps=1, eps=2e-3, probes=3, distribution="rademacher", residual=16, engine="inplace", seed=7,
+        tmp_path, max_steps=1, eps=2e-3, probes=3, distribution="factored", rank=3, residual=16, engine="inplace", seed=7,
         weight_decay=0.2, zo_options={"stochastic_rounding": False},
     )  # fmt: skip
     trainer = ZOTrainer(make(dtype=torch.bfloat16), args, train_dataset=rows())
     opt = trainer.create_optimizer()
     assert (opt.eps, opt.probes, opt.engine, opt.seed, opt.stochastic_rounding) == (2e-3, 3, "inplace", 7, False)
-    assert opt._own["distribution"] == "rademacher" and opt._own["residuals"][0].dtype == torch.int16
+    assert (opt._own["distribution"], opt._own["rank"]) == ("factored", 3) and opt._own["residuals"][
+        0
+    ].dtype == torch.int16
     assert opt.param_groups[0]["weight_decay"] == 0.2 and opt.param_groups[0]["lr"] == 1e-3
 
 

@@ -11,29 +11,36 @@
 
 namespace {
 
-constexpr int TERMS = 16;                // summed at a time, 16 KiB of column signs
-constexpr int STRIDE = ZO_WIDTH + 16;    // of a row of sums: a vector behind its end is nobody's, and rows differ in cache sets
+constexpr int TERMS = 8;                        // summed at a time, 16 KiB of column signs
+constexpr int STRIDE = ZO_WIDTH + 16;           // of a row of sums: a vector more, and rows start in different cache sets
+constexpr int ACROSS = ZO_WIDTH / 128;          // Philox blocks of the columns of a block
 constexpr int MOST_BLOCKS = ZO_TILE / 128 + 1;  // of Philox, that the rows or columns of a tile lie in
-constexpr uint64_t DOMAIN = 56;          // its place in what philox() takes for a block, if it is told domain 0
+constexpr uint64_t DOMAIN = 56;                 // its place in what philox() takes for a block, if it is told domain 0
 
 // The words of Philox blocks, domain << DOMAIN | block each; ``out`` and ``blocks`` have room for a multiple of PAIRS.
 ZO_INLINE void words_of(uint32_t (*out)[4], const uint64_t *blocks, int n, Noise key) {
   for (int b = 0; b < n; b += PAIRS) {
-    const Words x = philox(load<vq>(blocks + b), 0, key);
-    for (int w = 0; w < 4; w++)
-      for (int l = 0; l < PAIRS; l++) out[b + l][w] = (uint32_t)x.w[w][l];
+    vq lanes, low, high;
+    for (int l = 0; l < PAIRS; l++) lanes[l] = blocks[b + (l & 1) * (PAIRS / 2) + l / 2];  // as block_lanes() has them
+    const Words x = philox(lanes, 0, key);
+    interleave64((vq)pack(x.w[0], x.w[1]), (vq)pack(x.w[2], x.w[3]), low, high);
+    store(out[b], low);
+    store((uint32_t *)out[b] + LANES, high);
   }
 }
 
 // The 32 signs of a word as +1 and -1.
 ZO_INLINE void signs_of(float *out, uint32_t word) {
-  const vu flipped = splat<vu>(~word);
   for (int k = 0; k < 32; k += LANES)
-    store(out + k, as_f(((flipped << (31 - k - iota())) & 0x80000000u) | 0x3f800000u));
+    store(out + k, as_f(((splat<vu>(word) << (31 - k - iota())) & 0x80000000u) ^ 0xbf800000u));
 }
 
-ZO_INLINE float signed_by(float x, const uint32_t (*words)[4], int64_t i) {  // bit i of the words
-  return words[i >> 7][(i >> 5) & 3] >> (i & 31) & 1 ? x : -x;
+ZO_INLINE float signed_by(float x, const uint32_t (*words)[4], int64_t i) {  // bit i of the words; no branch on a random bit
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  bits ^= ~words[i >> 7][(i >> 5) & 3] >> (i & 31) << 31;
+  memcpy(&x, &bits, 4);
+  return x;
 }
 
 // Calls f(c rank^-1/2, key, q) for the terms of a tensor, in order.
@@ -50,36 +57,25 @@ ZO_INLINE void each_term(const zo_pass &pass, const Tile &t, F f) {
 // sums[r][x] (+)= sum of n terms, in order, of a[.][r] b[.][x] for x < width, to which b is padded.
 ZO_INLINE void add_product(float (*sums)[STRIDE], const float (*a)[ZO_ROWS], const float (*b)[STRIDE], int n, int width,
                            bool first) {
-  constexpr int R = 4;
-  for (int x = 0; x < width; x += 2 * LANES)
-    for (int row = 0; row < ZO_ROWS; row += R) {
-      vf left[R], right[R];
-#pragma GCC unroll 4
-      for (int r = 0; r < R; r++) {
-        left[r] = first ? vf{} : load<vf>(sums[row + r] + x);
-        right[r] = first ? vf{} : load<vf>(sums[row + r] + x + LANES);
-      }
-      for (int t = 0; t < n; t++) {
-        const vf b0 = load<vf>(b[t] + x), b1 = load<vf>(b[t] + x + LANES);
-#pragma GCC unroll 4
-        for (int r = 0; r < R; r++) {
-          left[r] = left[r] + a[t][row + r] * b0;
-          right[r] = right[r] + a[t][row + r] * b1;
-        }
-      }
-#pragma GCC unroll 4
-      for (int r = 0; r < R; r++) {
-        store(sums[row + r] + x, left[r]);
-        store(sums[row + r] + x + LANES, right[r]);
-      }
+  for (int x = 0; x < width; x += LANES) {
+    vf sum[ZO_ROWS];  // as many as hide the latency of a multiply-add
+#pragma GCC unroll 8
+    for (int r = 0; r < ZO_ROWS; r++) sum[r] = first ? vf{} : load<vf>(sums[r] + x);
+    for (int t = 0; t < n; t++) {
+      const vf signs = load<vf>(b[t] + x);
+#pragma GCC unroll 8
+      for (int r = 0; r < ZO_ROWS; r++) sum[r] = sum[r] + a[t][r] * signs;
     }
+#pragma GCC unroll 8
+    for (int r = 0; r < ZO_ROWS; r++) store(sums[r] + x, sum[r]);
+  }
 }
 
-// The noise of ZO_ROWS rows from ``row`` and of ``width`` columns from ``column``, multiples of ZO_ROWS and ZO_WIDTH.
+// The noise of ZO_ROWS rows from ``row`` and of ``width`` columns from ``column``, multiples of ZO_ROWS and 128.
 void block_noise(const zo_pass &pass, const Tile &t, float (*sums)[STRIDE], int64_t row, int64_t column, int width) {
   alignas(64) float a[TERMS][ZO_ROWS], b[TERMS][STRIDE];
-  uint64_t blocks[3 + 8] = {};
-  uint32_t words[3 + 8][4];
+  uint64_t blocks[ACROSS + 8] = {};
+  uint32_t words[ACROSS + 8][4];
   int n = 0;
   bool first = true;
   const auto add = [&] {
@@ -89,12 +85,11 @@ void block_noise(const zo_pass &pass, const Tile &t, float (*sums)[STRIDE], int6
   };
   each_term(pass, t, [&](float c, Noise key, uint64_t q) {
     const uint64_t at = (uint64_t)column >> 7 | q | (uint64_t)ZO_DOMAIN_COLUMNS << DOMAIN;
-    blocks[0] = at;
-    blocks[1] = at + 1;
-    blocks[2] = (uint64_t)row >> 7 | q | (uint64_t)ZO_DOMAIN_ROWS << DOMAIN;
-    words_of(words, blocks, 3, key);
-    for (int x = 0; x < width; x += 32) signs_of(b[n] + x, words[x / 128][x / 32 % 4]);
-    for (int r = 0; r < ZO_ROWS; r++) a[n][r] = signed_by(c, words + 2, (row + r) & 127);
+    blocks[0] = (uint64_t)row >> 7 | q | (uint64_t)ZO_DOMAIN_ROWS << DOMAIN;
+    for (int i = 0; i < ACROSS; i++) blocks[1 + i] = at + (uint64_t)i;
+    words_of(words, blocks, 1 + (width + 127) / 128, key);
+    for (int x = 0; x < width; x += 32) signs_of(b[n] + x, words[1 + x / 128][x / 32 % 4]);
+    for (int r = 0; r < ZO_ROWS; r++) a[n][r] = signed_by(c, words, (row + r) & 127);
     if (++n == TERMS) add();
   });
   if (n || first) add();

@@ -270,8 +270,8 @@ int64_t finish_run(const zo_pass &pass, const Tile &t, Buffers &buf, float *sums
 // What of a block of rows and columns the tensor has, a row at a time.
 int64_t run_block(const zo_pass &pass, const Tile &t) {
   Buffers buf;
-  const int64_t left = t.noise_columns - t.column, width = left < ZO_WIDTH ? left : ZO_WIDTH;
-  block_noise(pass, t, buf.block, t.row, t.column, (int)(width + 2 * LANES - 1) / (2 * LANES) * (2 * LANES));
+  const int64_t left = t.noise_columns - t.column, width = left < t.width ? left : t.width;
+  block_noise(pass, t, buf.block, t.row, t.column, (int)width);
   int64_t saturated = 0;
   for (int r = 0; r < ZO_ROWS; r++) {
     const int64_t start = (t.row + r) * t.noise_columns + t.column - t.offset;

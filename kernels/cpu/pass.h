@@ -5,7 +5,7 @@
 constexpr int ZO_TILE = 2048;  // elements; a thread's scratch is then 28 KiB and stays in its first-level cache
 
 // A tile of factored noise, where rows are wide and there are some: its product is then made by blocks (factored.h).
-constexpr int ZO_ROWS = 8, ZO_WIDTH = 256;
+constexpr int ZO_ROWS = 8, ZO_WIDTH = 512;
 
 struct Tile {
   const void *src;
@@ -15,12 +15,12 @@ struct Tile {
   const float *row_scale, *column_scale;
   int64_t columns, noise_columns;
   int64_t offset, begin, end;  // elements [begin, end) of a tensor whose first element has index `offset`
-  int64_t row, column;         // of a block: where it starts in the full tensor; it has what lies in [begin, end)
+  int64_t row, column, width;  // of a block: where it starts in the full tensor; it has what lies in [begin, end)
   int64_t index, n_tensors;    // column of the coefficient matrices, and how many they have
   uint32_t id;
   int32_t src_dtype, dst_dtype, residual_bits;
   bool stochastic, curvature;  // whether results are rounded with random bits, whether H changes
-  bool block;                  // whether it is one of ZO_ROWS x ZO_WIDTH elements
+  bool block;                  // whether it is one of ZO_ROWS rows and ``width`` columns
   bool past;                   // whether copies go past the caches to memory
   float keep, remain, hessian_min, hessian_max;  // 1 - decay, 1 - smoothing, limits of H
 };

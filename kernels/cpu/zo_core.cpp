@@ -103,16 +103,20 @@ bool valid_residual(const zo_tensor &t) {
 }
 
 // How a tensor is cut into tiles. They end at multiples of ZO_TILE of the element index, wherever it starts; those of factored
-// noise, where rows are wide and not few, are blocks that start at multiples of ZO_ROWS and ZO_WIDTH.
+// noise, where rows are wide and not few, are blocks of equal width that start at multiples of ZO_ROWS and 128.
 struct Tiles {
-  int64_t count, first, across;  // first: number of the first tile or row of blocks; across: blocks in a row, or 0
+  int64_t count = 0, first = 0;   // first: number of the first tile or row of blocks
+  int64_t across = 0, width = 0;  // blocks in a row, or 0, and columns of one
 
-  Tiles(const zo_pass &p, const zo_tensor &t) : count(0), first(0), across(0) {
+  Tiles(const zo_pass &p, const zo_tensor &t) {
     if (!t.numel) return;
     const int64_t last = t.offset + t.numel - 1;
-    const bool blocks = p.distribution == ZO_FACTORED && t.noise_columns >= ZO_WIDTH && t.numel / t.noise_columns >= ZO_ROWS / 2;
+    const bool blocks = p.distribution == ZO_FACTORED && t.noise_columns >= ZO_WIDTH / 2 && t.numel / t.noise_columns >= ZO_ROWS / 2;
     const int64_t size = blocks ? ZO_ROWS * t.noise_columns : ZO_TILE;
-    across = blocks ? (t.noise_columns + ZO_WIDTH - 1) / ZO_WIDTH : 0;
+    if (blocks) {
+      across = (t.noise_columns + ZO_WIDTH - 1) / ZO_WIDTH;
+      width = ((t.noise_columns + across - 1) / across + 127) & ~(int64_t)127;
+    }
     first = t.offset / size;
     count = (last / size - first + 1) * (blocks ? across : 1);
   }
@@ -122,7 +126,7 @@ struct Tiles {
     x.block = across != 0;
     x.begin = x.block || start < 0 ? 0 : start;
     x.end = x.block || start + ZO_TILE > numel ? numel : start + ZO_TILE;
-    if (x.block) x.row = (first + n / across) * ZO_ROWS, x.column = n % across * ZO_WIDTH;
+    if (x.block) x.row = (first + n / across) * ZO_ROWS, x.column = n % across * width, x.width = width;
   }
 };
 
