@@ -370,7 +370,9 @@ def judge(variant: Variant, capability: int) -> Result:
     }
     residual = form.residual // 8 * (1 if form.dst else 2)
     expected = BYTES[form.src] + BYTES[form.dst or form.src] + {"hessian": 4, "update": 8}.get(form.scale, 0) + residual
-    cached = 4 if form.scale == "factors" else 0  # the columns' factors, the same for each row, and the words of their signs
+    cached = (
+        4 if form.scale == "factors" else 0
+    )  # the columns' factors, the same for each row, and the words of their signs
     if form.distribution == "factored":
         cached += 4 if form.k == 1 else 8 * -(-form.k // 10)
     short = moved[128] + (moved[64] if form.residual == 8 else 0) < expected + cached

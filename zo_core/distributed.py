@@ -70,8 +70,7 @@ class Parallel:
 
         Raises:
             RuntimeError: ``torch.distributed`` has not been initialised.
-            ValueError: their product is not the number of ranks. Where each probe has a closure of its own, it is the probes that are shared: rank r has every ``probes``-th of
-    them from number r // data on, and closures for these alone.
+            ValueError: their product is not the number of ranks.
         """
         if not dist.is_initialized():
             raise RuntimeError("processes: expected torch.distributed to be initialised: call init_process_group first")

@@ -19,10 +19,37 @@ TYPES = (
     | dict.fromkeys(("coeffs", "restore", "curvature", "decay", "smoothing", "reals", "hessian"), "*fp32")
     | dict.fromkeys(("digits", "src", "dst", "residual"), "*i8")
     | dict.fromkeys(
-        ("n", "n_tensors", "n_streams", "n_terms", "rank", "n_steps", "n_tiles", "domain", "moves", "decays", "updates"), "i32"
+        (
+            "n",
+            "n_tensors",
+            "n_streams",
+            "n_terms",
+            "rank",
+            "n_steps",
+            "n_tiles",
+            "domain",
+            "moves",
+            "decays",
+            "updates",
+        ),
+        "i32",
     )
     | dict.fromkeys(("k0", "k1", "tensor_id", "number"), "u32")
-    | dict.fromkeys(("first", "skip", "width", "offset", "row_scale", "column_scale", "columns", "plane", "row_word", "column_word"), "i64")
+    | dict.fromkeys(
+        (
+            "first",
+            "skip",
+            "width",
+            "offset",
+            "row_scale",
+            "column_scale",
+            "columns",
+            "plane",
+            "row_word",
+            "column_word",
+        ),
+        "i64",
+    )
     | dict.fromkeys(("hessian_min", "hessian_max", "root"), "fp32")
 )
 

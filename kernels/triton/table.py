@@ -46,9 +46,12 @@ def tile_rows(
             shift = first % TILE
             back = skipped - shift
             at = [s + back * src_bytes, d + back * dst_bytes, h + back * 4 if h else 0, r + back * residual_bits // 8]
-            aligned = at[0] % 16 == at[1] % 16 == at[2] % 16 == at[3] % (residual_bits or 1) == 0  # 8 residuals are its bits
+            aligned = (
+                at[0] % 16 == at[1] % 16 == at[2] % 16 == at[3] % (residual_bits or 1) == 0
+            )  # 8 residuals are its bits
             aligned &= column_scale % 16 == n_columns % 8 == width % 8 == 0 and max(n_columns, width) < 1 << 28
-            more, places = [], (0, 0)
+            more: list[int] = []
+            places = (0, 0)
             if width:
                 more, places, words = lines_of(width, first, part, tensor_id, column, words)
                 lines += more
