@@ -34,7 +34,9 @@ _LINES = 1024  # rows or columns of a program
 def _programs(domain: int, begin: int, end: int, at: int, tensor_id: int, column: int, pairs: bool) -> list[list[int]]:
     """Programs of ``signs_kernel`` for indices ``begin`` to ``end``; ``at``: where the word of index 0 would be."""
     starts = range(begin - begin % _LINES, end, _LINES)
-    return [[start, begin, end, at, tensor_id, column, domain << 24, pairs, pairs and start <= begin] for start in starts]
+    return [
+        [start, begin, end, at, tensor_id, column, domain << 24, pairs, pairs and start <= begin] for start in starts
+    ]
 
 
 def lines_of(
@@ -167,7 +169,10 @@ def signs_(signs: Tensor, streams: Tensor, *, domain: int, tensor_id: int, seed:
     k, rank, n = signs.shape
     if signs.numel():
         with on(signs.device):
-            lines, one = _one_domain(signs.device, domain, n, tensor_id), torch.ones(k, 1, dtype=torch.float32, device=signs.device)
+            lines, one = (
+                _one_domain(signs.device, domain, n, tensor_id),
+                torch.ones(k, 1, dtype=torch.float32, device=signs.device),
+            )
             words = signs.view(torch.int32)
             _launch(lines, streams, one, rank, seed, words=words, reals=one, n_steps=0, plane=n, ONE=True)
 

@@ -71,7 +71,7 @@ def form_of(
     """The form for a call with k streams, of factored noise terms: where arguments make no difference to the code, they make none to the form."""
     keeps = in_place and residual > 0
     stochastic = stochastic and dst != torch.float32 and not (keeps and residual == 16)
-    sums = distribution == "rademacher" and scale in ("", "factors") and k >= MIN_SUMS or distribution == "factored"
+    sums = (distribution == "rademacher" and scale in ("", "factors") and k >= MIN_SUMS) or distribution == "factored"
     streams = "one" if k == 1 else "sums" if sums else "few"
     return Form(distribution, DTYPES[src], DTYPES[dst], scale, residual, keeps, stochastic, decay, streams)
 
@@ -82,7 +82,7 @@ def _forms(scales: tuple[str, ...], in_place: tuple[bool, ...], options: tuple[b
     found: dict[Form, None] = {}
     for distribution, src, dst, scale, residual, same, stochastic, decay, k in calls:
         possible = (src == dst or not same) and not (residual and src == torch.float32)
-        if possible and (scale != "update" or same and distribution != "factored"):
+        if possible and (scale != "update" or (same and distribution != "factored")):
             found[form_of(distribution, src, dst, scale, residual, same, stochastic, decay, k)] = None
     return list(found)
 

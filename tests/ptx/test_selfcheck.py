@@ -155,7 +155,11 @@ def steps(method, **options) -> None:
     ("method", "options", "expected"),
     [
         ("MeZO", {}, {"gate_kernel": 1, "pass_kernel": 2, "rows_kernel": 1}),
-        ("MeZO", {"distribution": "factored"}, {"gate_kernel": 1, "pass_kernel": 4, "rows_kernel": 1, "signs_kernel": 1}),
+        (
+            "MeZO",
+            {"distribution": "factored"},
+            {"gate_kernel": 1, "pass_kernel": 4, "rows_kernel": 1, "signs_kernel": 1},
+        ),
         ("FZOO", {}, {"gate_kernel": 1, "pass_kernel": 2, "rows_kernel": 1, "digits_kernel": 1}),
         ("HiZOO", {}, {"gate_kernel": 1, "pass_kernel": 2, "rows_kernel": 1}),
     ],
