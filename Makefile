@@ -22,29 +22,29 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(NATIVE)
 demo: setup  ## fine-tune SmolLM2-135M on movie reviews into runs/demo (about 12 minutes on 2 cores)
 	$(BIN)/zo-core finetune --output $(RUN) --overwrite
 
+# Tests run in a process for each core, as many as 8, and each of them in one thread.
+PYTEST = OMP_NUM_THREADS=1 TRITON_CACHE_DIR=$(abspath $(VENV))/.triton $(BIN)/python -m pytest -q \
+	-n logical --maxprocesses=8 --dist worksteal
+KERNEL_TESTS = tests/test_cases.py tests/test_triton.py tests/test_selfcheck.py
+
 test: setup test-triton test-ptx  ## all tests, also those on the default model and data (downloaded once)
-	ZO_CORE_TEST_ASSETS=1 $(BIN)/python -m pytest -q --durations=10 --ignore=tests/ptx
+	ZO_CORE_TEST_ASSETS=1 $(PYTEST) --durations=10 --ignore=tests/ptx
 
-test-triton: setup  ## the Triton kernels in the interpreter, in a process of their own, and the instruction budgets
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/test_cases.py tests/test_triton.py tests/test_selfcheck.py
-	$(BIN)/python -m bench.sass
+test-triton: setup  ## the Triton kernels in the interpreter, in processes of their own
+	TRITON_INTERPRET=1 $(PYTEST) $(KERNEL_TESTS)
 
-# A quarter of the cases on each: what compiles in a few minutes. ZO_CORE_PTX_ALL=1 runs all of them.
-PTX = TRITON_CACHE_DIR=$(abspath $(VENV))/.triton OMP_NUM_THREADS=1
-PTX_TESTS = tests/test_cases.py tests/test_triton.py tests/test_selfcheck.py
-
-test-ptx: setup  ## the Triton kernels as compiled for sm_80 and sm_90, in an emulator of PTX, at once; and mutants of them
-	$(PTX) ZO_CORE_PTX=90 $(BIN)/python -m pytest -q -p no:cacheprovider $(PTX_TESTS) > $(VENV)/ptx-90.log 2>&1 & \
-	$(PTX) ZO_CORE_PTX=80 $(BIN)/python -m pytest -q -p no:cacheprovider $(PTX_TESTS) tests/ptx; ours=$$?; \
-	wait $$!; theirs=$$?; cat $(VENV)/ptx-90.log; exit $$((ours + theirs))
+# Half of the cases on each: what compiles in a few minutes. ZO_CORE_PTX_ALL=1 runs all cases on both.
+test-ptx: setup  ## the Triton kernels as compiled for sm_90 and sm_80, in an emulator of PTX; and mutants of them
+	ZO_CORE_PTX=90 $(PYTEST) $(KERNEL_TESTS)
+	ZO_CORE_PTX=80 $(PYTEST) tests/test_cases.py tests/test_selfcheck.py tests/ptx
 
 test-oldest: setup  ## Trainer and PEFT on the oldest transformers that is supported, in an environment over the usual one
 	$(call over,oldest,transformers==5.0.0)
-	$(VENV)-oldest/bin/python -m pytest -q tests/test_transformers.py tests/test_peft.py
+	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -q tests/test_transformers.py tests/test_peft.py
 
 test-hosts: setup  ## what is skipped where TRL, Lightning and ml_dtypes are not installed, in such an environment
 	$(call over,hosts,-c constraints.txt torch lightning ml_dtypes trl)
-	$(VENV)-hosts/bin/python -m pytest -q tests/test_trl.py tests/test_docs.py tests/test_arrays.py tests/test_examples.py
+	OMP_NUM_THREADS=1 $(VENV)-hosts/bin/python -m pytest -q tests/test_trl.py tests/test_docs.py tests/test_arrays.py tests/test_examples.py
 
 # $(call over,NAME,PACKAGES): an environment that has these packages, and all others from $(VENV)
 define over

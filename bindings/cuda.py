@@ -110,7 +110,8 @@ def check(device: torch.device, *, again: bool = False) -> Verdict:
     """
     facts = _facts(device)
     try:
-        triton, cache = _triton(), import_module("..kernels.triton.cache", __package__)
+        triton = _triton()
+        cache, launch = (import_module(f"..kernels.triton.{name}", __package__) for name in ("cache", "launch"))
     except ImportError as error:
         missing = isinstance(error, ModuleNotFoundError) and error.name == "triton"
         return Verdict(
@@ -120,13 +121,11 @@ def check(device: torch.device, *, again: bool = False) -> Verdict:
     file = _file(facts)
     if not again and _is_remembered(file, facts, cache.folder()):
         return Verdict({}, facts, remembered=True)
-    sys.stderr.write(
-        f"zo_core: checking its kernels on {facts['GPU']}, and compiling them the first time on this machine, which may take a "
-        f"minute (kept in {cache.folder()})\n"
-    )
+    launch.announce(f"checking its kernels on {facts['GPU']}, and compiling them")
     begin = time.perf_counter()
     try:
-        wrong = selfcheck.run(triton, device)
+        with launch.announced():
+            wrong = selfcheck.run(triton, device)
     except OSError as error:
         wrong = {"triton": f"{error}: set TRITON_CACHE_DIR to a folder that can be written, if {cache.folder()} cannot"}
     seconds = time.perf_counter() - begin

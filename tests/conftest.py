@@ -70,7 +70,30 @@ EMULATED = os.environ.get("ZO_CORE_PTX")  # a compute capability: the Triton ker
 TRITON_ON_CPU = INTERPRETED or bool(EMULATED)
 
 
+def _patch_once() -> None:
+    """Spare Triton's interpreter a third of its time: at each call of a device function it looks through all of triton.language.
+
+    It looks for what to replace by numpy, as it has done at the launch and, for the modules that Triton's own device functions
+    know, at the first call of one: later calls find nothing. What it replaces is the same with this and without.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patched = set()
+
+    def call(self: interpreter.InterpretedFunction, *args: object, **kwargs: object) -> object:
+        modules = frozenset(m.__name__ for m in (tl, tl.core) if any(v is m for v in self.fn.__globals__.values()))
+        if modules not in patched:
+            interpreter._patch_lang(self.fn)
+            patched.add(modules)
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = call
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    if INTERPRETED:
+        _patch_once()
     if EMULATED:
         import ptx
 

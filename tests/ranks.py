@@ -19,7 +19,7 @@ def _work(pipe, store, rank, ranks, job, args, options):
     torch.set_num_threads(1)
     try:
         dist.init_process_group(
-            "gloo", init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=datetime.timedelta(seconds=30)
+            "gloo", init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=datetime.timedelta(seconds=90)
         )
         pipe.send_bytes(pickle.dumps((job(*args, **options), "")))  # not send, which leaves tensors here
     except BaseException:
@@ -30,7 +30,7 @@ def _work(pipe, store, rank, ranks, job, args, options):
         os._exit(0)  # groups of ranks that are gone would wait for them
 
 
-def run(job, ranks, *args, seconds=60, **options):
+def run(job, ranks, *args, seconds=180, **options):
     """What job(*args, **options) returned in each rank; None for one that was killed; AssertionError with a failing one's traceback."""
     with tempfile.TemporaryDirectory() as folder:
         pairs = [_CONTEXT.Pipe(duplex=False) for _ in range(ranks)]

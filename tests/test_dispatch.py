@@ -269,6 +269,50 @@ def test_a_model_on_several_devices_is_refused_by_name():
         weights.space_of(["a", "b", "c"], [first, first, second], {})
 
 
+@pytest.fixture
+def slow(monkeypatch):
+    """A kernel whose launch takes, by ``slow.until``, until that is set; and launches that no process has made yet."""
+    launch = pytest.importorskip("zo_core.kernels.triton.launch", reason="triton is not installed")
+
+    class Slow:
+        __name__, until = "slow_kernel", threading.Event()
+
+        def __getitem__(self, grid):
+            return lambda **arguments: self.until.wait(60)
+
+    monkeypatch.setitem(launch.KERNELS, "slow_kernel", launch.Kernel(Slow(), 1, list, ("FORM",)))
+    monkeypatch.setattr(launch, "_launched", set())
+    monkeypatch.setattr(launch, "_announced", False)
+    monkeypatch.setattr(launch, "PATIENCE", 0.0)
+    said = []
+    monkeypatch.setattr(launch, "announce", lambda what: said.append(what) or Slow.until.set())
+    return SimpleNamespace(
+        said=said, until=Slow.until, launch=launch,
+        start=lambda form: launch.launch(launch.KERNELS["slow_kernel"].function, 1, n=3, FORM=form),
+    )  # fmt: skip
+
+
+def test_a_form_that_compiles_after_the_check_is_announced_once_a_process(slow):
+    """The launch goes on when the line has been written, and would otherwise wait for a minute."""
+    slow.start("first")
+    assert slow.said == ["compiling kernels that this process needs"] and slow.until.is_set()
+    slow.start("second")
+    assert len(slow.said) == 1
+
+
+def test_a_form_that_is_loaded_or_was_launched_or_announced_needs_no_line(slow, monkeypatch):
+    slow.until.set()
+    monkeypatch.setattr(slow.launch, "PATIENCE", 60.0)
+    slow.start("kept on the disk")
+    timers = [t for t in threading.enumerate() if isinstance(t, threading.Timer)]
+    assert all(t.finished.is_set() for t in timers) and not slow.said
+    monkeypatch.setattr(threading, "Timer", None)  # which no launch from here on may start
+    slow.start("kept on the disk")
+    with slow.launch.announced():
+        slow.start("of the check")
+    assert not slow.said
+
+
 # ---- what starts no GPU ---------------------------------------------------------------------------------------------
 
 

@@ -15,9 +15,11 @@ from pathlib import Path
 import pytest
 import ranks
 import torch
+from conftest import on
 from torch import distributed as dist
 from torch import nn
 from toys import loss_of
+from zo_core.bindings import native
 
 import zo_core
 from zo_core.distributed import Exchange, Parallel, RankError
@@ -159,7 +161,7 @@ def test_a_loss_that_is_not_finite_in_one_rank_skips_the_step_in_all():
 def run_until_killed(folder, keeps, steps, kill_at=None):
     """Steps; rank 0 keeps a state every three, or a journal; rank 1 kills itself. Goes on from what is there."""
     rank, model = dist.get_rank(), network(torch.bfloat16)
-    opt = zo_core.MeZO(model, lr=1e-3, processes=Parallel(timeout=30), seed=3)
+    opt = zo_core.MeZO(model, lr=1e-3, processes=Parallel(timeout=180), seed=3)
     saved = Path(folder, keeps)
     if keeps == "journal" and saved.exists():
         opt.journal = zo_core.Journal.recover(saved, opt, writable=rank == 0)
@@ -193,7 +195,7 @@ def whole(tmp_path_factory):
 
 @pytest.mark.parametrize("keeps", ["state", "journal"])
 def test_a_killed_rank_ends_the_others_and_the_run_goes_on(tmp_path, whole, keeps):
-    found = ranks.run(run_until_killed, 3, str(tmp_path), keeps, 9, 5, seconds=20)  # its timeout is longer
+    found = ranks.run(run_until_killed, 3, str(tmp_path), keeps, 9, 5, seconds=90)  # its timeout is longer
     assert found[1] is None
     for text, updates in (found[0], found[2]):
         assert "lost the other processes" in text and updates == 5
@@ -205,10 +207,10 @@ def test_a_killed_rank_ends_the_others_and_the_run_goes_on(tmp_path, whole, keep
 
 def leave_the_loop():
     model = network()
-    opt = zo_core.MeZO(model, lr=1e-3, processes=Parallel(timeout=1))
+    opt = zo_core.MeZO(model, lr=1e-3, processes=Parallel(timeout=2))
     opt.step(loss_of(model))
     if dist.get_rank() == 1:
-        time.sleep(4)  # alive, and silent
+        time.sleep(7)  # alive, and silent
         return ""
     with pytest.raises(RankError) as caught:
         opt.step(loss_of(model))
@@ -216,7 +218,7 @@ def leave_the_loop():
 
 
 def test_a_silent_rank_ends_the_others_in_time():
-    assert "took more than 1 s" in ranks.run(leave_the_loop, 2)[0]
+    assert "took more than 2 s" in ranks.run(leave_the_loop, 2)[0]
 
 
 # ---- checks ------------------------------------------------------------------------------------------------------
@@ -258,6 +260,9 @@ def differ():
     attempt("blocks", blocks)
     attempt("lr", lambda m: optimizer(m, lr=1e-3 * (1 + rank)))
     attempt("method", lambda m: optimizer(m) if rank else zo_core.LeZO(m, lr=1e-3, rho=0.0, processes=Parallel()))
+    if len(native.isas()) > 1:
+        with on("portable" if rank else native.get_isa()):
+            attempt("backend", optimizer)
     attempt("tensors", lambda m: optimizer(m[0] if rank else m))
     attempt("weights", optimizer, change)
     attempt("steps", optimizer, counts("steps"))
@@ -273,6 +278,8 @@ def test_ranks_that_do_not_agree_at_the_start_are_refused_by_name():
         assert "lr of group 0: " in said["lr"] and "0.001 in rank 0; 0.002 in rank 1" in said["lr"]
         assert "LeZO in rank 0; MeZO in rank 1" in said["method"]
         assert "float32 (17, 6) in rank 0" in said["tensors"]
+        if "backend" in said:
+            assert said["backend"].endswith("got backend of native in rank 0; native portable in rank 1")
         assert said["weights"].startswith("4.weight: differs between ranks at step 0, with checksums")
         assert said["steps"].startswith("step: expected the same in all ranks, got 0 in rank 0; 4 in rank 1")
         assert "[0] in rank 0; [4] in rank 1" in said["updates"]
@@ -498,7 +505,7 @@ def test_the_example_runs_under_a_launcher(launcher, option):
     ]
     done = subprocess.run(
         command, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-        check=False, timeout=60,
+        check=False, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0 and "weights and state of all processes agree" in done.stdout, done.stderr
     losses = [float(line.split("loss ")[1].split(",")[0]) for line in done.stdout.splitlines() if "loss" in line]

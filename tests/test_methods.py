@@ -196,7 +196,7 @@ H, B, START = torch.tensor([0.5, 1.0, 2.0, 4.0, 8.0]), torch.linspace(-1, 1, 5),
     ],
 )
 def test_the_mean_step_is_along_the_gradient(method, options):
-    n, lr = 20_000, 1e-3
+    n, lr = 5_000, 1e-3
     model = Quadratic(H, B, START)
     method(model, lr=lr, eps=1e-2, probes=n, **options).step(model)
     step = (START - model.theta.detach()) / lr

@@ -127,7 +127,8 @@ def test_avx2_and_avx512_are_bit_identical_and_portable_within_an_ulp_or_two():
 
 @pytest.mark.parametrize("isa", sorted({NATIVE[0], NATIVE[-1]}), indirect=True)
 def test_gaussian_error_bounds_over_2_to_28_draws(isa):
-    total, chunk, squares, largest = 1 << 28, 1 << 23, 0.0, 0.0
+    """Of the fastest variant; a quarter as many of the portable one, which agrees with it within an ulp or two."""
+    total, chunk, squares, largest = 1 << (28 if isa == NATIVE[-1] else 26), 1 << 23, 0.0, 0.0
     for begin in range(0, total, chunk):
         pairs = words(native, chunk // 4, block=begin // 4).view(-1, 2)  # held against the reference above
         u = (pairs[:, 0].float() * 2.0**-32 + 2.0**-33).double()

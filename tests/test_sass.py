@@ -1,5 +1,6 @@
 """The instruction budgets of the Triton pass (bench/sass.py): compiled here, on a machine without a GPU."""
 
+import json
 import os
 
 import pytest
@@ -7,6 +8,8 @@ import pytest
 pytest.importorskip("triton", reason="triton is not installed")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiles, so not in the interpreter", allow_module_level=True)
+
+from zo_core.kernels.triton.compiled import architectures
 
 from bench import sass
 from bench.sass import Form
@@ -67,13 +70,27 @@ def test_residuals_move_in_whole_registers(bits):
     assert {f"{op}.E.{w}" for op in ("LDG", "STG") for w in (8 * bits, 128)} == set(result.widths)
 
 
-def test_the_main_forms_keep_their_budgets(tmp_path):
-    assert sass.main(["--fast", "--json", str(tmp_path / "sass.json")]) == 0
+def judged():
+    """Every form on sm_80 and sm_90, which have budgets; each main one also on one of the other architectures, in turn."""
+    others = [a for a in architectures() if a not in (80, 90)]
+    yield from ((v, a) for v in sass.VARIANTS for a in (80, 90))
+    yield from ((v, others[i % len(others)]) for i, v in enumerate(sass.MAIN))
 
 
-def test_a_form_over_its_budget_fails(monkeypatch):
-    monkeypatch.setattr(sass, "MAIN", (sass.Variant("tight", Form("rademacher"), 1),))
-    assert sass.main(["--fast"]) == 1
+@pytest.mark.parametrize(("variant", "capability"), list(judged()), ids=lambda x: getattr(x, "name", x))
+def test_a_form_keeps_its_budget_moves_128_bits_and_spills_nothing(variant, capability):
+    assert not sass.judge(variant, capability).problems
+
+
+def test_the_program_writes_its_table_and_fails_where_a_form_is_over_its_budget(monkeypatch, tmp_path):
+    for budget, status in ((100, 0), (1, 1)):
+        monkeypatch.setattr(sass, "MAIN", (sass.Variant("one", Form("rademacher"), budget),))
+        assert sass.main(["--fast", "--json", str(tmp_path / "sass.json")]) == status
+        table = json.loads((tmp_path / "sass.json").read_text())
+        assert [(r["name"], r["capability"], bool(r["problems"])) for r in table] == [
+            ("one", 80, bool(status)),
+            ("one", 90, bool(status)),
+        ]
 
 
 @pytest.mark.parametrize("capability", [80, 90])

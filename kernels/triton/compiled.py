@@ -37,18 +37,6 @@ def architectures() -> list[int]:
     return [a for a in (80, 86, 89, 90, 100, 103, 120) if a in known]
 
 
-def few_forms(name: str) -> list[dict[str, Any]]:
-    """Few forms of a kernel in which any two values that two fields of a form can have together occur together."""
-    forms = list(KERNELS[name].forms())
-    fields = [vars(f["FORM"]) if "FORM" in f else f for f in forms]
-    pairs = [{(a, x, b, y) for a, x in v.items() for b, y in v.items() if a <= b} for v in fields]
-    chosen, missing = [0], {pair for of_form in pairs for pair in of_form} - pairs[0]
-    while missing:
-        chosen.append(max(range(len(forms)), key=lambda i: len(pairs[i] & missing)))
-        missing -= pairs[chosen[-1]]
-    return [forms[i] for i in chosen]
-
-
 def compile_form(name: str, form: dict[str, Any], architecture: int | str) -> Any:
     """Compile one form of a kernel as a launch would, for a compute capability or an AMD architecture."""
     kernel = KERNELS[name]

@@ -1,7 +1,9 @@
 """How a kernel is declared, compiled and launched: what Triton compiles is decided here and in forms.py alone."""
 
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +34,7 @@ class Kernel:
     function: Any
     warps: int
     forms: Callable[[], Iterable[dict[str, Any]]]
+    constants: tuple[str, ...]  # names of the compile-time arguments, which choose the form
 
 
 KERNELS: dict[str, Kernel] = {}
@@ -47,9 +50,10 @@ def kernel(warps: int, forms: Callable[[], Iterable[dict[str, Any]]] = lambda: [
     def declare(function: Any) -> Any:
         names = function.__code__.co_varnames[: function.__code__.co_argcount]
         values = [n for n in names if n not in function.__annotations__]
+        constants = tuple(n for n in names if n not in values)
         function.__annotations__ |= {n: TYPES[n] for n in values}
         compiled = triton.jit(function, do_not_specialize=values)
-        KERNELS[function.__name__] = Kernel(compiled, warps, forms)
+        KERNELS[function.__name__] = Kernel(compiled, warps, forms, constants)
         return compiled
 
     return declare
@@ -64,7 +68,57 @@ def options(warps: int) -> dict[str, Any]:
 
 def launch(function: Any, programs: int, **arguments: Any) -> None:
     """Launch a declared kernel. No other place does, so that KERNELS names all that can be compiled."""
-    function[(programs,)](**arguments, **options(KERNELS[function.__name__].warps))
+    kernel = KERNELS[function.__name__]
+    form = function.__name__, *(arguments[name] for name in kernel.constants)
+    with nullcontext() if form in _launched else _announced_if_it_compiles():
+        function[(programs,)](**arguments, **options(kernel.warps))
+    _launched.add(form)
+
+
+# ---- the line that says why the first launch of a form takes long --------------------------------------------------
+
+PATIENCE = 1.0  # seconds; a form that is kept in the cache folder is loaded in a small part of that
+_launched: set[tuple[Any, ...]] = set()
+_announced = triton.knobs.runtime.interpret  # the interpreter compiles nothing
+
+
+def announce(what: str) -> None:
+    """Write a line to stderr that says what is compiled, and where it is kept."""
+    sys.stderr.write(
+        f"zo_core: {what} the first time on this machine, which may take a minute (kept in {triton.knobs.cache.dir})\n"
+    )
+
+
+@contextmanager
+def announced() -> Iterator[None]:
+    """A block whose compilations have been announced, and need no line of their own."""
+    global _announced
+    before, _announced = _announced, True
+    try:
+        yield
+    finally:
+        _announced = before
+
+
+@contextmanager
+def _announced_if_it_compiles() -> Iterator[None]:
+    """Say once a process that kernels are compiled, should the launch in this block take longer than PATIENCE."""
+
+    def say() -> None:
+        global _announced
+        if not _announced:
+            _announced = True
+            announce("compiling kernels that this process needs")
+
+    timer = None if _announced else threading.Timer(PATIENCE, say)
+    if timer is not None:
+        timer.daemon = True
+        timer.start()
+    try:
+        yield
+    finally:
+        if timer is not None:
+            timer.cancel()
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:
