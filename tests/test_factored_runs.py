@@ -83,7 +83,7 @@ def test_a_run_is_replayed_recovered_and_resumed_bit_for_bit(tmp_path):
     opt.load_state_dict(saved["opt"])
     for _ in range(3):
         opt.step(resumed.loss)
-    assert same(resumed, model) and opt.state_dict()["state"]["zo"]["rank"] == 2
+    assert same(resumed, model) and opt.state_dict()["state"][0]["zo"]["rank"] == 2
     with pytest.raises(JournalError, match="rank: expected 2 as in the journal, got 3"):
         Journal.recover(path, optimizer(Toy(), probes=3, rank=3))
 
@@ -91,7 +91,7 @@ def test_a_run_is_replayed_recovered_and_resumed_bit_for_bit(tmp_path):
 def test_only_factored_noise_has_a_rank_in_states_and_headers(tmp_path):
     opt = optimizer(Toy(), distribution="rademacher", rank=1)
     header = zo_core.journal.Header.of(opt)
-    assert "rank" not in opt.state_dict()["state"]["zo"] and b'"rank"' not in header.text()
+    assert "rank" not in opt.state_dict()["state"][0]["zo"] and b'"rank"' not in header.text()
     assert zo_core.journal.Header.parse(header.text()).rank == 1
     text = zo_core.journal.Header.of(optimizer(Toy())).text()
     for wrong in (b'"rank":0', b'"rank":1025', b'"rank":"2"', b'"rank":true'):

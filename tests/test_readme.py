@@ -19,10 +19,12 @@ def test_the_python_example_trains(capsys):
 
 
 def test_the_methods_page():
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "methods.md").read_text(encoding="utf-8"), re.S)
-    with torch.random.fork_rng():
-        exec(code, names := {})
-    assert names["opt"].updates == 10
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "methods.md").read_text(encoding="utf-8"), re.S)
+    for code in examples:
+        with torch.random.fork_rng():
+            exec(code, names := {})
+        assert names["opt"].updates == 10
+    assert len(examples) == 2
 
 
 def test_every_linked_file_exists():

@@ -1,7 +1,5 @@
 """Gathered rows: an embedding reads few rows of its matrix, so only these are perturbed, into a small matrix of their own."""
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
 import triton.language as tl
@@ -37,9 +35,8 @@ def rows_kernel(
     column_scale, columns = column_scale.to(tl.int64), columns.to(tl.int64)
     wide = width.to(tl.int64) if FORM.factored else zero
     aligned = ((src_at | dst_at | scale_at | column_scale | ((columns | wide) & 7)) & 15) == 0
-    aligned = (
-        aligned & (tl.maximum(columns, wide) < 1 << 28) & ((rest_at & (FORM.residual - 1 if FORM.residual else 0)) == 0)
-    )
+    aligned = aligned & ((rest_at & (FORM.residual - 1 if FORM.residual else 0)) == 0)
+    aligned = aligned & (tl.maximum(columns, wide) < 1 << 28)
     row = Row(
         src_at, dst_at, scale_at, shift, shift + width, at - shift, tensor_id.to(tl.uint32), zero, aligned, rest_at,
         row_scale.to(tl.int64), column_scale, columns, wide, row_word.to(tl.int64), column_word.to(tl.int64),
@@ -68,7 +65,7 @@ def run_rows(
     tiles = -(-width // TILE) + 1  # a row may start anywhere in its first tile
     with on(src.device):
         made = {**dict.fromkeys(("digits", "words", "reals"), coeffs), "n_steps": 0, "plane": 0}  # read by sums alone
-        places: Sequence[int] = (0, 0)
+        places = 0, 0
         if form.factored:
             lines, places, plane = lines_on(src.device, width, offset, src.numel(), tensor_id)
             made |= signs_of(lines, plane, streams, coeffs, rank, seed)

@@ -31,7 +31,10 @@ def tile_rows(
     ``factors``: what ``factors_of`` makes of the two scales of each tensor, or none. ``widths``: of factored noise, columns of the
     full tensors; then also the programs that make its signs, and how many words those of a step are.
     """
-    rows, runs, lines, words = [], [], [], 0
+    rows: list[list[int]] = []
+    runs: list[tuple[int, int]] = []
+    lines: list[list[int]] = []
+    words = 0
     of_tensors = zip(
         src, dst, hessians, residuals, sizes, offsets, ids, columns, factors or [(0, 0, 0)] * len(src),
         widths or [0] * len(src), strict=True,
@@ -46,15 +49,13 @@ def tile_rows(
             shift = first % TILE
             back = skipped - shift
             at = [s + back * src_bytes, d + back * dst_bytes, h + back * 4 if h else 0, r + back * residual_bits // 8]
-            aligned = (
-                at[0] % 16 == at[1] % 16 == at[2] % 16 == at[3] % (residual_bits or 1) == 0
-            )  # 8 residuals are its bits
+            # 8 elements of a residual are its bits
+            aligned = at[0] % 16 == at[1] % 16 == at[2] % 16 == at[3] % (residual_bits or 1) == 0
             aligned &= column_scale % 16 == n_columns % 8 == width % 8 == 0 and max(n_columns, width) < 1 << 28
-            more: list[int] = []
-            places = (0, 0)
+            places = 0, 0
             if width:
-                more, places, words = lines_of(width, first, part, tensor_id, column, words)
-                lines += more
+                programs, places, words = lines_of(width, first, part, tensor_id, column, words)
+                lines += programs
             rows.append([*at[:3], shift, shift + part, first - shift, tensor_id, column * 2 + aligned, at[3]])
             rows[-1] += [row_scale, column_scale, n_columns, width, *places]
             tiles = -(-(shift + part) // TILE)

@@ -165,10 +165,11 @@ class ZOMixin(_Trainer):
             self.optimizer = optimizer_class(args.zo_method)(model, lr=lr, **options)
         if not isinstance(optimizer := self.zo_optimizer, ZOOptimizer):
             raise TypeError(f"optimizers: expected an optimizer of zo_core, got {type(optimizer).__name__}")
-        n, expected = self.accelerator.num_processes, self._parallel()
-        if n > 1 and (optimizer.processes is None or optimizer.processes.grid() != expected.grid()):
+        n = self.accelerator.num_processes
+        grid = (1, n) if self.args.spread_probes else (n, 1)
+        if n > 1 and (optimizer.processes is None or optimizer.processes.grid() != grid):
             raise ValueError(
-                f"processes: expected zo_core.distributed.{expected}, as each of {n} processes gets rows of its own from "
+                f"processes: expected zo_core.distributed.Parallel(data={grid[0]}), as each of {n} processes gets rows of its own from "
                 f"Trainer, got {optimizer.processes}"
             )
         if self.args.spread_probes and optimizer.probes != (most := self.args.gradient_accumulation_steps * n):
