@@ -1,8 +1,9 @@
 """The GPU acceptance program: ``python -m bench.gpu [--json FILE]``, one command, at most 8 minutes on one GPU.
 
 Needs torch, triton, transformers, numpy and this checkout; no network, no native build. First a correctness gate
-(every op against the reference, launch shapes, CUDA graphs): no figure is taken on a red one. Then passes against
-device-to-device copies, then whole steps against published MeZO. One JSON, and a short table last.
+(every op against the reference, launch shapes, CUDA graphs), in several processes, as most of it is compiling: no
+figure is taken on a red one. Then passes against device-to-device copies, whole steps against published MeZO, and steps of many
+probes by the grouped engine against the shadow engine. One JSON, and a short table last.
 
     --smoke    the gate and the bookkeeping in Triton's interpreter, at tiny sizes, without a GPU; its times mean nothing
     --report F [F ...]   write a Markdown page from JSON files; nothing is run
@@ -19,8 +20,9 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import product
+from itertools import count, product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 RED, NO_GPU = 1, 3
@@ -28,6 +30,14 @@ ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = ((16, 32), (16, 64), (4, 256), (16, 256))  # batch x length of the whole steps
 ENGINES = ("shadow", "inplace")
 STEP_MODELS = ("OPT-1.3B", "Llama-3-8B", "OPT-13B")
+PROBES = (
+    (8, 1, 32),
+    (8, 4, 64),
+    (8, 16, 64),
+    (32, 1, 32),
+    (32, 4, 64),
+)  # probes, batch and length of the steps of many probes
+PROBE_MODELS = STEP_MODELS[:2]
 
 
 def say(text: str) -> None:
@@ -45,7 +55,14 @@ class Bench:
         )  # of so many cases of a pass the gate takes one; of encodings fewer from 20 on
         self.smoke, self.device = smoke, "cpu" if smoke else "cuda"
         self.deadline = time.monotonic() + 60 * minutes
-        self.result: dict[str, Any] = {"smoke": smoke, "gate": [], "passes": [], "steps": [], "skipped": []}
+        self.result: dict[str, Any] = {
+            "smoke": smoke,
+            "gate": [],
+            "passes": [],
+            "steps": [],
+            "probes": [],
+            "skipped": [],
+        }
 
     def has_time(self, what: str, seconds: float) -> bool:
         """Whether so many seconds are left; what is left out is on record."""
@@ -61,6 +78,19 @@ class Bench:
 
         if not self.smoke:
             torch.cuda.synchronize()
+
+    def peak(self, work: Callable[[], object]) -> int:
+        """Bytes of the GPU's memory that a call has in use at most."""
+        import torch
+
+        if self.smoke:
+            work()
+            return 1
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        work()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated()
 
     def time(self, work: Callable[[], object], seconds: float = 0.3, least: int = 3) -> dict[str, float]:
         """Milliseconds of one call: median and 20th and 80th percentile, after two calls that are not counted."""
@@ -123,8 +153,11 @@ def machine() -> dict[str, Any]:
 # ---- 1: the gate --------------------------------------------------------------------------------------------------
 
 
-def gate(bench: Bench) -> bool:
-    """Every op against the reference, and determinism. Failures are recorded; true if there is none."""
+def gate(bench: Bench, part: tuple[int, int] = (0, 1)) -> bool:
+    """Every op against the reference, and determinism. Failures are recorded; true if there is none.
+
+    ``part``: (i, n), only each n-th check, from number i on.
+    """
     sys.path.insert(0, str(ROOT / "tests"))
     import cases
     import torch
@@ -135,7 +168,11 @@ def gate(bench: Bench) -> bool:
     d = bench.device
     noise = 1e-5 if bench.smoke else 1e-3
 
+    numbers = count()
+
     def check(name: str, work: Callable[[], object]) -> None:
+        if next(numbers) % part[1] != part[0]:
+            return
         try:
             work()
             error = ""
@@ -293,6 +330,27 @@ def gate(bench: Bench) -> bool:
     return not red
 
 
+def gate_in_parts(bench: Bench, jobs: int) -> bool:
+    """The gate in so many processes, which leave what they compile in Triton's cache folder; true if all of it is green."""
+    with TemporaryDirectory() as folder:
+        files = [Path(folder) / f"{i}.json" for i in range(jobs)]
+        commands = [
+            [sys.executable, "-m", "bench.gpu", "--part", f"{i}/{jobs}", "--json", str(f)] for i, f in enumerate(files)
+        ]
+        running = [subprocess.Popen(c, cwd=ROOT, stdout=subprocess.DEVNULL) for c in commands]
+        for i, (process, file) in enumerate(zip(running, files, strict=True)):
+            code = process.wait()
+            found = json.loads(file.read_text()) if file.exists() else {}
+            found.setdefault("gate", [{"name": f"part {i}", "error": f"its process ended with {code}"}])
+            bench.result["gate"] += found["gate"]
+            bench.result |= {name: x for name, x in found.items() if name.endswith(" error")}
+    red = [g for g in bench.result["gate"] if g["error"]]
+    for g in red:
+        say(f"  RED {g['name']}: {g['error']}")
+    say(f"gate: {len(bench.result['gate'])} checks, {len(red)} red")
+    return not red
+
+
 # ---- 2: passes ----------------------------------------------------------------------------------------------------
 
 
@@ -337,7 +395,9 @@ def passes_against_copy(bench: Bench) -> None:
     bench.result["copy_gbps"] = copy
     say(f"copy: {copy:.0f} GB/s")
     del a, b
-    lists = {"one tensor": [(5000,) if bench.smoke else (1 << 29,)]} | {m: shapes(m, bench.smoke) for m in NAMES}
+    lists = {"one tensor": [(10, 500) if bench.smoke else (1 << 15, 1 << 14)]} | {
+        m: shapes(m, bench.smoke) for m in NAMES
+    }
     for model, sizes in list(lists.items())[: 2 if bench.smoke else None]:
         if not bench.has_time(f"passes {model}", 20):
             continue
@@ -361,13 +421,17 @@ def passes_against_copy(bench: Bench) -> None:
                 ("rademacher K=8 stochastic", "rademacher", 8, {"update": update}),
                 ("rademacher K=40", "rademacher", 40, {}),
                 ("rademacher K=160", "rademacher", 160, {}),
+                ("factored", "factored", 1, {}),
+                ("factored stochastic", "factored", 1, {"update": update}),
+                ("factored K=8", "factored", 8, {}),
+                ("factored K=16", "factored", 16, {}),
             )
             if dtype is not torch.float32:
                 forms += tuple((f"{z} + 8 stochastic", z, 1, {"residuals": torch.int8, "update": update}) for z in both)
                 forms += tuple((f"{z} + 16", z, 1, {"residuals": torch.int16}) for z in both)
             for form, distribution, k, options in forms:
                 if bench.smoke and (
-                    k > 8 or (model != "one tensor" and form not in ("gaussian", "gaussian + 8 stochastic"))
+                    k > 8 or (model != "one tensor" and form not in ("gaussian", "gaussian + 8 stochastic", "factored"))
                 ):
                     continue
                 if "stochastic" in form and dtype is torch.float32:
@@ -440,32 +504,22 @@ def whole_steps(bench: Bench) -> None:
                 with torch.inference_mode():
                     return losses.causal_lm_loss(model(input_ids=ids, use_cache=False).logits, ids)
 
-            def peak(work: Callable[[], object]) -> int:
-                if bench.smoke:
-                    work()
-                    return 1
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats()
-                work()
-                torch.cuda.synchronize()
-                return torch.cuda.max_memory_allocated()
-
             row: dict[str, Any] = {"model": name, "batch": size, "length": length, "weights": bytes_of_weights}
-            inference = peak(loss)
+            inference = bench.peak(loss)
             forward = bench.time(loss, 0.5)["ms"]
             row |= {"forwards": 2 * forward, "three_copies": copies, "inference_bytes": inference}
             for engine in ENGINES:  # made anew each time: the published way replaces the tensors' memory
                 step = partial(MeZO(model, lr=1e-7, eps=1e-3, seed=1, engine=engine, residual=None).step, loss)
                 ours = bench.time(step, 1.0)
                 row[engine] = {**ours, "outside": ours["ms"] - 2 * forward, "of_bound": ours["ms"] / (2 * forward + copies),
-                               "memory": peak(step) / inference}  # fmt: skip
+                               "memory": bench.peak(step) / inference}  # fmt: skip
                 del step
             published_step = partial(published.mezo_step, params, loss, 1, 1e-7, 1e-3)
             theirs = bench.time(published_step, 1.0)
             perturb = bench.time(partial(published.perturb, params, 1, 1, 1e-6))["ms"]
             update = bench.time(partial(published.update, params, 1, 1e-9, 1.0))["ms"]
             row["published"] = {**theirs, "outside": theirs["ms"] - 2 * forward, "perturb": perturb, "update": update,
-                                "memory": peak(published_step) / inference}  # fmt: skip
+                                "memory": bench.peak(published_step) / inference}  # fmt: skip
             bench.result["steps"].append(row)
             say(
                 f"  {name:<11} {size:>3}x{length:<4} forwards {2 * forward:8.1f} ms  published {theirs['ms']:8.1f}"
@@ -479,7 +533,53 @@ def whole_steps(bench: Bench) -> None:
             torch.cuda.empty_cache()
 
 
-# ---- 4: what is left of it ----------------------------------------------------------------------------------------
+# ---- 4: steps of many probes --------------------------------------------------------------------------------------
+
+
+def many_probes(bench: Bench) -> None:
+    """FZOO with factored probes: as many forwards as it has points, the shadow engine, the grouped engine; and their peak memory."""
+    import torch
+
+    from bench.gpu_models import batch, build
+    from zo_core import FZOO, losses
+
+    for name in PROBE_MODELS[: 1 if bench.smoke else None]:
+        if not bench.has_time(f"probes {name}", 40):
+            continue
+        model = build(name, bench.device, bench.smoke)
+        for probes, size, length in PROBES[: 1 if bench.smoke else None]:
+            if not bench.has_time(f"probes {name} {probes} {size}x{length}", 12):
+                continue
+            ids = batch(model, size, 8 if bench.smoke else length)
+
+            def loss(model: Any = model, ids: Any = ids) -> Any:
+                with torch.no_grad():
+                    return losses.causal_lm_loss(model(input_ids=ids, use_cache=False).logits, ids)
+
+            forward = bench.time(loss, 0.3)["ms"]
+            row: dict[str, Any] = {"model": name, "probes": probes, "batch": size, "length": length,
+                                   "forwards": (1 + probes) * forward}  # fmt: skip
+            for engine in ("shadow", "grouped"):
+                opt = FZOO(model, lr=1e-9, probes=probes, seed=1, engine=engine, residual=None, distribution="factored")
+                step = partial(opt.step, loss)
+                row[engine] = bench.time(step, 0.8) | {"memory": bench.peak(step)}
+                serving: Any = opt._engine
+                if engine == "grouped":
+                    row[engine] |= {"alone": serving.alone, "at_once": min(1 + probes, serving._at_once())}
+                del opt, step, serving
+            bench.result["probes"].append(row)
+            shadow, grouped = row["shadow"]["ms"], row["grouped"]["ms"]
+            say(
+                f"  {name:<11} {size:>3}x{length:<4} {probes:>3} probes  forwards {row['forwards']:8.1f} ms  shadow {shadow:8.1f}"
+                f"  grouped {grouped:8.1f} ({shadow / grouped:.2f}x; {grouped / row['forwards']:.2f} of forwards)"
+                + f"  {row['grouped']['at_once']} at once {row['grouped']['alone'] or ''}"
+            )
+        del model
+        if not bench.smoke:
+            torch.cuda.empty_cache()
+
+
+# ---- 5: what is left of it ----------------------------------------------------------------------------------------
 
 
 def report(results: Sequence[dict[str, Any]]) -> str:
@@ -516,6 +616,15 @@ def report(results: Sequence[dict[str, Any]]) -> str:
                 f"| {p['ms'] / o['ms']:.2f}x | {o['of_bound']:.2f} | {p['outside']:.1f} | {o['outside']:.1f} "
                 f"| {p['memory']:.3f} | {o['memory']:.3f} |"
             )
+        lines += ["", "| model | probes | batch x length | as many forwards, ms | shadow, ms | grouped, ms | faster | of forwards "
+                  "| points at once | memory, GiB: shadow | grouped |", "|---|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|"]  # fmt: skip
+        for s in r.get("probes", ()):
+            o, p = s["grouped"], s["shadow"]
+            lines.append(
+                f"| {s['model']} | {s['probes']} | {s['batch']}x{s['length']} | {s['forwards']:.1f} | {p['ms']:.1f} | {o['ms']:.1f} "
+                f"| {p['ms'] / o['ms']:.2f}x | {o['ms'] / s['forwards']:.2f} | {o['at_once']} | {p['memory'] / 2**30:.1f} "
+                f"| {o['memory'] / 2**30:.1f} |"
+            )
         if r["skipped"]:
             lines += ["", "Left out for time: " + ", ".join(r["skipped"]) + "."]
         lines.append("")
@@ -530,6 +639,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="default: bench/results/gpu_<name>.json; with --smoke none")
     parser.add_argument("--minutes", type=float, default=8, help="what does not fit is left out and listed")
     parser.add_argument("--smoke", action="store_true", help="in the interpreter, tiny, no GPU")
+    parser.add_argument("--jobs", type=int, default=min(os.cpu_count() or 1, 16), help="processes of the gate")
+    parser.add_argument("--part", help="i/n: only a part of the gate, as each of its processes runs")
     parser.add_argument("--report", type=Path, nargs="+", metavar="JSON", help="write a page from these files")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "gpu.md", help="of --report")
     args = parser.parse_args(argv)
@@ -553,10 +664,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         ops.backend_for = lambda device: backend
     bench = Bench(args.smoke, args.minutes)
     bench.result |= {"machine": machine(), "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())}
-    well = gate(bench)
-    if well:
+    part, parts = map(int, (args.part or "0/1").split("/"))
+    if args.part or args.smoke or args.jobs == 1:
+        well = gate(bench, (part, parts))
+    else:
+        well = gate_in_parts(bench, args.jobs)
+    if well and not args.part:
         passes_against_copy(bench)
         whole_steps(bench)
+        many_probes(bench)
     bench.result["seconds"] = time.monotonic() - begin
     name = str(bench.result["machine"].get("gpu", "smoke")).replace(" ", "_")
     path = args.json or (None if args.smoke else ROOT / "bench" / "results" / f"gpu_{name}.json")
@@ -564,7 +680,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(bench.result, indent=1) + "\n")
         say(f"wrote {path}")
-    say(report([bench.result]))
+    if not args.part:
+        say(report([bench.result]))
     return 0 if well else RED
 
 
