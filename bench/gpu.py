@@ -163,7 +163,7 @@ def gate(bench: Bench, part: tuple[int, int] = (0, 1)) -> bool:
     import torch
     from zo_core.kernels import reference, selfcheck
     from zo_core.kernels import triton as backend
-    from zo_core.kernels.triton import table
+    from zo_core.kernels.triton import passes, table
 
     d = bench.device
     noise = 1e-5 if bench.smoke else 1e-3
@@ -222,12 +222,12 @@ def gate(bench: Bench, part: tuple[int, int] = (0, 1)) -> bool:
         tiles = table.TILES
         try:
             for table.TILES in (tiles, 1, 7):
-                table._tables.clear()
+                passes._prepared.clear()
                 outs.append(torch.zeros(n, device=d))
                 call([outs[-1]], distribution, k)
         finally:
             table.TILES = tiles
-            table._tables.clear()
+            passes._prepared.clear()
         assert all(torch.equal(outs[0], o) for o in outs[1:]), "not the same whatever the launch"
         if k == 1:
             part = torch.zeros(n - 1001, device=d)

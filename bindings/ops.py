@@ -412,16 +412,16 @@ def backend_for(device: torch.device) -> ModuleType:
     return backend
 
 
-def prepare_perturb(device: torch.device, src: Any, dst: Any, **beside: Any) -> Callable[..., None]:
-    """``perturb`` of tensors that stay where they are, unchecked, as a function of src, which it does not keep, and the scalars.
+def prepare(device: torch.device, src: Any, dst: Any, **beside: Any) -> Callable[..., None]:
+    """A pass on tensors that stay where they are, unchecked, as a function of src, which it does not keep, and the scalars.
 
-    The native backend is spared a look at each tensor in every call.
+    Backends are spared a look at each tensor in every call.
     """
     backend = backend_for(device)
-    if backend is native:
-        run = native.prepare(src, dst, **beside)
-        return lambda _, **scalars: run(**scalars)
-    return lambda src, **scalars: backend.run_pass(src, dst, **beside, **scalars)
+    if backend is reference:
+        return lambda src, **scalars: reference.run_pass(src, dst, **beside, **scalars)
+    run = backend.prepare(src, dst, **beside)
+    return lambda _, **scalars: run(**scalars)
 
 
 def _run(

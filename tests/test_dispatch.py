@@ -278,10 +278,11 @@ def slow(monkeypatch):
         __name__, until = "slow_kernel", threading.Event()
 
         def __getitem__(self, grid):
-            return lambda **arguments: self.until.wait(60)
+            return lambda **arguments: self.until.wait(60) and None  # as the interpreter, it gives no compiled form
 
-    monkeypatch.setitem(launch.KERNELS, "slow_kernel", launch.Kernel(Slow(), 1, list, ("FORM",)))
-    monkeypatch.setattr(launch, "_launched", set())
+    monkeypatch.setitem(launch.KERNELS, "slow_kernel", launch.Kernel(Slow(), 1, list, ("n", "FORM"), ("FORM",)))
+    monkeypatch.setattr(launch, "driver", SimpleNamespace(active=SimpleNamespace(get_current_device=lambda: 0)))
+    monkeypatch.setattr(launch, "_compiled", {})
     monkeypatch.setattr(launch, "_announced", False)
     monkeypatch.setattr(launch, "PATIENCE", 0.0)
     said = []

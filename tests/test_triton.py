@@ -80,7 +80,7 @@ def test_noise_is_within_its_bound_and_bit_identical_whatever_slice_streams_and_
     for k, slot in [(2, 1), (9, 4)]:
         assert torch.equal(sample(distribution, n, k=k, slot=slot), whole)
     monkeypatch.setattr(table, "TILES", 1)
-    monkeypatch.setattr(table, "_tables", type(table._tables)())
+    passes._prepared.clear()
     assert torch.equal(sample(distribution, n), whole)
 
 
@@ -93,51 +93,54 @@ def test_offsets_across_a_block_number_of_32_bits():
         assert (got.double() - exact).abs().max() <= 1e-3
 
 
-def test_the_table_is_made_once_and_again_when_a_tensor_moves():
-    table._tables.clear()
-    case = Case(sizes=(5, 2000), k=2)
-    job = run(case, backend, DEVICE)
-    made = [id(t[0]) for t in table._tables.values()]
+def test_a_pass_is_prepared_once_and_again_when_a_tensor_moves():
+    passes._prepared.clear()
+    job = run(Case(sizes=(5, 2000), k=2), backend, DEVICE)
+    (made,) = passes._prepared.values()
+    (tables,) = made.args[2].values()
     backend.run_pass(*job["args"], seed=SEED, distribution="gaussian", **job["options"])
-    assert [id(t[0]) for t in table._tables.values()] == made
+    assert [*passes._prepared.values()] == [made] and [*made.args[2].values()] == [tables]
     weights = job["args"][0]
     weights[0] = weights[0].clone()
     backend.run_pass(weights, weights, *job["args"][2:], seed=SEED, distribution="gaussian", **job["options"])
-    assert len(table._tables) == len(made) + 1
+    assert len(passes._prepared) == 2
 
 
 @pytest.mark.parametrize(
-    "part", ["src", "dst", "hessians", "residual", "offset", "id", "factors", "row", "column", "columns", "width"]
+    "part", ["src", "dst", "hessians", "residuals", "ids", "offsets", "row", "column", "columns", "widths"]
 )
-def test_whatever_the_table_holds_makes_a_new_one(part):
-    table._tables.clear()
-    t = [torch.zeros(4, device=DEVICE) for _ in range(6)]
+def test_whatever_the_table_holds_makes_another_one(part):
+    t = [torch.zeros(4, device=DEVICE, dtype=torch.bfloat16) for _ in range(4)]
+    t += [torch.ones(4, device=DEVICE) for _ in range(7)]
     t += [torch.zeros(4, device=DEVICE, dtype=torch.int8) for _ in range(2)]
-    first = {
-        "src": [t[0]],
-        "dst": [t[1]],
-        "hessians": [t[2]],
-        "residuals": [t[6]],
-        "offsets": [0],
-        "ids": [0],
-        "columns": [0],
-        "factors": [(64, 64, 2)],
-        "widths": [0],
+    of = {"src": [t[0]], "dst": [t[1]], "hessians": [t[4]], "residuals": [t[11]], "ids": [0], "offsets": [0]}
+    of |= {"row_scales": [t[5]], "column_scales": [t[6]], "widths": [4]}
+    other = {
+        "src": [t[2]],
+        "dst": [t[3]],
+        "hessians": [t[7]],
+        "residuals": [t[12]],
+        "ids": [1],
+        "offsets": [4],
+        "widths": [2],
     }
-    other = {"src": {"src": [t[3]]}, "dst": {"dst": [t[4]]}, "hessians": {"hessians": [t[5]]}, "residual": {"residuals": [t[7]]},
-             "offset": {"offsets": [4]}, "id": {"ids": [1]}, "factors": {"factors": ()}, "row": {"factors": [(0, 64, 2)]},
-             "column": {"factors": [(64, 80, 2)]}, "columns": {"factors": [(64, 64, 4)]}, "width": {"widths": [4]}}[part]  # fmt: skip
-    tables = [table.table_of(**arguments, device=t[0].device)[0] for arguments in (first, first | other, first)]
-    assert not torch.equal(tables[0], tables[1]) and tables[0] is tables[2]
+    other |= {"row": [t[8]], "column": [t[9]], "columns": [t[6][:2]]}
+    name = {"row": "row_scales", "column": "column_scales", "columns": "column_scales"}.get(part, part)
+    form = forms.form_of("factored", torch.bfloat16, torch.bfloat16, "factors", 8, False, False, False, 1)
+    kinds = [table.Tensors.of(**of), table.Tensors.of(**of | {name: other[part]})]
+    tables = [table.table_of(tensors, [0], form, t[0].device).rows for tensors in kinds]
+    assert kinds[0] != kinds[1] and not torch.equal(*tables)
 
 
-def test_the_cache_of_tables_is_bounded(monkeypatch):
-    monkeypatch.setattr(table, "_CACHED", 3)
-    table._tables.clear()
+def test_the_passes_that_are_kept_are_bounded(monkeypatch):
+    monkeypatch.setattr(passes, "PREPARED", 3)
+    passes._prepared.clear()
     kept = [torch.zeros(1, device=DEVICE) for _ in range(6)]
+    nothing = torch.zeros(0, dtype=torch.int64, device=DEVICE), torch.zeros(0, 1, device=DEVICE)
+    counters = torch.zeros(2, dtype=torch.int64, device=DEVICE)
     for t in kept:
-        table.table_of([t], [t], [], [], [0], [0], [0], t.device)
-    assert len(table._tables) == 3
+        backend.run_pass([t], [t], [], [0], [0], *nothing, seed=1, distribution="gaussian", counters=counters)
+    assert len(passes._prepared) == 3
 
 
 def test_rows_and_runs_of_the_table():
@@ -335,14 +338,14 @@ def test_saturated_elements_are_counted_for_their_tensor_whatever_launch_it_is_i
 
 
 def test_a_prepared_pass_is_the_reference_s(monkeypatch):
-    src = [torch.linspace(-1, 1, 300), torch.linspace(0, 2, 5)]
+    src = [torch.linspace(-1, 1, 300, device=DEVICE), torch.linspace(0, 2, 5, device=DEVICE)]
     found = []
     for module in (backend, reference):
         monkeypatch.setattr(ops, "backend_for", lambda device, module=module: module)
-        out, counters = [torch.empty_like(t) for t in src], torch.zeros(3, dtype=torch.int64)
-        run = ops.prepare_perturb(counters.device, src, out, hessians=[], tensor_ids=[1, 4], offsets=[])
-        coeffs = torch.full((1, 2), 0.5)
-        run(src, streams=torch.tensor([3]), coeffs=coeffs, counters=counters, seed=9, distribution="rademacher")
+        out, counters = [torch.empty_like(t) for t in src], torch.zeros(3, dtype=torch.int64, device=DEVICE)
+        run = ops.prepare(counters.device, src, out, hessians=[], tensor_ids=[1, 4], offsets=[])
+        streams, coeffs = torch.tensor([3], device=DEVICE), torch.full((1, 2), 0.5, device=DEVICE)
+        run(src, streams=streams, coeffs=coeffs, counters=counters, seed=9, distribution="rademacher")
         found.append(torch.cat(out))
     assert torch.equal(*found) and not torch.equal(found[0], torch.cat(src))
 

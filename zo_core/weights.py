@@ -6,10 +6,12 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import reduce
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from . import scaling, sharding
 from .bindings import native, ops
@@ -50,6 +52,7 @@ class ParamSpace:
         """Make what passes need of factored Hessians."""
         self._scales: dict[str, Any] = {}
         self._rescale()
+        self._prepared: tuple[list[Any], Callable[..., None]] = [], lambda *_, **__: None  # see ``_in_place``
 
     def _rescale(self) -> None:
         with torch.inference_mode(False):
@@ -119,23 +122,29 @@ class ParamSpace:
             self._rescale()
         elif restore is not None:
             coeffs = coeffs + (1 - decay if decay is not None else 1) * restore
-        whole: dict[str, Any] = (
-            {"tensor_ids": list(range(len(self.tensors))), "offsets": []} if self.pieces is None else {}
-        )
+        streams = torch.cat(list(probes)) if probes else torch.empty(0, dtype=torch.int64, device=coeffs.device)
+        scalars: dict[str, Any] = {"coeffs": coeffs, "counters": self.counters, "decay": decay, "update": update}
+        scalars |= {"streams": streams, **more}
         with self._written() as tensors:
-            (self.pieces or torch.ops.zo_core).update_(
-                tensors,
-                **whole,
-                streams=torch.cat(list(probes)) if probes else torch.empty(0, dtype=torch.int64, device=coeffs.device),
-                coeffs=coeffs,
-                counters=self.counters,
-                decay=decay,
-                update=update,
-                residuals=self.residuals or None,
-                **{"hessians": [], **self._scales},
-                **more,
-                **self._noise(),
+            if self.pieces is not None:
+                scalars |= {"hessians": [], **self._scales, **self._noise()}
+                self.pieces.update_(tensors, residuals=self.residuals or None, **scalars)
+                return
+            self._in_place(tensors)(tensors, **scalars, **self._noise() | {"seed": self.seed})
+            written = (*tensors, *self.residuals, *self._scales.get("hessians", ()))
+            increment_version([t for t in written if not t.is_inference()])
+
+    def _in_place(self, tensors: Sequence[Tensor]) -> Callable[..., None]:
+        """The pass that writes these tensors: prepared once, as long as all of its tensors stay where they are."""
+        beside = {"hessians": [], **self._scales}
+        kept = [(t.data_ptr(), t.numel(), t.dtype) for t in (*tensors, *self.residuals, *chain(*beside.values()))]
+        if kept != self._prepared[0]:
+            ids = list(range(len(tensors)))
+            run = ops.prepare(
+                self.counters.device, tensors, tensors, tensor_ids=ids, offsets=[], residuals=self.residuals, **beside
             )
+            self._prepared = kept, run
+        return self._prepared[1]
 
     def replay_(self, streams: Tensor, coeffs: Tensor, decay: Tensor, updates: Tensor | None) -> None:
         """S times ``update_`` without a Hessian, one step after the other, to the same bits in one pass.
@@ -208,7 +217,7 @@ class ParamSpace:
         beside = {"tensor_ids": which, "offsets": [], "residuals": residuals, **scales}
         still = [(n, row) for n, i in enumerate(which) if (row := self.padding.get(i)) is not None]
         ordered = all(t.is_contiguous() for t in (*sources, *out))
-        run = ops.prepare_perturb(device, sources, out, **beside) if ordered else None
+        run = ops.prepare(device, sources, out, **beside) if ordered else None
 
         def make(sources: Sequence[Tensor], probe: Probe, coeffs: Tensor, counters: Tensor) -> None:
             scalars: dict[str, Any] = {"streams": probe, "coeffs": coeffs, "counters": counters}
@@ -218,7 +227,7 @@ class ParamSpace:
             else:  # noise goes by the index in the contiguous tensor
                 flat = [t.contiguous() for t in sources]
                 made = [t if t.is_contiguous() else torch.empty(t.shape, dtype=t.dtype, device=device) for t in out]
-                ops.prepare_perturb(device, flat, made, **beside)(flat, **scalars)
+                ops.prepare(device, flat, made, **beside)(flat, **scalars)
                 for t, x in zip(out, made, strict=True):
                     if t is not x:
                         t.copy_(x)

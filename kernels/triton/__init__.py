@@ -15,7 +15,7 @@ if tuple(map(int, re.findall(r"\d+", VERSION)[:2])) < OLDEST:
 
 from .factored import signs_
 from .noise import philox_
-from .passes import run_pass
+from .passes import prepare, run_pass
 from .rows import run_rows
 
-__all__ = ["philox_", "run_pass", "run_rows", "signs_"]
+__all__ = ["philox_", "prepare", "run_pass", "run_rows", "signs_"]

@@ -11,6 +11,7 @@ import torch
 
 import triton
 import triton.language as tl
+from triton.runtime import driver
 
 # The type of each parameter, whatever the kernel. Matrices of gathered rows are addresses: their form says their types.
 TYPES = (
@@ -34,7 +35,8 @@ class Kernel:
     function: Any
     warps: int
     forms: Callable[[], Iterable[dict[str, Any]]]
-    constants: tuple[str, ...]  # names of the compile-time arguments, which choose the form
+    names: tuple[str, ...]  # of its arguments, in order
+    constants: tuple[str, ...]  # of those that are known when it is compiled, and choose the form
 
 
 KERNELS: dict[str, Kernel] = {}
@@ -53,7 +55,7 @@ def kernel(warps: int, forms: Callable[[], Iterable[dict[str, Any]]] = lambda: [
         constants = tuple(n for n in names if n not in values)
         function.__annotations__ |= {n: TYPES[n] for n in values}
         compiled = triton.jit(function, do_not_specialize=values)
-        KERNELS[function.__name__] = Kernel(compiled, warps, forms, constants)
+        KERNELS[function.__name__] = Kernel(compiled, warps, forms, names, constants)
         return compiled
 
     return declare
@@ -67,18 +69,27 @@ def options(warps: int) -> dict[str, Any]:
 
 
 def launch(function: Any, programs: int, **arguments: Any) -> None:
-    """Launch a declared kernel. No other place does, so that KERNELS names all that can be compiled."""
+    """Launch a declared kernel. No other place does, so that KERNELS names all that can be compiled.
+
+    What Triton does at each launch to find the compiled form takes the host longer than many a pass takes the GPU, so
+    a form that was launched before is called directly.
+    """
     kernel = KERNELS[function.__name__]
-    form = function.__name__, *(arguments[name] for name in kernel.constants)
-    with nullcontext() if form in _launched else _announced_if_it_compiles():
-        function[(programs,)](**arguments, **options(kernel.warps))
-    _launched.add(form)
+    device = None if triton.knobs.runtime.interpret else driver.active.get_current_device()
+    form = (function.__name__, device, *(arguments[name] for name in kernel.constants))
+    if (compiled := _compiled.get(form)) is not None:
+        compiled[programs, 1, 1](*(arguments[name] for name in kernel.names))
+        return
+    with nullcontext() if form in _compiled else _announced_if_it_compiles():
+        _compiled[form] = function[(programs,)](**arguments, **options(kernel.warps))  # None in the interpreter
+
+
+_compiled: dict[tuple[Any, ...], Any] = {}  # by kernel, device and compile-time arguments
 
 
 # ---- the line that says why the first launch of a form takes long --------------------------------------------------
 
 PATIENCE = 1.0  # seconds; a form that is kept in the cache folder is loaded in a small part of that
-_launched: set[tuple[Any, ...]] = set()
 _announced = triton.knobs.runtime.interpret  # the interpreter compiles nothing
 
 

@@ -11,7 +11,9 @@ numbers never carry into the upper word. Options: weights with residuals (residu
 two factors (places.py), results into another tensor, stochastic rounding (rounding.py).
 """
 
+from collections import OrderedDict
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -19,11 +21,11 @@ from torch import Tensor
 import triton
 import triton.language as tl
 
-from ..reference import HESSIAN_RANGE, columns_of
+from ..reference import HESSIAN_RANGE
 from . import table
 from .arguments import Call, Key, Made, Place, Row, Stream, Work
 from .factored import signs_of
-from .forms import form_of, pass_forms
+from .forms import Form, pass_forms
 from .gate import gate
 from .launch import kernel, launch, on
 from .noise import halves, rsqrt
@@ -32,6 +34,7 @@ from .residuals import join_residual, to_float32
 from .rounding import limit_of, rounded_with_residual, rounding_bits, store_by_definition, within
 from .streams import stream_of, sum_of_streams
 from .sums import digits_of
+from .table import Table, Tensors, table_of
 
 # One warp a program: tests that concern a whole tile need no shared memory and no barrier. 32 elements a thread are
 # 64 to 128 bytes in flight, which with 24 to 32 programs a multiprocessor covers the latency of HBM (Little's law:
@@ -188,54 +191,70 @@ def _tile(row, start, place, work, call, FORM: tl.constexpr, CAREFUL: tl.constex
     return ordinary
 
 
+def prepare(
+    src: Sequence[Tensor], dst: Sequence[Tensor], hessians: Sequence[Tensor], tensor_ids: Sequence[int],
+    offsets: Sequence[int], *, residuals: Sequence[Tensor] = (), row_scales: Sequence[Tensor] = (),
+    column_scales: Sequence[Tensor] = (), columns: Sequence[int] = (),
+) -> "partial[None]":  # fmt: skip
+    """The pass of ``bindings.ops`` on these tensors, already checked, as a function of its scalars.
+
+    It keeps no tensor alive: they are to stay where they are for as long as it is called.
+    """
+    given = src, dst, hessians, tensor_ids, offsets, residuals, row_scales, column_scales, columns
+    scale = "factors" if row_scales else "hessian" if hessians else ""
+    return partial(_run, Tensors.of(*given), scale, {})
+
+
 def run_pass(
     src: Sequence[Tensor], dst: Sequence[Tensor], hessians: Sequence[Tensor], tensor_ids: Sequence[int],
-    offsets: Sequence[int], streams: Tensor, coeffs: Tensor, *, seed: int, distribution: str, counters: Tensor,
-    decay: Tensor | None = None, update: Tensor | None = None, restore: Tensor | None = None,
-    curvature: Tensor | None = None, smoothing: Tensor | None = None, hessian_min: float = HESSIAN_RANGE[0],
-    hessian_max: float = HESSIAN_RANGE[1], residuals: Sequence[Tensor] = (), row_scales: Sequence[Tensor] = (),
-    column_scales: Sequence[Tensor] = (), rank: int = 1, columns: Sequence[int] = (),
+    offsets: Sequence[int], streams: Tensor, coeffs: Tensor, *, residuals: Sequence[Tensor] = (),
+    row_scales: Sequence[Tensor] = (), column_scales: Sequence[Tensor] = (), columns: Sequence[int] = (), **scalars: Any,
 ) -> None:  # fmt: skip
-    """The pass of ``bindings.ops``, arguments already checked: one launch for each kind of tensor, after two small ones."""
-    if not src:
-        return
-    count, k, coeffs = len(src), streams.numel(), coeffs.contiguous()
+    """The pass of ``bindings.ops``, arguments already checked; what it prepares is kept for the next call on these tensors."""
+    beside: dict[str, Any] = {"residuals": residuals, "row_scales": row_scales, "column_scales": column_scales}
+    run = prepare(src, dst, hessians, tensor_ids, offsets, columns=columns, **beside)
+    run = _prepared.setdefault(run.args[:2], run)
+    _prepared.move_to_end(run.args[:2])
+    if len(_prepared) > PREPARED:
+        _prepared.popitem(last=False)
+    run(streams=streams, coeffs=coeffs, **scalars)
+
+
+PREPARED = 64  # passes that are kept: each has a table, of 120 bytes a tensor and 8 a run of tiles
+_prepared: OrderedDict[Any, "partial[None]"] = OrderedDict()
+
+
+def _run(
+    tensors: Tensors, scale: str, made: dict[Any, list[tuple[Form, Table]]], streams: Tensor, coeffs: Tensor, *, seed: int,
+    distribution: str, counters: Tensor, decay: Tensor | None = None, update: Tensor | None = None,
+    restore: Tensor | None = None, curvature: Tensor | None = None, smoothing: Tensor | None = None,
+    hessian_min: float = HESSIAN_RANGE[0], hessian_max: float = HESSIAN_RANGE[1], rank: int = 1,
+) -> None:  # fmt: skip
+    """One launch for each kind of tensor, after a small one or two. ``made``: forms and tables so far, by what they depend on."""
+    count, k, coeffs = len(tensors.src), streams.numel(), coeffs.contiguous()
     given = {"decay": decay, "restore": restore, "curvature": curvature, "smoothing": smoothing}
     scalars = {name: x.contiguous() for name, x in given.items() if x is not None}
-    moves = any(s.data_ptr() != d.data_ptr() for s, d in zip(src, dst, strict=True))
-    if not moves and not k and not scalars:  # an optimizer has its tensors checked so: no work, and no form
+    if not count or (tensors.in_place and not k and not scalars):  # an optimizer has its tensors checked so
         return
-    scale = "factors" if row_scales else "update" if curvature is not None else "hessian" if hessians else ""
-    widths = list(columns or columns_of(src))
-    pairs = zip(row_scales, column_scales, strict=True) if row_scales else [(None, None)] * count
-    ends = [x.numel() + offset for x, offset in zip(src, offsets or [0] * count, strict=True)]
-    factors = [table.factors_of(*pair, end) for pair, end in zip(pairs, ends, strict=True)]
-    kinds: dict[Any, list[int]] = {}
-    for i, (s, d) in enumerate(zip(src, dst, strict=True)):
-        bits = 8 * residuals[i].element_size() if residuals and residuals[i].numel() else 0
-        name, terms = (distribution, k * rank) if distribution != "factored" or widths[i] else ("rademacher", k)
-        form = form_of(name, s.dtype, d.dtype, scale, bits, not moves, update is not None, decay is not None, terms)
-        kinds.setdefault((form, s.dtype, d.dtype), []).append(i)
+    terms = k * rank if distribution == "factored" else k, k
+    options = "update" if curvature is not None else scale, update is not None, decay is not None
     with on(streams.device):
+        if (key := (distribution, terms, options, streams.device)) not in made:
+            kinds = tensors.kinds(distribution, terms, *options)
+            made[key] = [(form, table_of(tensors, members, form, streams.device)) for form, members in kinds.items()]
         unread = dict.fromkeys((*given, "digits", "words", "reals"), coeffs)  # where a form reads nothing
         same = {
             **unread, "n_steps": 0, "plane": 0, **scalars, "streams": streams, "coeffs": coeffs, "counters": counters,
             "update": counters if update is None else update, "n_tensors": count, "n_streams": k, **halves(seed),
             "hessian_min": hessian_min, "hessian_max": min(hessian_max, 3.4e38), "n_tiles": table.TILES,
-            "go": gate(coeffs, counters, moves=moves, **scalars),
+            "go": gate(coeffs, counters, moves=not tensors.in_place, **scalars),
         }  # fmt: skip
-        if any(form.streams == "sums" and not form.factored for form, *_ in kinds):
+        if any(form.streams == "sums" and not form.factored for form, _ in made[key]):
             same |= digits_of(coeffs)
-        for (form, *_), members in kinds.items():
-            of = lambda tensors, members=members: [tensors[i] for i in members]  # noqa: E731
-            rows, runs, lines, plane = table.table_of(
-                of(src), of(dst), of(hessians) if hessians else [], of(residuals) if form.residual else [],
-                of(offsets or [0] * count), of(tensor_ids), members, streams.device,
-                of(factors), of(widths) if form.factored else (),
-            )  # fmt: skip
+        for form, (rows, runs, lines, plane) in made[key]:
             if len(runs):
-                made = signs_of(lines, plane, streams, coeffs, rank, seed) if form.factored else {}
-                launch(pass_kernel, len(runs), table=rows, runs=runs, **same | made, FORM=form)
+                signs = signs_of(lines, plane, streams, coeffs, rank, seed) if form.factored else {}
+                launch(pass_kernel, len(runs), table=rows, runs=runs, **same | signs, FORM=form)
 
 
 def reference(weights: Tensor, z: Tensor, coeffs: Tensor, decay: float = 0.0) -> Tensor:

@@ -1,23 +1,84 @@
 """The device table: what a program reads about its tensor, so that one launch serves any number of tensors."""
 
-from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..reference import columns_of
 from .factored import lines_of
-from .forms import TILE
+from .forms import TILE, Form, form_of
 
 # At most 62, the bits of ``_tiles``' mask (passes.py). The first loads of a program (row, scalars), about 1 us, are then
 # under 5% of its time.
 TILES = 32  # of a program
 _ROW = 15  # int64 of a tensor, in the order of ``Row`` in passes.py
-_CACHED = 1024  # tables kept: a shadow engine needs one a module; one is 120 bytes a tensor and 8 a run of tiles
 
-_Key = tuple[Any, ...]
-_tables: OrderedDict[_Key, tuple[Tensor, Tensor, Tensor, int]] = OrderedDict()
+
+class Table(NamedTuple):
+    """A table on the device: a row for each tensor, the runs of tiles, and the programs that make signs of factored noise."""
+
+    rows: Tensor
+    runs: Tensor
+    lines: Tensor
+    words: int  # of signs that a step makes
+
+
+class Tensors(NamedTuple):
+    """Where the tensors of a pass are and what they are, without the tensors: a table and its form depend on nothing else.
+
+    Addresses are 0 where a tensor has no Hessian or residual.
+    """
+
+    src: tuple[int, ...]
+    dst: tuple[int, ...]
+    hessians: tuple[int, ...]
+    residuals: tuple[int, ...]
+    sizes: tuple[int, ...]
+    offsets: tuple[int, ...]
+    ids: tuple[int, ...]
+    dtypes: tuple[tuple[torch.dtype, torch.dtype], ...]  # of src and dst
+    bits: tuple[int, ...]  # of a residual
+    factors: tuple[tuple[int, int, int], ...]  # see ``factors_of``
+    widths: tuple[int, ...]  # columns that factored noise has, 0 for a vector
+
+    @classmethod
+    def of(
+        cls, src: Sequence[Tensor], dst: Sequence[Tensor], hessians: Sequence[Tensor] = (), ids: Sequence[int] = (),
+        offsets: Sequence[int] = (), residuals: Sequence[Tensor] = (), row_scales: Sequence[Tensor] = (),
+        column_scales: Sequence[Tensor] = (), widths: Sequence[int] = (),
+    ) -> "Tensors":  # fmt: skip
+        """Of the arguments of ``bindings.ops``."""
+        count = len(src)
+        sizes, offsets, none = [t.numel() for t in src], offsets or [0] * count, [0] * count
+        pairs = zip(row_scales, column_scales, strict=True) if row_scales else [(None, None)] * count
+        given: Any = (
+            [t.data_ptr() for t in src], [t.data_ptr() for t in dst], [t.data_ptr() for t in hessians] or none,
+            [r.data_ptr() for r in residuals] or none, sizes, offsets, ids,
+            [(s.dtype, d.dtype) for s, d in zip(src, dst, strict=True)],
+            [8 * r.element_size() if r.numel() else 0 for r in residuals] or none,
+            [factors_of(*pair, n + offset) for pair, n, offset in zip(pairs, sizes, offsets, strict=True)],
+            widths or columns_of(src),
+        )  # fmt: skip
+        return cls(*map(tuple, given))
+
+    @property
+    def in_place(self) -> bool:
+        """Whether every result is written where its weight was."""
+        return self.src == self.dst
+
+    def kinds(
+        self, distribution: str, terms: tuple[int, int], scale: str, stochastic: bool, decay: bool
+    ) -> dict[Form, list[int]]:
+        """Numbers of the tensors that each form serves. ``terms``: of the noise of a matrix, and of a vector."""
+        found: dict[Form, list[int]] = {}
+        for i, ((src, dst), bits, width) in enumerate(zip(self.dtypes, self.bits, self.widths, strict=True)):
+            vector = distribution == "factored" and not width
+            name, k = ("rademacher", terms[1]) if vector else (distribution, terms[0])
+            form = form_of(name, src, dst, scale, bits, self.in_place, stochastic, decay, k)
+            found.setdefault(form, []).append(i)
+        return found
 
 
 def tile_rows(
@@ -75,31 +136,24 @@ def factors_of(row_scale: Tensor | None, column_scale: Tensor | None, end: int) 
     return 0, row_scale.data_ptr(), -(-end // 8) * 8
 
 
-def table_of(src: list[Tensor], dst: list[Tensor], hessians: list[Tensor], residuals: list[Tensor], offsets: list[int],
-           ids: list[int], columns: list[int], device: torch.device,
-           factors: Sequence[tuple[int, int, int]] = (), widths: Sequence[int] = ()) -> tuple[Tensor, Tensor, Tensor, int]:  # fmt: skip
-    """The table on the device, made when these tensors are first seen: addresses and sizes are all it depends on."""
-    addresses = [[t.data_ptr() for t in tensors] for tensors in (src, dst, hessians, residuals)]
-    sizes = [t.numel() for t in src]
-    bits = 8 * residuals[0].element_size() if residuals else 0
-    kind = (device, src[0].dtype, dst[0].dtype, bits)
-    key = (kind, *map(tuple, (*addresses, sizes, offsets, ids, columns, factors, widths)))
-    if (found := _tables.get(key)) is not None:
-        _tables.move_to_end(key)
-        return found
+def table_of(tensors: Tensors, members: Sequence[int], form: Form, device: torch.device) -> Table:
+    """The table of those tensors that a form serves, on the device.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured, which would copy what the host has in its memory then, at each replay.
+    """
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("zo_core: these tensors are new: run the pass once on them before capturing a CUDA graph")
+    selected: Any = ([x[i] for i in members] for x in tensors)
+    of = Tensors(*selected)
+    src, dst = of.dtypes[0]
     rows, runs, lines, words = tile_rows(
-        addresses[0], addresses[1], addresses[2] or [0] * len(src), addresses[3] or [0] * len(src), sizes, offsets, ids,
-        columns, src[0].element_size(), dst[0].element_size(), bits, factors, widths,
+        of.src, of.dst, of.hessians, of.residuals if form.residual else [0] * len(members), of.sizes, of.offsets, of.ids,
+        members, src.itemsize, dst.itemsize, form.residual, of.factors, of.widths if form.factored else (),
     )  # fmt: skip
-    made = (
+    return Table(
         torch.tensor(rows, dtype=torch.int64).view(-1, _ROW).to(device),
         torch.tensor(runs, dtype=torch.int32).view(-1, 2).to(device),
         torch.tensor(lines, dtype=torch.int64).to(device),
         words,
     )
-    _tables[key] = made
-    if len(_tables) > _CACHED:
-        _tables.popitem(last=False)
-    return made

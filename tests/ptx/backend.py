@@ -29,6 +29,22 @@ def watch(backend):
 
         setattr(backend, name, watched)
 
+    def watched_prepare(*tensors, **beside):
+        run = prepare(*tensors, **beside)
+
+        def watched(**scalars):
+            gpu = active_driver._active
+            if not isinstance(gpu, Emulator) or gpu.in_call:
+                return run(**scalars)
+            readable, writable = _pass(*tensors, **beside, **scalars)
+            with gpu.call(_named(readable), _named(writable)):
+                return run(**scalars)
+
+        return watched
+
+    prepare = getattr(backend, "prepare", None)  # a module of its own may do without
+    if prepare is not None:
+        backend.prepare = watched_prepare
     over("run_pass", _pass)
     over("run_rows", _rows)
     over("philox_", lambda words, **_: ({}, {"words": words}))
@@ -45,7 +61,18 @@ def _named(tensors):
 
 
 def _pass(
-    src, dst, hessians, tensor_ids, offsets, streams, coeffs, *, counters, curvature=None, residuals=(), **options
+    src,
+    dst,
+    hessians=(),
+    tensor_ids=(),
+    offsets=(),
+    streams=None,
+    coeffs=None,
+    *,
+    counters,
+    curvature=None,
+    residuals=(),
+    **options,
 ):
     """Tensors that a pass may read, and those that it may write as well."""
     tensors = {k: v for k, v in options.items() if hasattr(v, "data_ptr") or isinstance(v, list | tuple)}

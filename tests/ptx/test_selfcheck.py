@@ -43,14 +43,14 @@ MUTANTS = [
     Mutant("residuals of 16 bits", "residuals.py", "add.u32 b, $3, 0x8000;", "mov.b32 b, $3;", None),
     Mutant("sum of 8 streams", "sums.py", "mask=k < n_streams, other=0.0) * inverse",
            "mask=(k < n_streams) & ((k != 7) | (n_streams > 8)), other=0.0) * inverse", None),
-    Mutant("sum of 40 streams", "sums.py", "for step in range(1, digits.n_steps):", "for step in range(1, digits.n_steps - 1):", None),
+    Mutant("sum of 40 streams", "sums.py", "for step in range(1, made.n_steps):", "for step in range(1, made.n_steps - 1):", None),
     Mutant("gathered rows", "rows.py", "at = offset.to(tl.int64) + source * width", "at = offset.to(tl.int64) + j * width", None),
     Mutant("Hessian", "passes.py", "h * (work.remain + squares)", "h * (1.0 + squares)", None),
     Mutant("scales in two factors", "places.py", "return factor * load_columns(", "return load_columns(", None),
     Mutant("factored noise", "factored.py", "word ^= 0xFFFFFFFF", "word ^= 0", None),
     Mutant("slice", "noise.py", "high = (first >> 32).to(tl.uint32) | above",
            "high = ((first >> 32).to(tl.uint32) & 0) | above", None),
-    Mutant("unaligned view", "table.py", "s % 16 == d % 16 == h % 16", "s % 4 == d % 4 == h % 16", None),
+    Mutant("unaligned view", "table.py", "at[0] % 16 == at[1] % 16 ==", "at[0] % 4 == at[1] % 4 ==", None),
     Mutant("coefficient that is not finite", "gate.py", "if all_finite == 0:", "if all_finite == 2:", None),
 ]  # fmt: skip
 

@@ -91,7 +91,7 @@ def _map(x: Any, kind: type, f: Callable[[Any], Any]) -> Any:
     if type(x) is kind:
         return f(x)
     if isinstance(x, (tuple, list)):
-        items = [_map(y, kind, f) for y in x]
+        items = [_map(y, kind, f) if isinstance(y, (kind, tuple, list, dict)) else y for y in x]
         return type(x)(*items) if hasattr(x, "_fields") else tuple(items) if isinstance(x, tuple) else items
     return {k: _map(v, kind, f) for k, v in x.items()} if type(x) is dict else x
 

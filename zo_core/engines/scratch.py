@@ -115,4 +115,7 @@ class Scratch:
 
     def holding(self, group: Hashable) -> Buffer | None:
         """The buffer that has a group's copies."""
-        return next((b for b in self.buffers if b.group == group), None)
+        for buffer in reversed(self.buffers):
+            if buffer.group == group:
+                return buffer
+        return None

@@ -1,7 +1,7 @@
 """Probes that never touch the weights: a parameter that is read during an evaluation answers with a perturbed copy.
 
-Parameters are perturbed in groups: the largest parts of the model that fit in ``structure.GROUP`` bytes, so a transformer's layer,
-or all of a small model. When a parameter is read, its whole group is perturbed in one pass into one of two scratch
+Parameters are perturbed in groups: the largest parts of the model that fit in ``structure.most_of`` bytes, so a transformer's
+layer, or all of a small model. When a parameter is read, its whole group is perturbed in one pass into one of two scratch
 buffers, and other reads of the group find their copies there. An embedding gets only the rows that it looks up.
 
 Some code reads parameters where no interception sees it. It gets copies too: for the time that such code runs, a
@@ -24,7 +24,7 @@ from ..weights import ParamSpace, Probe, laid_out, some
 from .base import Engine, uninterrupted
 from .intercept import UNTRACEABLE, WRITTEN, Interception, refuse_nested
 from .scratch import Key, Scratch, aligned
-from .structure import Plan, Region, compiled_regions, groups, refuse_aliases
+from .structure import Plan, Region, compiled_regions, groups, most_of, refuse_aliases
 
 _CHECKS = 8  # evaluations that are looked at for reads elsewhere, while the closure's result does not change
 
@@ -42,7 +42,7 @@ class ShadowEngine(Engine):
         self.space, self.module, self.device = space, module, space.counters.device
         self._numbers = {id(p): i for i, p in enumerate(space.tensors)}
         refuse_aliases(module, space, self._numbers)
-        self._plan = Plan(groups(module, space.tensors))
+        self._plan = Plan(groups(module, space.tensors, most_of(space.tensors, self.device)))
         self._regions = compiled_regions(module, self._numbers)
         self._interception, self._scratch = Interception(space, self), Scratch(self.device)
         self._lock = threading.RLock()  # modules may run in threads of their own
