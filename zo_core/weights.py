@@ -139,11 +139,14 @@ class ParamSpace:
         beside = {"hessians": [], **self._scales}
         kept = [(t.data_ptr(), t.numel(), t.dtype) for t in (*tensors, *self.residuals, *chain(*beside.values()))]
         if kept != self._prepared[0]:
-            ids = list(range(len(tensors)))
-            run = ops.prepare(
-                self.counters.device, tensors, tensors, tensor_ids=ids, offsets=[], residuals=self.residuals, **beside
-            )
-            self._prepared = kept, run
+            device, ids = self.counters.device, list(range(len(tensors)))
+            of: dict[str, Any] = {"tensor_ids": ids, "offsets": [], "residuals": self.residuals, **beside}
+            none = torch.empty(0, dtype=torch.int64, device=device), torch.empty(0, len(tensors), device=device)
+            torch.ops.zo_core.update_(  # of no probes, which changes nothing: a check of all tensors
+                tensors, **of | {"residuals": self.residuals or None}, streams=none[0], coeffs=none[1],
+                counters=self.counters, **self._noise(),
+            )  # fmt: skip
+            self._prepared = kept, ops.prepare(device, tensors, tensors, **of)
         return self._prepared[1]
 
     def replay_(self, streams: Tensor, coeffs: Tensor, decay: Tensor, updates: Tensor | None) -> None:

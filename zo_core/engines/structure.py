@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from ..weights import ParamSpace
 
 GROUP = 16 << 20  # bytes of parameters that are perturbed together, where a module's own are not more
-_SHARE = 64  # on a GPU, of all parameters, where that is more: two groups are copied at a time, in 3% of the model's memory
+_SHARE = (
+    64  # on a GPU, of all parameters, where that is more: two groups are copied at a time, in 3% of the model's memory
+)
 
 
 def most_of(tensors: Sequence[Tensor], device: torch.device) -> int:
