@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import count, product
+from itertools import count, pairwise, product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -97,25 +97,23 @@ class Bench:
         import torch
 
         if self.smoke:
-            seconds, least = 0, 1
+            begin = time.perf_counter()
+            work()
+            times = [1e3 * (time.perf_counter() - begin)]
         else:
             work()
-        work()
-        times: list[float] = []
-        self.wait()
-        end = time.monotonic() + seconds
-        while len(times) < least or (time.monotonic() < end and len(times) < 200):
-            if self.smoke:
-                begin = time.perf_counter()
+            self.wait()
+            begin = time.perf_counter()
+            work()
+            self.wait()
+            n = max(least, min(200, int(seconds / (time.perf_counter() - begin))))
+            marks: list[Any] = [torch.cuda.Event(enable_timing=True) for _ in range(n + 1)]  # type: ignore[no-untyped-call]
+            for mark in marks[:-1]:  # the host runs ahead of the GPU, where it can, as in training
+                mark.record()
                 work()
-                times.append(1e3 * (time.perf_counter() - begin))
-            else:
-                events: list[Any] = [torch.cuda.Event(enable_timing=True) for _ in range(2)]  # type: ignore[no-untyped-call]
-                events[0].record()
-                work()
-                events[1].record()
-                events[1].synchronize()
-                times.append(events[0].elapsed_time(events[1]))
+            marks[-1].record()
+            self.wait()
+            times = [a.elapsed_time(b) for a, b in pairwise(marks)]
         times.sort()
         return {"ms": statistics.median(times), "p20": times[len(times) // 5], "p80": times[len(times) * 4 // 5],
                 "n": len(times)}  # fmt: skip
@@ -219,14 +217,16 @@ def gate(bench: Bench, part: tuple[int, int] = (0, 1)) -> bool:
 
     def launch_shapes(distribution: str, k: int) -> None:
         outs = []
-        tiles = table.TILES
+        tiles_of = table.tiles_of
         try:
-            for table.TILES in (tiles, 1, 7):
+            for n_tiles in (0, 1, 7):
+                if n_tiles:
+                    table.tiles_of = lambda form, n_tiles=n_tiles: n_tiles
                 passes._prepared.clear()
                 outs.append(torch.zeros(n, device=d))
                 call([outs[-1]], distribution, k)
         finally:
-            table.TILES = tiles
+            table.tiles_of = tiles_of
             passes._prepared.clear()
         assert all(torch.equal(outs[0], o) for o in outs[1:]), "not the same whatever the launch"
         if k == 1:

@@ -79,7 +79,7 @@ def test_noise_is_within_its_bound_and_bit_identical_whatever_slice_streams_and_
         assert torch.equal(sample(distribution, end - begin, offset=begin), whole[begin:end])
     for k, slot in [(2, 1), (9, 4)]:
         assert torch.equal(sample(distribution, n, k=k, slot=slot), whole)
-    monkeypatch.setattr(table, "TILES", 1)
+    monkeypatch.setattr(table, "tiles_of", lambda form: 1)
     passes._prepared.clear()
     assert torch.equal(sample(distribution, n), whole)
 
@@ -144,34 +144,16 @@ def test_the_passes_that_are_kept_are_bounded(monkeypatch):
 
 
 def test_rows_and_runs_of_the_table():
-    tile, tiles = forms.TILE, table.TILES
-    rows, runs, _, _ = table.tile_rows(
-        [64, 128, 192],
-        [64, 130, 192],
-        [0, 0, 0],
-        [48, 0, 200],
-        [tile * tiles + 1, 0, 5],
-        [0, 0, tile + 136],
-        [4, 5, 6],
-        [0, 1, 2],
-        2,
-        2,
-        8,
-    )
-    assert rows[0] == [64, 64, 0, 0, tile * tiles + 1, 0, 4, 1, 48, *[0] * 6]
-    assert rows[1] == [
-        192 - 272,
-        192 - 272,
-        0,
-        136,
-        141,
-        tile,
-        6,
-        5,
-        200 - 136,
-        *[0] * 6,
-    ]  # 136 elements into the second tile
-    assert runs == [(0, 0), (0, tiles), (1, 0)]
+    tile = forms.TILE
+    rows, tiles, _, _ = table.tile_rows(
+        [64, 128, 192], [64, 130, 192], [0, 0, 0], [48, 0, 200], [tile * 3 + 1, 0, 5], [0, 0, tile + 136], [4, 5, 6], [0, 1, 2],
+        2, 2, 8,
+    )  # fmt: skip
+    assert rows[0] == [64, 64, 0, 0, tile * 3 + 1, 0, 4, 1, 48, *[0] * 6]
+    back = [192 - 272, 192 - 272, 0, 136, 141, tile, 6, 5, 200 - 136]  # 136 elements into the second tile
+    assert rows[1] == back + [0] * 6 and tiles == [4, 1]
+    assert table.runs_of([4, 1, 5], 2).tolist() == [[0, 0], [0, 2], [1, 0], [2, 0], [2, 2], [2, 4]]
+    assert table.runs_of([], 2).shape == (0, 2)
 
 
 @pytest.mark.parametrize(("bits", "alignment"), [(0, 1), (8, 8), (16, 16)])
@@ -221,9 +203,9 @@ def test_rows_and_columns_are_those_of_a_division(columns):
 
 def test_a_tensor_of_more_than_2_31_elements_has_int64_rows_and_runs():
     n = 2**33 + 3
-    rows, runs, _, _ = table.tile_rows([2**40], [2**40], [0], [0], [n], [2**35 + 1], [0], [0], 2, 2, 0)
-    assert rows[0][4] == n + 1 and runs[-1][1] * forms.TILE < n + 1 <= (runs[-1][1] + table.TILES) * forms.TILE
-    assert len(runs) == -(-(n + 1) // (forms.TILE * table.TILES))
+    rows, tiles, _, _ = table.tile_rows([2**40], [2**40], [0], [0], [n], [2**35 + 1], [0], [0], 2, 2, 0)
+    assert rows[0][4] == n + 1 and tiles == [-(-(n + 1) // forms.TILE)]
+    assert table.runs_of(tiles, 62)[-1].tolist() == [0, (tiles[0] - 1) // 62 * 62]
 
 
 CALLS = [("gaussian", 1), ("gaussian", 2), ("rademacher", 1), ("rademacher", 9)]
@@ -404,9 +386,9 @@ def test_only_signs_that_elements_have_are_made():
         [0, 0, 320, 24, 9, 2, 5 << 24, True, True],
     ]
     assert (row, column, end) == (6, 24, 24 + 640)
-    rows, runs, programs, words = table.tile_rows(
+    rows, tiles, programs, words = table.tile_rows(
         [1 << 20], [1 << 20], [0], [0], [60], [(1 << 40) - 40], [9], [2], 4, 4, 0, widths=[1 << 40]
     )
     assert [r[4] - r[3] for r in rows] == [40, 20] and [r[0] + 4 * r[3] for r in rows] == [1 << 20, (1 << 20) + 160]
     assert [p[1:3] for p in programs] == [[0, 1], [(1 << 40) - 40, 1 << 40], [1, 2], [0, 20]]
-    assert [p[8] for p in programs] == [False, True, False, True] and words == 8 + 80 + 8 + 48 and len(runs) == 2
+    assert [p[8] for p in programs] == [False, True, False, True] and words == 8 + 80 + 8 + 48 and tiles == [1, 1]

@@ -22,7 +22,6 @@ import triton
 import triton.language as tl
 
 from ..reference import HESSIAN_RANGE
-from . import table
 from .arguments import Call, Key, Made, Place, Row, Stream, Work
 from .factored import signs_of
 from .forms import Form, pass_forms
@@ -246,15 +245,15 @@ def _run(
         same = {
             **unread, "n_steps": 0, "plane": 0, **scalars, "streams": streams, "coeffs": coeffs, "counters": counters,
             "update": counters if update is None else update, "n_tensors": count, "n_streams": k, **halves(seed),
-            "hessian_min": hessian_min, "hessian_max": min(hessian_max, 3.4e38), "n_tiles": table.TILES,
+            "hessian_min": hessian_min, "hessian_max": min(hessian_max, 3.4e38),
             "go": gate(coeffs, counters, moves=not tensors.in_place, **scalars),
         }  # fmt: skip
         if any(form.streams == "sums" and not form.factored for form, _ in made[key]):
             same |= digits_of(coeffs)
-        for form, (rows, runs, lines, plane) in made[key]:
+        for form, (rows, runs, lines, plane, tiles) in made[key]:
             if len(runs):
                 signs = signs_of(lines, plane, streams, coeffs, rank, seed) if form.factored else {}
-                launch(pass_kernel, len(runs), table=rows, runs=runs, **same | signs, FORM=form)
+                launch(pass_kernel, len(runs), table=rows, runs=runs, n_tiles=tiles, **same | signs, FORM=form)
 
 
 def reference(weights: Tensor, z: Tensor, coeffs: Tensor, decay: float = 0.0) -> Tensor:

@@ -10,9 +10,6 @@ from ..reference import columns_of
 from .factored import lines_of
 from .forms import TILE, Form, form_of
 
-# At most 62, the bits of ``_tiles``' mask (passes.py). The first loads of a program (row, scalars), about 1 us, are then
-# under 5% of its time.
-TILES = 32  # of a program
 _ROW = 15  # int64 of a tensor, in the order of ``Row`` in passes.py
 
 
@@ -23,6 +20,7 @@ class Table(NamedTuple):
     runs: Tensor
     lines: Tensor
     words: int  # of signs that a step makes
+    tiles: int  # of a program
 
 
 class Tensors(NamedTuple):
@@ -85,15 +83,15 @@ def tile_rows(
     src: Sequence[int], dst: Sequence[int], hessians: Sequence[int], residuals: Sequence[int], sizes: Sequence[int],
     offsets: Sequence[int], ids: Sequence[int], columns: Sequence[int], src_bytes: int, dst_bytes: int, residual_bits: int,
     factors: Sequence[tuple[int, int, int]] = (), widths: Sequence[int] = (),
-) -> tuple[list[list[int]], list[tuple[int, int]], list[list[int]], int]:  # fmt: skip
-    """Rows of the table and (row, first tile) of each program, from addresses and element counts; empty tensors left out.
+) -> tuple[list[list[int]], list[int], list[list[int]], int]:  # fmt: skip
+    """Rows of the table and the number of tiles of each, from addresses and element counts; empty tensors left out.
 
     Addresses in a row are those of the element where the first tile starts, which may lie before the tensor's own first.
     ``factors``: what ``factors_of`` makes of the two scales of each tensor, or none. ``widths``: of factored noise, columns of the
     full tensors; then also the programs that make its signs, and how many words those of a step are.
     """
     rows: list[list[int]] = []
-    runs: list[tuple[int, int]] = []
+    tiles: list[int] = []
     lines: list[list[int]] = []
     words = 0
     of_tensors = zip(
@@ -119,9 +117,25 @@ def tile_rows(
                 lines += programs
             rows.append([*at[:3], shift, shift + part, first - shift, tensor_id, column * 2 + aligned, at[3]])
             rows[-1] += [row_scale, column_scale, n_columns, width, *places]
-            tiles = -(-(shift + part) // TILE)
-            runs += [(len(rows) - 1, tile) for tile in range(0, tiles, TILES)]
-    return rows, runs, lines, words
+            tiles.append(-(-(shift + part) // TILE))
+    return rows, tiles, lines, words
+
+
+def tiles_of(form: Form) -> int:
+    """Tiles of a program: the fastest of 1 to 62 on an H100 (62 is the bits of ``run_tiles``' mask).
+
+    With few of them, programs that run at the same time are neighbours in memory, and end at about the same time. Where a
+    program first loads what is the same for all of its tiles, more of them pay for that.
+    """
+    return 8 if form.streams == "sums" else 4 if form.factored else 2
+
+
+def runs_of(tiles: Sequence[int], step: int) -> Tensor:
+    """(row, first tile) of each program, int32 (programs, 2), of rows of so many tiles, ``step`` a program."""
+    programs = torch.tensor(tiles, dtype=torch.int64).add_(step - 1).div_(step, rounding_mode="floor")
+    row = torch.arange(len(tiles)).repeat_interleave(programs)
+    first = torch.arange(len(row)) - (programs.cumsum(0) - programs)[row]
+    return torch.stack((row, first * step), dim=1).to(torch.int32)
 
 
 def factors_of(row_scale: Tensor | None, column_scale: Tensor | None, end: int) -> tuple[int, int, int]:
@@ -147,13 +161,14 @@ def table_of(tensors: Tensors, members: Sequence[int], form: Form, device: torch
     selected: Any = ([x[i] for i in members] for x in tensors)
     of = Tensors(*selected)
     src, dst = of.dtypes[0]
-    rows, runs, lines, words = tile_rows(
+    rows, tiles, lines, words = tile_rows(
         of.src, of.dst, of.hessians, of.residuals if form.residual else [0] * len(members), of.sizes, of.offsets, of.ids,
         members, src.itemsize, dst.itemsize, form.residual, of.factors, of.widths if form.factored else (),
     )  # fmt: skip
     return Table(
         torch.tensor(rows, dtype=torch.int64).view(-1, _ROW).to(device),
-        torch.tensor(runs, dtype=torch.int32).view(-1, 2).to(device),
+        runs_of(tiles, tiles_of(form)).to(device),
         torch.tensor(lines, dtype=torch.int64).to(device),
         words,
+        tiles_of(form),
     )
