@@ -24,9 +24,9 @@ from torch._C import _functorch
 from torch.nn import functional
 
 from ..bindings.warn import warn
-from ..noise import factors
 from ..weights import ParamSpace, Point
 from .base import uninterrupted
+from .factors import Factors
 from .folds import batched, fold_attention, points_first
 from .intercept import UNTRACEABLE, Interception
 from .shadow import ShadowEngine
@@ -70,7 +70,8 @@ class GroupedEngine(ShadowEngine):
         self._most: int | None = None  # points at once that memory was found to hold
         self._widest = 0  # bytes of the largest product so far, of one point
         self._copied: dict[int, torch.dtype] = {}  # tensors that were copied for several points, and their dtypes
-        self._factored = space.distribution == "factored" and not space.hessian
+        self._factors = Factors(space) if space.distribution == "factored" and not space.hessian else None
+        self._whole: list[int] = []  # of the copied tensors, matrices with factors
         # Frozen matrices are multiplied by rows of all points at once too: torch copies some of them for each point.
         frozen = [
             p for p in module.parameters() if id(p) not in self._numbers and type(p) is nn.Parameter and p.dim() == 2
@@ -108,10 +109,16 @@ class GroupedEngine(ShadowEngine):
         super().restore()
         self._interception.level, self._plan = None, self._alone
 
+    def _clear(self) -> None:
+        """Give memory back that evaluations may not need again."""
+        self._scratch.buffers.clear()
+        if self._factors:
+            self._factors.clear()
+
     def _leave(self, reason: str) -> None:
         """Leave all further evaluations to the shadow engine."""
         self.alone = reason
-        self._scratch.buffers.clear()
+        self._clear()
         warn(
             f"engine='grouped': the closure cannot be evaluated at several points at once: {reason}. The shadow engine "
             "evaluates it from now on, at one point after the other",
@@ -153,7 +160,7 @@ class GroupedEngine(ShadowEngine):
             if not _out_of_memory(error) or self._most is not None or size == 1:
                 raise
         self._most = size // 2  # outside of the handler, where the error still holds what the closure had made
-        self._scratch.buffers.clear()
+        self._clear()
         warn(
             f"engine='grouped': out of memory with {size} points at once, from now on there are {self._most} "
             "(points_at_once sets it)",
@@ -166,7 +173,8 @@ class GroupedEngine(ShadowEngine):
         if self.points_at_once is not None:
             return min(self.points_at_once, most)
         enough = _ROWS.get(self.device.type, _MANY_ROWS) // max(1, self.rows)
-        memory = _free_memory(self.device) // 2 // max(1, 16 * self._widest)
+        signs = self._factors.bytes_of_a_point() if self._factors else 0
+        memory = _free_memory(self.device) // 2 // max(1, 16 * self._widest + signs)
         copied = [self.space.tensors[i].numel() * dtype.itemsize for i, dtype in self._copied.items()]
         room = max(2 * GROUP, sum(t.nbytes for t in self.module.parameters()) // 20) // (2 * max(copied, default=1))
         return max(1, min(enough, memory, room, most))
@@ -194,16 +202,26 @@ class GroupedEngine(ShadowEngine):
     def _begin_at(self, points: Sequence[Point], leave_out: Collection[int]) -> None:
         """Let parameters answer with their values at these points."""
         self._begin(0.0, self._clean, leave_out, hide=False)
-        if (n := len(points)) not in self._plans:
-            self._plans[n] = Plan(groups(self.module, self.space.tensors, GROUP // n), (n,))
-            self._plans[n].dtypes = self._copied
-        self._plan = self._plans[n]
+        self._plan = self._plan_of(len(points))
         known, plain = len(self._sources), [i for i in self._left_out if self._sources[i].dim() == 2]
         self._sources += [p.data for p in self._frozen]
         self._interception.start([*plain, *range(known, len(self._sources))])
         self._streams = torch.cat([self._clean if probe is None else probe for _, probe in points])
         cs = [0.0 if probe is None else c for c, probe in points]
         self._cs = torch.tensor(cs, dtype=torch.float32, device=self.device)
+        if self._factors:
+            self._factors.make(self._streams, self._cs)
+
+    def _plan_of(self, n: int) -> Plan:
+        """Groups of what is copied for n points: all vectors of a model are few bytes."""
+        factored = self._factors.matrices if self._factors else ()
+        if (whole := [i for i in self._copied if i in factored]) != self._whole:
+            self._whole, self._plans = whole, {}
+        if n not in self._plans:
+            sizes = [0 if i in factored and i not in whole else t.nbytes for i, t in enumerate(self.space.tensors)]
+            self._plans[n] = Plan(groups(self.module, self.space.tensors, GROUP // n, sizes), (n,))
+            self._plans[n].dtypes = self._copied
+        return self._plans[n]
 
     def _perturb(self, make: Callable[..., None], which: Sequence[int], sources: list[Tensor]) -> None:
         """Write theta + c z of these tensors, at all points, where ``make`` was prepared for."""
@@ -248,7 +266,7 @@ class GroupedEngine(ShadowEngine):
             if plain:
                 y = (rows @ turned(source.to(dtype), transposed)).view(points, count, -1)
                 y = y if bias is None else y + bias
-            elif self._factored:
+            elif self._factors:
                 y = self._add_factors(rows @ turned(source.to(dtype), transposed), each, i, transposed, bias)
             else:
                 copies = turned(self._copy((i, dtype)), transposed)
@@ -258,21 +276,16 @@ class GroupedEngine(ShadowEngine):
 
     def _add_factors(self, y: Tensor, x: Tensor, i: int, transposed: bool, bias: Any) -> Tensor:
         """W x + c r^-1/2 sum_q a_q (b_q . x) + bias at all points, (P, rows, columns), of W x of all their rows."""
+        assert self._factors
         points = len(x)
-        a, b = self._factors_of(i, y.dtype)
+        a, b = self._factors.of(i, y.dtype)
         left, right = (b, a) if transposed else (a, b)
-        y = y.view(points, -1, y.shape[-1]) if len(y) == points * x.shape[1] else y.expand(points, *y.shape)
-        y = torch.baddbmm(y, x @ left.mT, right)
+        low = torch.bmm(x, left.mT)
+        if len(y) == points * x.shape[1]:
+            y = y.view(points, -1, y.shape[-1]).baddbmm_(low, right)
+        else:
+            y = torch.baddbmm(y, low, right)
         return y if bias is None else y.add_(bias)
-
-    def _factors_of(self, i: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Signs of the rows of matrix i times c r^-1/2, (P, r, R), and of its columns, (P, r, C)."""
-        space, shape = self.space, self._sources[i].shape
-        a, b = factors(shape, self._streams, tensor_id=i, seed=space.seed, rank=space.rank)
-        a.mul_((self._cs * space.rank**-0.5).view(-1, 1, 1))
-        if (row := space.padding.get(i)) is not None:
-            a[..., row] = 0
-        return a.to(dtype), b.to(dtype)
 
     def read_rows(self, i: int, index: Tensor) -> Tensor:
         """Rows of matrix i at all points, as an embedding returns them: (*index.shape, columns), batched."""
@@ -283,8 +296,8 @@ class GroupedEngine(ShadowEngine):
             return functional.embedding(index, source)
         if raw is not None:
             return functional.embedding(index, self.read(i))
-        if self._factored:
-            a, b = self._factors_of(i, source.dtype)  # (P, r, R) and (P, r, C)
+        if self._factors:
+            a, b = self._factors.of(i, source.dtype)  # (P, r, R) and (P, r, C)
             rows = a[:, :, index.reshape(-1)]
             noise = torch.baddbmm(functional.embedding(index.reshape(-1), source), rows.mT, b)
             return batched(noise.view(-1, *index.shape, source.shape[1]), level)

@@ -12,17 +12,22 @@ from ..weights import ParamSpace
 GROUP = 16 << 20  # bytes of parameters that are perturbed together, where a module's own are not more
 
 
-def groups(module: nn.Module, tensors: Sequence[Tensor], most: int | None = None) -> list[list[int]]:
+def groups(
+    module: nn.Module, tensors: Sequence[Tensor], most: int | None = None, sizes: Sequence[int] | None = None
+) -> list[list[int]]:
     """Numbers of the tensors in each of the largest parts of a module that have no more than ``most`` bytes of them.
 
-    A module whose own parameters are more is a part by itself, and so is a tensor outside the module.
+    A module whose own parameters are more is a part by itself, and so is a tensor outside the module. ``sizes``: bytes of each
+    tensor, where not all are copied.
     """
     most = GROUP if most is None else most
-    left, out = {id(p): i for i, p in enumerate(tensors)}, list[list[int]]()
+    sizes = [p.nbytes for p in tensors] if sizes is None else sizes
+    numbered = {id(p): i for i, p in enumerate(tensors)}
+    left, out = dict(numbered), list[list[int]]()
 
     def visit(m: nn.Module) -> None:
-        inside = {id(p): p for p in m.parameters() if id(p) in left}
-        if sum(p.nbytes for p in inside.values()) > most:
+        inside = dict.fromkeys(id(p) for p in m.parameters() if id(p) in left)
+        if sum(sizes[numbered[i]] for i in inside) > most:
             for child in m.children():
                 visit(child)
         if numbers := sorted(left.pop(i) for i in inside if i in left):
