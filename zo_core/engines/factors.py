@@ -11,7 +11,9 @@ from ..weights import ParamSpace
 
 _ALIGNMENT = 16  # signs; those of a matrix begin at multiples of 32 bytes or more
 
-Pair = tuple[Tensor, Tensor]  # of the rows of a matrix (P, r, R), and of its columns (P, r, C)
+Signs = tuple[
+    Tensor, Tensor, Tensor, Tensor
+]  # of rows (P, r, R) and columns (P, r, C) of a matrix, and their transposes
 
 
 class Factors:
@@ -42,7 +44,7 @@ class Factors:
             torch.dtype, Tensor
         ] = {}  # (points, r, at): those made in float32, and rounded to other dtypes
         self._current: set[torch.dtype] = set()  # dtypes whose signs are those of this evaluation
-        self._views: dict[tuple[int, int, torch.dtype], Pair] = {}  # by points, matrix and dtype
+        self._views: dict[tuple[int, int, torch.dtype], Signs] = {}  # by points, matrix and dtype
         self._points = 0
 
     def bytes_of_a_point(self) -> int:
@@ -69,15 +71,16 @@ class Factors:
         for i, row in self._space.padding.items():
             signs[..., self.matrices[i][0].start + row] = 0
 
-    def of(self, i: int, dtype: torch.dtype) -> Pair:
-        """The signs of matrix i in this dtype: of its rows times c r^-1/2, (P, r, R), and of its columns, (P, r, C)."""
+    def of(self, i: int, dtype: torch.dtype) -> Signs:
+        """The signs of matrix i in this dtype: of its rows times c r^-1/2, and of its columns."""
         if dtype not in self._current and dtype != torch.float32:
             self._at_points(dtype).copy_(self._at_points(torch.float32))
             self._current.add(dtype)
         key = self._points, i, dtype
         if (found := self._views.get(key)) is None:
             signs, (rows, columns) = self._at_points(dtype), self.matrices[i]
-            found = self._views[key] = signs[..., rows], signs[..., columns]
+            a, b = signs[..., rows], signs[..., columns]
+            found = self._views[key] = a, b, a.mT, b.mT
         return found
 
     def _at_points(self, dtype: torch.dtype) -> Tensor:

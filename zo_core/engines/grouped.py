@@ -27,7 +27,7 @@ from ..bindings.warn import warn
 from ..weights import ParamSpace, Point
 from .base import uninterrupted
 from .factors import Factors
-from .folds import batched, fold_attention, points_first
+from .folds import batched, fold_attention, points_first, unseen
 from .intercept import UNTRACEABLE, Interception
 from .shadow import ShadowEngine
 from .structure import GROUP, Plan, groups
@@ -237,8 +237,9 @@ class GroupedEngine(ShadowEngine):
             return super().read(i, dtype, keep)
         if self._is_plain(i):
             return self._sources[i].detach()
-        with self._lock:
-            return batched(self._copy((i, dtype or self._sources[i].dtype)).detach(), level)
+        with self._lock, unseen():
+            copy = self._copy((i, dtype or self._sources[i].dtype)).detach()
+        return batched(copy, level)
 
     def _is_plain(self, i: int) -> bool:
         """Whether a tensor is the same at all points: frozen, or left out of this step."""
@@ -246,64 +247,62 @@ class GroupedEngine(ShadowEngine):
 
     def product(self, i: int, x: Tensor, dtype: torch.dtype | None, transposed: bool, bias: Any) -> Tensor | None:
         """X times matrix i, or its transpose, plus a bias if there is one, batched; None if x is not of its kind."""
-        level, source = self._interception.level, self._sources[i]
+        level, source, shape = self._interception.level, self._sources[i], x.shape
         assert level is not None
-        dtype, points = dtype or source.dtype, self._plan.lead[0]
-        if source.dim() != 2 or x.dim() < 1 or x.shape[-1] != source.shape[1 if transposed else 0]:
+        if source.dim() != 2 or not shape or shape[-1] != source.shape[1 if transposed else 0]:
             return None
-        n, raw, plain = x.shape[-1], points_first(x, level), self._is_plain(i)
+        raw, plain = points_first(x, level), self._is_plain(i)
         if plain and raw is None:
             return None
-        rows = (x if raw is None else raw).to(dtype).reshape(-1, n)
-        count = len(rows) if raw is None else len(rows) // points
-        each = rows.expand(points, count, n) if raw is None else rows.view(points, count, n)
         if isinstance(bias, Tensor):
-            first = points_first(bias, level)
             if bias.dim() != 1:
                 return None
-            bias = (bias if first is None else first.unsqueeze(1)).to(dtype)
-        with self._lock:
-            if plain:
-                y = (rows @ turned(source.to(dtype), transposed)).view(points, count, -1)
-                y = y if bias is None else y + bias
-            elif self._factors:
-                y = self._add_factors(rows @ turned(source.to(dtype), transposed), each, i, transposed, bias)
-            else:
-                copies = turned(self._copy((i, dtype)), transposed)
-                y = torch.bmm(each, copies) if bias is None else torch.baddbmm(bias, each, copies)
-        self.rows, self._widest = max(self.rows, count), max(self._widest, y[0].nbytes)
-        return batched(y.view(points, *x.shape[:-1], y.shape[-1]), level)
+            bias = bias if (first := points_first(bias, level)) is None else first
+        with self._lock, unseen():
+            y = self._multiplied(i, x if raw is None else raw, raw is not None, dtype or source.dtype, transposed, bias)
+            y = y.view(len(y), *shape[:-1], y.shape[-1])
+        return batched(y, level)
 
-    def _add_factors(self, y: Tensor, x: Tensor, i: int, transposed: bool, bias: Any) -> Tensor:
-        """W x + c r^-1/2 sum_q a_q (b_q . x) + bias at all points, (P, rows, columns), of W x of all their rows."""
-        assert self._factors
-        points = len(x)
-        a, b = self._factors.of(i, y.dtype)
-        left, right = (b, a) if transposed else (a, b)
-        low = torch.bmm(x, left.mT)
-        if len(y) == points * x.shape[1]:
-            y = y.view(points, -1, y.shape[-1]).baddbmm_(low, right)
+    def _multiplied(self, i: int, x: Tensor, differs: bool, dtype: torch.dtype, transposed: bool, bias: Any) -> Tensor:
+        """The product at all points, (P, rows, columns). Of x the first dimension counts points, if it ``differs`` among them."""
+        points, n = self._plan.lead[0], x.shape[-1]
+        rows = x.to(dtype).reshape(-1, n)
+        each = rows.view(points, -1, n) if differs else rows.expand(points, *rows.shape)
+        if isinstance(bias, Tensor):
+            bias = (bias if bias.dim() == 1 else bias.unsqueeze(1)).to(dtype)
+        if self._is_plain(i) or self._factors:
+            y = torch.mm(rows, turned(self._sources[i].to(dtype), transposed))
+            y = y.view(points, -1, y.shape[1]) if differs else y.expand(points, *y.shape)
+            if self._factors and not self._is_plain(i):  # c r^-1/2 sum_q a_q (b_q . x)
+                a, b, *across = self._factors.of(i, dtype)
+                low, other = (torch.bmm(each, across[1]), a) if transposed else (torch.bmm(each, across[0]), b)
+                y = y.baddbmm_(low, other) if differs else torch.baddbmm(y, low, other)
+            y = y if bias is None else y.add_(bias)
         else:
-            y = torch.baddbmm(y, low, right)
-        return y if bias is None else y.add_(bias)
+            copies = turned(self._copy((i, dtype)), transposed)
+            y = torch.bmm(each, copies) if bias is None else torch.baddbmm(bias, each, copies)
+        self.rows, self._widest = max(self.rows, y.shape[1]), max(self._widest, y.nbytes // points)
+        return y
 
     def read_rows(self, i: int, index: Tensor) -> Tensor:
         """Rows of matrix i at all points, as an embedding returns them: (*index.shape, columns), batched."""
         if (level := self._interception.level) is None:
             return super().read_rows(i, index)
-        raw, source = points_first(index, level), self._sources[i]
+        source = self._sources[i]
         if self._is_plain(i):
             return functional.embedding(index, source)
-        if raw is not None:
+        if points_first(index, level) is not None:
             return functional.embedding(index, self.read(i))
-        if self._factors:
-            a, b = self._factors.of(i, source.dtype)  # (P, r, R) and (P, r, C)
-            rows = a[:, :, index.reshape(-1)]
-            noise = torch.baddbmm(functional.embedding(index.reshape(-1), source), rows.mT, b)
-            return batched(noise.view(-1, *index.shape, source.shape[1]), level)
-        out = torch.empty(len(self._cs), *index.shape, source.shape[1], dtype=source.dtype, device=self.device)
-        for copy, stream, c in zip(out, torch.split(self._streams, 1), self._cs, strict=True):
-            self._look_up(i, index, copy, stream, c.view(1, 1))
+        with self._lock, unseen():
+            if self._factors:
+                a, b, *_ = self._factors.of(i, source.dtype)
+                flat = index.reshape(-1)
+                out = torch.baddbmm(functional.embedding(flat, source), a.index_select(2, flat).mT, b)
+                out = out.view(-1, *index.shape, source.shape[1])
+            else:
+                out = torch.empty(len(self._cs), *index.shape, source.shape[1], dtype=source.dtype, device=self.device)
+                for copy, stream, c in zip(out, torch.split(self._streams, 1), self._cs, strict=True):
+                    self._look_up(i, index, copy, stream, c.view(1, 1))
         return batched(out, level)
 
 
