@@ -425,7 +425,9 @@ def prepare_perturb(device: torch.device, src: Any, dst: Any, **beside: Any) -> 
 
 
 def prepare_signs(device: torch.device, parts: Sequence[tuple[int, int, int, int, int]]) -> Callable[..., None]:
-    """Signs of many domains and tensors in one call, unchecked, as a function of where they go, the streams and the coefficients.
+    """Signs of many tensors, unchecked, as a function of where they go, the streams and the coefficients.
+
+    A backend that has a ``prepare_signs`` makes them in one launch.
 
     Args:
         device: of all that the function is given.
@@ -436,9 +438,9 @@ def prepare_signs(device: torch.device, parts: Sequence[tuple[int, int, int, int
         for each part, the signs of stream k and factor q times coeffs[k, column] go to out[k, q, begin : begin + count].
     """
     backend = backend_for(device)
-    if backend not in (native, reference):
-        run: Callable[..., None] = backend.prepare_signs(device, parts)
-        return run
+    if hasattr(backend, "prepare_signs"):
+        at_once: Callable[..., None] = backend.prepare_signs(device, parts)
+        return at_once
 
     def one_by_one(out: Tensor, streams: Tensor, coeffs: Tensor, *, seed: int) -> None:
         for domain, tensor_id, begin, count, column in parts:

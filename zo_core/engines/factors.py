@@ -46,14 +46,11 @@ class Factors:
         self._current: set[torch.dtype] = set()  # dtypes whose signs are those of this evaluation
         self._views: dict[tuple[int, int, torch.dtype], Signs] = {}  # by points, matrix and dtype
         self._points = 0
+        self.peak = 0  # bytes of the buffers, the most so far
 
     def bytes_of_a_point(self) -> int:
         """What the signs of one point take, in float32 and in a dtype of 16 bits."""
         return 6 * math.prod(self._shape)
-
-    def nbytes(self) -> int:
-        """What the buffers take now."""
-        return sum(t.nbytes for t in self._signs.values())
 
     def clear(self) -> None:
         """Give the memory back, until the next call of ``make``."""
@@ -89,4 +86,5 @@ class Factors:
             most = len(next(iter(self._signs.values()), self._one.expand(self._points)))
             with torch.inference_mode(False):
                 self._signs[dtype] = self._one.new_empty(most, *self._shape, dtype=dtype)
+            self.peak = max(self.peak, sum(t.nbytes for t in self._signs.values()))
         return self._signs[dtype][: self._points]

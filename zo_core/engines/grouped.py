@@ -77,6 +77,7 @@ class GroupedEngine(ShadowEngine):
             p for p in module.parameters() if id(p) not in self._numbers and type(p) is nn.Parameter and p.dim() == 2
         ]
         self._frozen = [p for p in frozen if p.device == self.device and p.is_floating_point()]
+        self._module_bytes = sum(p.nbytes for p in module.parameters())
         self._interception = Interception(space, self, self._frozen)
         self._plans: dict[int, Plan] = {}  # by the number of points
         self._alone = self._plan  # of the shadow engine
@@ -108,6 +109,10 @@ class GroupedEngine(ShadowEngine):
         """End an evaluation, wherever it was left: parameters are theta again."""
         super().restore()
         self._interception.level, self._plan = None, self._alone
+
+    def memory(self) -> dict[str, int]:
+        """As the shadow engine's, and bytes of the signs of factored matrices, the most so far."""
+        return super().memory() | ({"signs": self._factors.peak} if self._factors else {})
 
     def _clear(self) -> None:
         """Give memory back that evaluations may not need again."""
@@ -176,7 +181,7 @@ class GroupedEngine(ShadowEngine):
         signs = self._factors.bytes_of_a_point() if self._factors else 0
         memory = _free_memory(self.device) // 2 // max(1, 16 * self._widest + signs)
         copied = [self.space.tensors[i].numel() * dtype.itemsize for i, dtype in self._copied.items()]
-        room = max(2 * GROUP, sum(t.nbytes for t in self.module.parameters()) // 20) // (2 * max(copied, default=1))
+        room = max(2 * GROUP, self._module_bytes // 20) // (2 * max(copied, default=1))
         return max(1, min(enough, memory, room, most))
 
     def _at(self, closure: Callable[[], Tensor], points: Sequence[Point], leave_out: Collection[int]) -> Tensor:
@@ -227,7 +232,8 @@ class GroupedEngine(ShadowEngine):
         """Write theta + c z of these tensors, at all points, where ``make`` was prepared for."""
         if not (lead := self._plan.lead):
             return super()._perturb(make, which, sources)
-        make(sources, self._streams, self._cs, self._uncounted.new_empty(1 + len(which) * lead[0]))
+        with unseen():
+            make(sources, self._streams, self._cs, self._uncounted.new_empty(1 + len(which) * lead[0]))
 
     # ---- what a read answers -----------------------------------------------------------------------------------
 
@@ -237,9 +243,8 @@ class GroupedEngine(ShadowEngine):
             return super().read(i, dtype, keep)
         if self._is_plain(i):
             return self._sources[i].detach()
-        with self._lock, unseen():
-            copy = self._copy((i, dtype or self._sources[i].dtype)).detach()
-        return batched(copy, level)
+        with self._lock:
+            return batched(self._copy((i, dtype or self._sources[i].dtype)).detach(), level)
 
     def _is_plain(self, i: int) -> bool:
         """Whether a tensor is the same at all points: frozen, or left out of this step."""
@@ -260,13 +265,13 @@ class GroupedEngine(ShadowEngine):
             bias = bias if (first := points_first(bias, level)) is None else first
         with self._lock, unseen():
             y = self._multiplied(i, x if raw is None else raw, raw is not None, dtype or source.dtype, transposed, bias)
-            y = y.view(len(y), *shape[:-1], y.shape[-1])
+            y = y.view(y.shape[0], *shape[:-1], y.shape[2])
         return batched(y, level)
 
     def _multiplied(self, i: int, x: Tensor, differs: bool, dtype: torch.dtype, transposed: bool, bias: Any) -> Tensor:
         """The product at all points, (P, rows, columns). Of x the first dimension counts points, if it ``differs`` among them."""
         points, n = self._plan.lead[0], x.shape[-1]
-        rows = x.to(dtype).reshape(-1, n)
+        rows = (x if x.dtype is dtype else x.to(dtype)).reshape(-1, n)
         each = rows.view(points, -1, n) if differs else rows.expand(points, *rows.shape)
         if isinstance(bias, Tensor):
             bias = (bias if bias.dim() == 1 else bias.unsqueeze(1)).to(dtype)
