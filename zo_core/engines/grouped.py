@@ -259,10 +259,11 @@ class GroupedEngine(ShadowEngine):
         raw, plain = points_first(x, level), self._is_plain(i)
         if plain and raw is None:
             return None
-        if isinstance(bias, Tensor):
-            if bias.dim() != 1:
+        if isinstance(bias, int | Tensor):
+            if (self._sources[bias] if isinstance(bias, int) else bias).dim() != 1:
                 return None
-            bias = bias if (first := points_first(bias, level)) is None else first
+            if isinstance(bias, Tensor) and (raw_bias := points_first(bias, level)) is not None:
+                bias = raw_bias
         with self._lock, unseen():
             y = self._multiplied(i, x if raw is None else raw, raw is not None, dtype or source.dtype, transposed, bias)
             y = y.view(y.shape[0], *shape[:-1], y.shape[2])
@@ -270,22 +271,31 @@ class GroupedEngine(ShadowEngine):
 
     def _multiplied(self, i: int, x: Tensor, differs: bool, dtype: torch.dtype, transposed: bool, bias: Any) -> Tensor:
         """The product at all points, (P, rows, columns). Of x the first dimension counts points, if it ``differs`` among them."""
-        points, n = self._plan.lead[0], x.shape[-1]
+        points, n, plain = self._plan.lead[0], x.shape[-1], self._is_plain(i)
         rows = (x if x.dtype is dtype else x.to(dtype)).reshape(-1, n)
         each = rows.view(points, -1, n) if differs else rows.expand(points, *rows.shape)
+        if isinstance(bias, int):
+            bias = self._sources[bias] if self._is_plain(bias) else self._copy((bias, dtype))
         if isinstance(bias, Tensor):
             bias = (bias if bias.dim() == 1 else bias.unsqueeze(1)).to(dtype)
-        if self._is_plain(i) or self._factors:
-            y = torch.mm(rows, turned(self._sources[i].to(dtype), transposed))
-            y = y.view(points, -1, y.shape[1]) if differs else y.expand(points, *y.shape)
-            if self._factors and not self._is_plain(i):  # c r^-1/2 sum_q a_q (b_q . x)
-                a, b, *across = self._factors.of(i, dtype)
-                low, other = (torch.bmm(each, across[1]), a) if transposed else (torch.bmm(each, across[0]), b)
-                y = y.baddbmm_(low, other) if differs else torch.baddbmm(y, low, other)
+        matrix = turned(self._sources[i].to(dtype), transposed) if plain or self._factors else None
+        if plain and matrix is not None:
+            y = torch.mm(rows, matrix).view(points, -1, matrix.shape[1])
             y = y if bias is None else y.add_(bias)
         else:
-            copies = turned(self._copy((i, dtype)), transposed)
-            y = torch.bmm(each, copies) if bias is None else torch.baddbmm(bias, each, copies)
+            if (
+                self._factors
+            ):  # c r^-1/2 sum_q a_q (b_q . x) before W x, which is rounded once then, with all of the sum
+                a, b, a_turned, b_turned = self._factors.of(i, dtype)
+                left, right = (b_turned, a) if transposed else (a_turned, b)
+                left = torch.bmm(each, left)
+            else:
+                left, right = each, turned(self._copy((i, dtype)), transposed)
+            y = torch.bmm(left, right) if bias is None else torch.baddbmm(bias, left, right)
+            if matrix is not None and differs:
+                y.view(-1, y.shape[2]).addmm_(rows, matrix)
+            elif matrix is not None:
+                y.add_(torch.mm(rows, matrix))
         self.rows, self._widest = max(self.rows, y.shape[1]), max(self._widest, y.nbytes // points)
         return y
 

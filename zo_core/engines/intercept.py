@@ -53,7 +53,7 @@ class Values(Protocol):
     def product(self, i: int, x: Tensor, dtype: torch.dtype | None, transposed: bool, bias: Any) -> Tensor | None:
         """X times matrix i, or its transpose, plus a bias if there is one; None: the matrix is to be read for it.
 
-        Asked only where the engine evaluates under ``torch.vmap``.
+        The bias is a tensor, or the number of one whose values the engine has. Asked only where the engine evaluates under ``torch.vmap``.
         """
         ...
 
@@ -172,7 +172,7 @@ class Interception:
         if type(x) is self._class or not isinstance(x, Tensor):
             return None
         if type(bias) is self._class:
-            bias = self._values.read(self._numbers[id(bias)], dtype, False)
+            bias = self._numbers[id(bias)]
         found: Tensor | None = self._values.product(i, x, dtype, linear, bias)
         return found
 
