@@ -424,6 +424,33 @@ def prepare(device: torch.device, src: Any, dst: Any, **beside: Any) -> Callable
     return lambda _, **scalars: run(**scalars)
 
 
+def prepare_signs(device: torch.device, parts: Sequence[tuple[int, int, int, int, int]]) -> Callable[..., None]:
+    """Signs of many tensors, unchecked, as a function of where they go, the streams and the coefficients.
+
+    A backend that has a ``prepare_signs`` makes them in one launch.
+
+    Args:
+        device: of all that the function is given.
+        parts: domain, tensor id, where its signs begin, how many they are, and the column of its coefficients.
+
+    Returns:
+        A function of ``out``, contiguous float32 (K, rank, n), ``streams``, int64 (K,), ``coeffs``, contiguous float32 (K, T), and ``seed``:
+        for each part, the signs of stream k and factor q times coeffs[k, column] go to out[k, q, begin : begin + count].
+    """
+    backend = backend_for(device)
+    if hasattr(backend, "prepare_signs"):
+        at_once: Callable[..., None] = backend.prepare_signs(device, parts)
+        return at_once
+
+    def one_by_one(out: Tensor, streams: Tensor, coeffs: Tensor, *, seed: int) -> None:
+        for domain, tensor_id, begin, count, column in parts:
+            signs = out.new_empty(*out.shape[:2], count)
+            backend.signs_(signs, streams, domain=domain, tensor_id=tensor_id, seed=seed)
+            torch.mul(signs, coeffs[:, column].view(-1, 1, 1), out=out[..., begin : begin + count])
+
+    return one_by_one
+
+
 def _run(
     src: list[Tensor], dst: list[Tensor], *args: Any, in_place: bool, seed: int, residuals: list[Tensor] | None = None,
     row_scales: list[Tensor] | None = None, column_scales: list[Tensor] | None = None, columns: list[int] | None = None,

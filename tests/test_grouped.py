@@ -180,6 +180,31 @@ def test_a_matrix_with_factored_noise_is_not_copied():
     assert opt.memory()["scratch"] <= 2 * 4 * vectors < sum(p.nbytes for p in model.parameters())
 
 
+def test_signs_are_made_in_one_call_and_vectors_in_one_pass_for_each_number_of_points(monkeypatch):
+    """Whatever the number of matrices is; and a matrix that is read as a whole is in a group of its size from then on."""
+    model, loss = make("llama")
+    monkeypatch.setattr(grouped, "GROUP", 5 * sum(p.nbytes for p in model.parameters() if p.dim() == 1))
+    opt = optimizer(model, "grouped", distribution="factored", rank=2)
+    engine, calls = opt._prepare(), []
+    losses(opt, loss, points(1e-2, 2e-2))
+    for owner, name in ((engine._factors, "_make"), (engine, "_perturb")):
+        run = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, n=name, run=run, **k: (calls.append(n), run(*a, **k)))
+    for where in (points(1e-2, 2e-2), points(1e-2), points(1e-2, 2e-2, 3e-2)):
+        calls.clear()
+        losses(opt, loss, where)
+        assert calls == ["_make", "_perturb"]
+    vectors = [i for i, p in enumerate(engine.space.tensors) if p.dim() == 1]
+    assert engine._plan_of(4).known(0) == [(i, torch.float32) for i in vectors] and len(engine._plan_of(4).groups) == 1
+    head = model.lm_head.weight
+    more = lambda: loss() + head.square().mean()  # noqa: E731
+    found = [losses(o, more, points(1e-2, 2e-2)) for o in (opt, opt, optimizer(model, distribution="factored", rank=2))]
+    assert torch.allclose(found[0], found[2], atol=1e-5) and torch.allclose(found[1], found[2], atol=1e-5)
+    plan, number = engine._plan_of(4), engine._numbers[id(head)]
+    assert plan.group_of[number] != plan.group_of[vectors[0]]
+    assert opt.memory()["signs"] == 4 * 5 * 2 * engine._factors._shape[1]
+
+
 def test_a_frozen_matrix_is_multiplied_once_for_all_points_and_may_be_written():
     with torch.random.fork_rng():
         torch.random.default_generator.manual_seed(0)

@@ -378,6 +378,18 @@ def test_signs_are_those_of_the_reference(domain):
         assert torch.equal(got, expected)
 
 
+def test_signs_of_many_tensors_are_made_in_one_launch_times_their_coefficients():
+    parts = [(4, 7, 0, 1100, 0), (5, 7, 1104, 3, 1), (4, 2**32 - 3, 1120, 40, 1)]
+    streams, coeffs = torch.tensor([5, -1], device=DEVICE), torch.tensor([[0.5, 1.0], [0.0, -3.0]], device=DEVICE)
+    got, expected = (torch.full((2, 3, 1160), 9.0, device=DEVICE) for _ in range(2))
+    backend.prepare_signs(got.device, parts)(got, streams, coeffs, seed=SEED)
+    for domain, tensor_id, begin, n, column in parts:
+        alone = torch.empty(2, 3, n, device=DEVICE)
+        reference.signs_(alone, streams, domain=domain, tensor_id=tensor_id, seed=SEED)
+        expected[..., begin : begin + n] = alone * coeffs[:, column, None, None]
+    assert torch.equal(got, expected)  # which leaves what is between the parts
+
+
 def test_only_signs_that_elements_have_are_made():
     """Of rows those that a part of a matrix is in; of columns all, but for a part of one row; two rows are then two parts."""
     programs, (row, column), end = factored_kernels.lines_of(320, 3200 + 5, 640, 9, 2, 16)

@@ -13,9 +13,9 @@ if tuple(map(int, re.findall(r"\d+", VERSION)[:2])) < OLDEST:
         "the triton that belongs to it"
     )
 
-from .factored import signs_
+from .factored import prepare_signs, signs_
 from .noise import philox_
 from .passes import prepare, run_pass
 from .rows import run_rows
 
-__all__ = ["philox_", "prepare", "run_pass", "run_rows", "signs_"]
+__all__ = ["philox_", "prepare", "prepare_signs", "run_pass", "run_rows", "signs_"]

@@ -13,6 +13,7 @@ of eight columns lie side by side, first words before second ones, so that each 
 The terms of a five are added in their order, as the reference adds them, and so are the fives.
 """
 
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -61,11 +62,6 @@ def lines_on(device: torch.device, *of: int) -> tuple[Tensor, tuple[int, int], i
     """``lines_of`` one matrix, with the programs on the device."""
     programs, places, end = lines_of(*of)
     return torch.tensor(programs, dtype=torch.int64).to(device), places, end
-
-
-@lru_cache(maxsize=256)
-def _one_domain(device: torch.device, domain: int, n: int, tensor_id: int) -> Tensor:
-    return torch.tensor(_programs(domain, 0, n, 0, tensor_id, 0, False), dtype=torch.int64).to(device)
 
 
 @kernel(warps=4, forms=lambda: [{"ONE": True}, {"ONE": False}])
@@ -166,15 +162,33 @@ def signs_of(lines: Tensor, plane: int, streams: Tensor, coeffs: Tensor, rank: i
 
 def signs_(signs: Tensor, streams: Tensor, *, domain: int, tensor_id: int, seed: int) -> None:
     """Fill float32 ``signs`` (K, rank, n) with the signs of a domain at indices 0 to n - 1: of stream k and factor q at [k, q]."""
-    k, rank, n = signs.shape
-    if signs.numel():
-        with on(signs.device):
-            lines, one = (
-                _one_domain(signs.device, domain, n, tensor_id),
-                torch.ones(k, 1, dtype=torch.float32, device=signs.device),
-            )
-            words = signs.view(torch.int32)
-            _launch(lines, streams, one, rank, seed, words=words, reals=one, n_steps=0, plane=n, ONE=True)
+    one = torch.ones(len(signs), 1, dtype=torch.float32, device=signs.device)
+    prepare_signs(signs.device, [(domain, tensor_id, 0, signs.shape[2], 0)])(signs, streams, one, seed=seed)
+
+
+def prepare_signs(device: torch.device, parts: Sequence[tuple[int, int, int, int, int]]) -> Callable[..., None]:
+    """``prepare_signs`` of ``bindings.ops``: one launch for all parts."""
+    programs = [_programs(domain, 0, n, at, i, column, False) for domain, i, at, n, column in parts]
+    lines = torch.tensor([line for part in programs for line in part], dtype=torch.int64).to(device)
+
+    def run(out: Tensor, streams: Tensor, coeffs: Tensor, *, seed: int) -> None:
+        if len(lines) and out.numel():
+            with on(device):
+                words, plane = out.view(torch.int32), out.shape[2]
+                _launch(
+                    lines,
+                    streams,
+                    coeffs,
+                    out.shape[1],
+                    seed,
+                    words=words,
+                    reals=coeffs,
+                    n_steps=0,
+                    plane=plane,
+                    ONE=True,
+                )
+
+    return run
 
 
 def _launch(lines: Tensor, streams: Tensor, coeffs: Tensor, rank: int, seed: int, **more: Any) -> None:

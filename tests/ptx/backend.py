@@ -15,9 +15,7 @@ def watch(backend):
     if hasattr(backend.run_pass, "__wrapped__"):
         return
 
-    def over(name, tensors_of):
-        function = getattr(backend, name)
-
+    def watched_call(function, tensors_of):
         @functools.wraps(function)
         def watched(*args, **options):
             gpu = active_driver._active
@@ -27,7 +25,10 @@ def watch(backend):
             with gpu.call(_named(readable), _named(writable)):
                 return function(*args, **options)
 
-        setattr(backend, name, watched)
+        return watched
+
+    def over(name, tensors_of):
+        setattr(backend, name, watched_call(getattr(backend, name), tensors_of))
 
     def watched_prepare(*tensors, **beside):
         run = prepare(*tensors, **beside)
@@ -49,6 +50,9 @@ def watch(backend):
     over("run_rows", _rows)
     over("philox_", lambda words, **_: ({}, {"words": words}))
     over("signs_", lambda signs, streams, **_: ({"streams": streams}, {"signs": signs}))
+    prepare = backend.prepare_signs
+    parts = lambda out, streams, coeffs, **_: ({"streams": streams, "coeffs": coeffs}, {"out": out})  # noqa: E731
+    backend.prepare_signs = lambda *args: watched_call(prepare(*args), parts)
 
 
 def _named(tensors):

@@ -3,6 +3,7 @@
 torch has no rule for its CPU kernel of attention, and calls it once for each point.
 """
 
+from contextlib import AbstractContextManager
 from functools import cache
 from typing import Any
 
@@ -17,12 +18,18 @@ def points_first(x: Tensor, level: int) -> Tensor | None:
     """What is behind a tensor that is batched at this level of ``torch.vmap``, points first; None if it is not."""
     if _functorch.maybe_get_level(x) != level:
         return None
-    return _functorch.get_unwrapped(x).movedim(_functorch.maybe_get_bdim(x), 0)
+    raw: Tensor = _functorch.get_unwrapped(x)
+    return raw.movedim(dim, 0) if (dim := _functorch.maybe_get_bdim(x)) else raw
 
 
 def batched(x: Tensor, level: int) -> Tensor:
     """A tensor whose first dimension is that of the points, as functions at this level of ``torch.vmap`` see it."""
     return _functorch._add_batch_dim(x, 0, level)
+
+
+def unseen() -> AbstractContextManager[Any]:
+    """A block whose functions ``torch.vmap`` does not see: they get no tensor that is batched, and each costs half of its time."""
+    return torch._C._DisableFuncTorch()
 
 
 def _attention(

@@ -24,10 +24,10 @@ from torch._C import _functorch
 from torch.nn import functional
 
 from ..bindings.warn import warn
-from ..noise import factors
 from ..weights import ParamSpace, Point
 from .base import uninterrupted
-from .folds import batched, fold_attention, points_first
+from .factors import Factors
+from .folds import batched, fold_attention, points_first, unseen
 from .intercept import UNTRACEABLE, Interception
 from .shadow import ShadowEngine
 from .structure import GROUP, Plan, groups
@@ -70,12 +70,14 @@ class GroupedEngine(ShadowEngine):
         self._most: int | None = None  # points at once that memory was found to hold
         self._widest = 0  # bytes of the largest product so far, of one point
         self._copied: dict[int, torch.dtype] = {}  # tensors that were copied for several points, and their dtypes
-        self._factored = space.distribution == "factored" and not space.hessian
+        self._factors = Factors(space) if space.distribution == "factored" and not space.hessian else None
+        self._whole: list[int] = []  # of the copied tensors, matrices with factors
         # Frozen matrices are multiplied by rows of all points at once too: torch copies some of them for each point.
         frozen = [
             p for p in module.parameters() if id(p) not in self._numbers and type(p) is nn.Parameter and p.dim() == 2
         ]
         self._frozen = [p for p in frozen if p.device == self.device and p.is_floating_point()]
+        self._module_bytes = sum(p.nbytes for p in module.parameters())
         self._interception = Interception(space, self, self._frozen)
         self._plans: dict[int, Plan] = {}  # by the number of points
         self._alone = self._plan  # of the shadow engine
@@ -108,10 +110,20 @@ class GroupedEngine(ShadowEngine):
         super().restore()
         self._interception.level, self._plan = None, self._alone
 
+    def memory(self) -> dict[str, int]:
+        """As the shadow engine's, and bytes of the signs of factored matrices, the most so far."""
+        return super().memory() | ({"signs": self._factors.peak} if self._factors else {})
+
+    def _clear(self) -> None:
+        """Give memory back that evaluations may not need again."""
+        self._scratch.buffers.clear()
+        if self._factors:
+            self._factors.clear()
+
     def _leave(self, reason: str) -> None:
         """Leave all further evaluations to the shadow engine."""
         self.alone = reason
-        self._scratch.buffers.clear()
+        self._clear()
         warn(
             f"engine='grouped': the closure cannot be evaluated at several points at once: {reason}. The shadow engine "
             "evaluates it from now on, at one point after the other",
@@ -153,7 +165,7 @@ class GroupedEngine(ShadowEngine):
             if not _out_of_memory(error) or self._most is not None or size == 1:
                 raise
         self._most = size // 2  # outside of the handler, where the error still holds what the closure had made
-        self._scratch.buffers.clear()
+        self._clear()
         warn(
             f"engine='grouped': out of memory with {size} points at once, from now on there are {self._most} "
             "(points_at_once sets it)",
@@ -166,9 +178,10 @@ class GroupedEngine(ShadowEngine):
         if self.points_at_once is not None:
             return min(self.points_at_once, most)
         enough = _ROWS.get(self.device.type, _MANY_ROWS) // max(1, self.rows)
-        memory = _free_memory(self.device) // 2 // max(1, 16 * self._widest)
+        signs = self._factors.bytes_of_a_point() if self._factors else 0
+        memory = _free_memory(self.device) // 2 // max(1, 16 * self._widest + signs)
         copied = [self.space.tensors[i].numel() * dtype.itemsize for i, dtype in self._copied.items()]
-        room = max(2 * GROUP, sum(t.nbytes for t in self.module.parameters()) // 20) // (2 * max(copied, default=1))
+        room = max(2 * GROUP, self._module_bytes // 20) // (2 * max(copied, default=1))
         return max(1, min(enough, memory, room, most))
 
     def _at(self, closure: Callable[[], Tensor], points: Sequence[Point], leave_out: Collection[int]) -> Tensor:
@@ -194,22 +207,33 @@ class GroupedEngine(ShadowEngine):
     def _begin_at(self, points: Sequence[Point], leave_out: Collection[int]) -> None:
         """Let parameters answer with their values at these points."""
         self._begin(0.0, self._clean, leave_out, hide=False)
-        if (n := len(points)) not in self._plans:
-            self._plans[n] = Plan(groups(self.module, self.space.tensors, GROUP // n), (n,))
-            self._plans[n].dtypes = self._copied
-        self._plan = self._plans[n]
+        self._plan = self._plan_of(len(points))
         known, plain = len(self._sources), [i for i in self._left_out if self._sources[i].dim() == 2]
         self._sources += [p.data for p in self._frozen]
         self._interception.start([*plain, *range(known, len(self._sources))])
         self._streams = torch.cat([self._clean if probe is None else probe for _, probe in points])
         cs = [0.0 if probe is None else c for c, probe in points]
         self._cs = torch.tensor(cs, dtype=torch.float32, device=self.device)
+        if self._factors:
+            self._factors.make(self._streams, self._cs)
+
+    def _plan_of(self, n: int) -> Plan:
+        """Groups of what is copied for n points: all vectors of a model are few bytes."""
+        factored = self._factors.matrices if self._factors else ()
+        if (whole := [i for i in self._copied if i in factored]) != self._whole:
+            self._whole, self._plans = whole, {}
+        if n not in self._plans:
+            sizes = [0 if i in factored and i not in whole else t.nbytes for i, t in enumerate(self.space.tensors)]
+            self._plans[n] = Plan(groups(self.module, self.space.tensors, GROUP // n, sizes), (n,))
+            self._plans[n].dtypes = self._copied
+        return self._plans[n]
 
     def _perturb(self, make: Callable[..., None], which: Sequence[int], sources: list[Tensor]) -> None:
         """Write theta + c z of these tensors, at all points, where ``make`` was prepared for."""
         if not (lead := self._plan.lead):
             return super()._perturb(make, which, sources)
-        make(sources, self._streams, self._cs, self._uncounted.new_empty(1 + len(which) * lead[0]))
+        with unseen():
+            make(sources, self._streams, self._cs, self._uncounted.new_empty(1 + len(which) * lead[0]))
 
     # ---- what a read answers -----------------------------------------------------------------------------------
 
@@ -228,69 +252,72 @@ class GroupedEngine(ShadowEngine):
 
     def product(self, i: int, x: Tensor, dtype: torch.dtype | None, transposed: bool, bias: Any) -> Tensor | None:
         """X times matrix i, or its transpose, plus a bias if there is one, batched; None if x is not of its kind."""
-        level, source = self._interception.level, self._sources[i]
+        level, source, shape = self._interception.level, self._sources[i], x.shape
         assert level is not None
-        dtype, points = dtype or source.dtype, self._plan.lead[0]
-        if source.dim() != 2 or x.dim() < 1 or x.shape[-1] != source.shape[1 if transposed else 0]:
+        if source.dim() != 2 or not shape or shape[-1] != source.shape[1 if transposed else 0]:
             return None
-        n, raw, plain = x.shape[-1], points_first(x, level), self._is_plain(i)
+        raw, plain = points_first(x, level), self._is_plain(i)
         if plain and raw is None:
             return None
-        rows = (x if raw is None else raw).to(dtype).reshape(-1, n)
-        count = len(rows) if raw is None else len(rows) // points
-        each = rows.expand(points, count, n) if raw is None else rows.view(points, count, n)
-        if isinstance(bias, Tensor):
-            first = points_first(bias, level)
-            if bias.dim() != 1:
+        if isinstance(bias, int | Tensor):
+            if (self._sources[bias] if isinstance(bias, int) else bias).dim() != 1:
                 return None
-            bias = (bias if first is None else first.unsqueeze(1)).to(dtype)
-        with self._lock:
-            if plain:
-                y = (rows @ turned(source.to(dtype), transposed)).view(points, count, -1)
-                y = y if bias is None else y + bias
-            elif self._factored:
-                y = self._add_factors(rows @ turned(source.to(dtype), transposed), each, i, transposed, bias)
+            if isinstance(bias, Tensor) and (raw_bias := points_first(bias, level)) is not None:
+                bias = raw_bias
+        with self._lock, unseen():
+            y = self._multiplied(i, x if raw is None else raw, raw is not None, dtype or source.dtype, transposed, bias)
+            y = y.view(y.shape[0], *shape[:-1], y.shape[2])
+        return batched(y, level)
+
+    def _multiplied(self, i: int, x: Tensor, differs: bool, dtype: torch.dtype, transposed: bool, bias: Any) -> Tensor:
+        """The product at all points, (P, rows, columns). Of x the first dimension counts points, if it ``differs`` among them."""
+        points, n, plain = self._plan.lead[0], x.shape[-1], self._is_plain(i)
+        rows = (x if x.dtype is dtype else x.to(dtype)).reshape(-1, n)
+        each = rows.view(points, -1, n) if differs else rows.expand(points, *rows.shape)
+        if isinstance(bias, int):
+            bias = self._sources[bias] if self._is_plain(bias) else self._copy((bias, dtype))
+        if isinstance(bias, Tensor):
+            bias = (bias if bias.dim() == 1 else bias.unsqueeze(1)).to(dtype)
+        matrix = turned(self._sources[i].to(dtype), transposed) if plain or self._factors else None
+        if plain and matrix is not None:
+            y = torch.mm(rows, matrix).view(points, -1, matrix.shape[1])
+            y = y if bias is None else y.add_(bias)
+        else:
+            if (
+                self._factors
+            ):  # c r^-1/2 sum_q a_q (b_q . x) before W x, which is rounded once then, with all of the sum
+                a, b, a_turned, b_turned = self._factors.of(i, dtype)
+                left, right = (b_turned, a) if transposed else (a_turned, b)
+                left = torch.bmm(each, left)
             else:
-                copies = turned(self._copy((i, dtype)), transposed)
-                y = torch.bmm(each, copies) if bias is None else torch.baddbmm(bias, each, copies)
-        self.rows, self._widest = max(self.rows, count), max(self._widest, y[0].nbytes)
-        return batched(y.view(points, *x.shape[:-1], y.shape[-1]), level)
-
-    def _add_factors(self, y: Tensor, x: Tensor, i: int, transposed: bool, bias: Any) -> Tensor:
-        """W x + c r^-1/2 sum_q a_q (b_q . x) + bias at all points, (P, rows, columns), of W x of all their rows."""
-        points = len(x)
-        a, b = self._factors_of(i, y.dtype)
-        left, right = (b, a) if transposed else (a, b)
-        y = y.view(points, -1, y.shape[-1]) if len(y) == points * x.shape[1] else y.expand(points, *y.shape)
-        y = torch.baddbmm(y, x @ left.mT, right)
-        return y if bias is None else y.add_(bias)
-
-    def _factors_of(self, i: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Signs of the rows of matrix i times c r^-1/2, (P, r, R), and of its columns, (P, r, C)."""
-        space, shape = self.space, self._sources[i].shape
-        a, b = factors(shape, self._streams, tensor_id=i, seed=space.seed, rank=space.rank)
-        a.mul_((self._cs * space.rank**-0.5).view(-1, 1, 1))
-        if (row := space.padding.get(i)) is not None:
-            a[..., row] = 0
-        return a.to(dtype), b.to(dtype)
+                left, right = each, turned(self._copy((i, dtype)), transposed)
+            y = torch.bmm(left, right) if bias is None else torch.baddbmm(bias, left, right)
+            if matrix is not None and differs:
+                y.view(-1, y.shape[2]).addmm_(rows, matrix)
+            elif matrix is not None:
+                y.add_(torch.mm(rows, matrix))
+        self.rows, self._widest = max(self.rows, y.shape[1]), max(self._widest, y.nbytes // points)
+        return y
 
     def read_rows(self, i: int, index: Tensor) -> Tensor:
         """Rows of matrix i at all points, as an embedding returns them: (*index.shape, columns), batched."""
         if (level := self._interception.level) is None:
             return super().read_rows(i, index)
-        raw, source = points_first(index, level), self._sources[i]
+        source = self._sources[i]
         if self._is_plain(i):
             return functional.embedding(index, source)
-        if raw is not None:
+        if points_first(index, level) is not None:
             return functional.embedding(index, self.read(i))
-        if self._factored:
-            a, b = self._factors_of(i, source.dtype)  # (P, r, R) and (P, r, C)
-            rows = a[:, :, index.reshape(-1)]
-            noise = torch.baddbmm(functional.embedding(index.reshape(-1), source), rows.mT, b)
-            return batched(noise.view(-1, *index.shape, source.shape[1]), level)
-        out = torch.empty(len(self._cs), *index.shape, source.shape[1], dtype=source.dtype, device=self.device)
-        for copy, stream, c in zip(out, torch.split(self._streams, 1), self._cs, strict=True):
-            self._look_up(i, index, copy, stream, c.view(1, 1))
+        with self._lock, unseen():
+            if self._factors:
+                a, b, *_ = self._factors.of(i, source.dtype)
+                flat = index.reshape(-1)
+                out = torch.baddbmm(functional.embedding(flat, source), a.index_select(2, flat).mT, b)
+                out = out.view(-1, *index.shape, source.shape[1])
+            else:
+                out = torch.empty(len(self._cs), *index.shape, source.shape[1], dtype=source.dtype, device=self.device)
+                for copy, stream, c in zip(out, torch.split(self._streams, 1), self._cs, strict=True):
+                    self._look_up(i, index, copy, stream, c.view(1, 1))
         return batched(out, level)
 
 

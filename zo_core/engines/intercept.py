@@ -53,7 +53,7 @@ class Values(Protocol):
     def product(self, i: int, x: Tensor, dtype: torch.dtype | None, transposed: bool, bias: Any) -> Tensor | None:
         """X times matrix i, or its transpose, plus a bias if there is one; None: the matrix is to be read for it.
 
-        Asked only where the engine evaluates under ``torch.vmap``.
+        The bias is a tensor, or the number of one whose values the engine has. Asked only where the engine evaluates under ``torch.vmap``.
         """
         ...
 
@@ -102,6 +102,7 @@ class Interception:
     def __init__(self, space: ParamSpace, values: Values, others: Sequence[Tensor] = ()) -> None:
         self._names, self._tensors, self._values = space.names, [*space.tensors, *others], weakref.proxy(values)
         self._numbers = {id(p): i for i, p in enumerate(self._tensors)}
+        self._device_type = space.counters.device.type
         self._class = type("Intercepted", (Intercepted,), {"interception": weakref.proxy(self)})
         self._classes: list[tuple[Tensor, type]] = []  # tensors that are intercepted now, and what they were before
         self.level: int | None = None  # of torch.vmap, where the engine itself evaluates under it
@@ -145,7 +146,7 @@ class Interception:
                 return self._values.read_rows(i, args[0])
         if written is not None and (names := self._named(written)):
             raise RuntimeError(f"closure: {func.__name__} writes {names[0]} during an evaluation; {WRITTEN}")
-        kind = self._tensors[0].device.type
+        kind = self._device_type
         dtype = torch.get_autocast_dtype(kind) if func in _AUTOCAST and torch.is_autocast_enabled(kind) else None
         served = func in _PRODUCTS and self.level is not None
         if served and (found := self._product(func, args, kwargs, dtype)) is not None:
@@ -171,7 +172,7 @@ class Interception:
         if type(x) is self._class or not isinstance(x, Tensor):
             return None
         if type(bias) is self._class:
-            bias = self._values.read(self._numbers[id(bias)], dtype, False)
+            bias = self._numbers[id(bias)]
         found: Tensor | None = self._values.product(i, x, dtype, linear, bias)
         return found
 

@@ -20,32 +20,36 @@ def most_of(tensors: Sequence[Tensor], device: torch.device) -> int:
     return max(GROUP, sum(t.nbytes for t in tensors) // _SHARE) if device.type == "cuda" else GROUP
 
 
-def groups(module: nn.Module, tensors: Sequence[Tensor], most: int) -> list[list[int]]:
+def groups(
+    module: nn.Module, tensors: Sequence[Tensor], most: int, sizes: Sequence[int] | None = None
+) -> list[list[int]]:
     """Numbers of the tensors in each of the largest parts of a module that have no more than ``most`` bytes of them.
 
     Neighbours that have no more together are one part, but not in a list of blocks, of which LeZO leaves out some. A module whose
-    own parameters are more is a part by itself, and so is a tensor outside the module.
+    own parameters are more is a part by itself, and so is a tensor outside the module. ``sizes``: bytes of each tensor, where not
+    all are copied.
     """
+    sizes = [p.nbytes for p in tensors] if sizes is None else sizes
     left, out, room = {id(p): i for i, p in enumerate(tensors)}, list[list[int]](), 0
 
     def visit(m: nn.Module) -> None:
         nonlocal room
-        inside = {id(p): p for p in m.parameters() if id(p) in left}
-        size = sum(p.nbytes for p in inside.values())
-        if size > most:
+        inside = {i: None for p in m.parameters() if (i := left.get(id(p))) is not None}
+        if sum(sizes[i] for i in inside) > most:
             room = 0
             for child in m.children():
                 room = 0 if isinstance(m, nn.ModuleList | nn.Sequential) else room
                 visit(child)
-            inside = {key: p for key, p in inside.items() if key in left}
-            size = sum(p.nbytes for p in inside.values())
+            inside = {i: None for p in m.parameters() if (i := left.get(id(p))) is not None}
         if not inside:
             return
-        if size > room:
+        if (size := sum(sizes[i] for i in inside)) > room or not out:
             out.append([])
             room = max(most, size)
         room -= size
-        out[-1] = sorted([*out[-1], *(left.pop(key) for key in inside)])
+        out[-1] = sorted([*out[-1], *inside])
+        for i in inside:
+            del left[id(tensors[i])]
 
     visit(module)
     return out + [[i] for i in left.values()]
