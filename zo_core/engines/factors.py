@@ -11,16 +11,14 @@ from ..weights import ParamSpace
 
 _ALIGNMENT = 16  # signs; those of a matrix begin at multiples of 32 bytes or more
 
-Signs = tuple[
-    Tensor, Tensor, Tensor, Tensor
-]  # of rows (P, r, R) and columns (P, r, C) of a matrix, and their transposes
+Signs = tuple[Tensor, Tensor, Tensor, Tensor]  # of a matrix: rows (P, r, R), columns (P, r, C), and their transposes
 
 
 class Factors:
     """Row and column signs of each matrix of a space: parts of one buffer, which one call fills.
 
-    Hundreds of matrices cost then what one does. Signs of rows are made times c r^-1/2 of their point, so that a product of the two is
-    noise as it is added.
+    On a GPU that is one launch, where a few for each matrix take longer than the products of a short batch. Signs of rows are made times
+    c r^-1/2 of their point, so that the product of both is the noise as it is added.
     """
 
     def __init__(self, space: ParamSpace) -> None:
@@ -40,9 +38,8 @@ class Factors:
         self._shape = space.rank, at
         with torch.inference_mode(False):
             self._one = torch.ones(1, dtype=torch.float32, device=device)
-        self._signs: dict[
-            torch.dtype, Tensor
-        ] = {}  # (points, r, at): those made in float32, and rounded to other dtypes
+        # (points, r, at): those that are made in float32, and the same rounded to other dtypes for products in these.
+        self._signs: dict[torch.dtype, Tensor] = {}
         self._current: set[torch.dtype] = set()  # dtypes whose signs are those of this evaluation
         self._views: dict[tuple[int, int, torch.dtype], Signs] = {}  # by points, matrix and dtype
         self._points = 0

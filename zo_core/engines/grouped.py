@@ -283,9 +283,7 @@ class GroupedEngine(ShadowEngine):
             y = torch.mm(rows, matrix).view(points, -1, matrix.shape[1])
             y = y if bias is None else y.add_(bias)
         else:
-            if (
-                self._factors
-            ):  # c r^-1/2 sum_q a_q (b_q . x) before W x, which is rounded once then, with all of the sum
+            if self._factors:  # c r^-1/2 sum_q a_q (b_q . x) first, so that W x is rounded once, with all of the sum
                 a, b, a_turned, b_turned = self._factors.of(i, dtype)
                 left, right = (b_turned, a) if transposed else (a_turned, b)
                 left = torch.bmm(each, left)
