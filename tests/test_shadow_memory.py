@@ -7,6 +7,7 @@ from shadows import at, bits, layers, optimizer, passes, steady, unchanged
 from torch import nn
 
 from zo_core.engines import structure
+from zo_core.engines.scratch import Scratch
 
 
 @pytest.mark.parametrize("most", [0, 1000, structure.GROUP])
@@ -22,6 +23,27 @@ def test_scratch_is_two_of_the_largest_group_and_a_group_as_large_as_said(monkey
     memory = opt.memory()
     assert 0 < memory["scratch"] <= 2 * max(own, min(2 * most, whole)) and memory["held"] == 0
     assert memory["weights"] == sum(p.nbytes for p in model.parameters())
+
+
+def test_two_buffers_take_turns_on_a_gpu_and_one_of_them_grows():
+    scratch = Scratch(torch.device("cpu"))
+    scratch.turns = 2
+    first, second = scratch.take(1000), scratch.take(1000)
+    assert first is not second and scratch.take(900) is first and scratch.take(1000) is second
+    large = scratch.take(5000)
+    assert scratch.buffers == [second, large] and scratch.take(1000) is second and scratch.take(5000) is large
+    assert scratch.peak == 6000
+
+
+def test_neighbours_are_one_group_but_not_blocks_of_a_list():
+    block = [nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(3)]
+    model = nn.ModuleDict(
+        {"a": nn.Linear(4, 4), "b": nn.Linear(4, 4), "c": nn.Linear(4, 4), "blocks": nn.ModuleList(block)}
+    )
+    assert structure.groups(model, [*model.parameters()], 160) == [[0, 1, 2, 3], [4, 5], [6, 7], [8, 9], [10, 11]]
+    sizes = [0, 20] * 6  # of what is copied
+    assert structure.groups(model, [*model.parameters()], 40, sizes) == [[0, 1, 2, 3], [4, 5], [6, 7], [8, 9], [10, 11]]
+    assert structure.groups(model, [*model.parameters()], 60, sizes) == [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11]]
 
 
 def test_groups_are_the_largest_parts_of_a_model_that_are_not_larger_than_said():

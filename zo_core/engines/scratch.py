@@ -1,4 +1,4 @@
-"""Scratch memory of the shadow engine: two buffers that take turns to hold the perturbed copies of a group of tensors."""
+"""Scratch memory of the shadow engine: buffers that hold the perturbed copies of a group of tensors."""
 
 import math
 from collections.abc import Callable, Hashable, Sequence
@@ -84,29 +84,32 @@ def aligned(nbytes: int) -> int:
 
 
 class Scratch:
-    """Two buffers, each as large as the largest group; more memory only while somebody keeps copies."""
+    """One or two buffers, each as large as the largest group; more memory only while somebody keeps copies.
+
+    On a GPU, where a group is a part of a layer, two of them take turns: parts are not always read one after the other. A CPU
+    finds the one buffer in its cache.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
+        self.device, self.turns = device, 2 if device.type == "cuda" else 1
         self.buffers: list[Buffer] = []  # the one that was filled last is last
         self.peak = 0  # bytes, the most so far
 
     def take(self, nbytes: int) -> Buffer:
         """The buffer whose turn it is, with room for this; empty, and marked as the last one."""
-        free = next((b for b in self.buffers if not b.in_use()), None)
-        if free is not None and free.bytes.nbytes >= nbytes:
-            self.buffers.remove(free)
+        free = [b for b in self.buffers if not b.in_use()]
+        taken = next((b for b in free if b.bytes.nbytes >= nbytes), None) if len(self.buffers) >= self.turns else None
+        if taken is not None:
+            self.buffers.remove(taken)
         else:
-            if (
-                free is not None or len(self.buffers) == 2
-            ):  # a larger one takes its place; its memory goes with its last tensor
-                self.buffers.remove(free or self.buffers[0])
+            if len(self.buffers) == 2 or (free and len(self.buffers) == self.turns):  # a larger one takes its place
+                self.buffers.remove([*free, *self.buffers][0])  # its memory goes with its last tensor
             del free  # before there is a larger one
-            free = Buffer(nbytes, self.device)
+            taken = Buffer(nbytes, self.device)
             self.peak = max(self.peak, nbytes + sum(b.bytes.nbytes for b in self.buffers))
-        self.buffers.append(free)
-        free.group = None
-        return free
+        self.buffers.append(taken)
+        taken.group = None
+        return taken
 
     def empty(self) -> None:
         """Forget which groups the buffers hold."""
