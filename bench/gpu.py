@@ -515,13 +515,13 @@ def whole_steps(bench: Bench) -> None:
                 ours = bench.time(step, 1.0)
                 row[engine] = {**ours, "outside": ours["ms"] - 2 * forward, "of_bound": ours["ms"] / (2 * forward + copies),
                                "memory": bench.peak(step) / inference}  # fmt: skip
-                del step
             published_step = partial(published.mezo_step, params, loss, 1, 1e-7, 1e-3)
             theirs = bench.time(published_step, 1.0)
             perturb = bench.time(partial(published.perturb, params, 1, 1, 1e-6))["ms"]
             update = bench.time(partial(published.update, params, 1, 1e-9, 1.0))["ms"]
             row["published"] = {**theirs, "outside": theirs["ms"] - 2 * forward, "perturb": perturb, "update": update,
                                 "memory": bench.peak(published_step) / inference}  # fmt: skip
+            del step, published_step, loss  # which keep the model
             bench.result["steps"].append(row)
             say(
                 f"  {name:<11} {size:>3}x{length:<4} forwards {2 * forward:8.1f} ms  published {theirs['ms']:8.1f}"
@@ -569,6 +569,7 @@ def many_probes(bench: Bench) -> None:
                 if engine == "grouped":
                     row[engine] |= {"alone": serving.alone, "at_once": min(1 + probes, serving._at_once())}
                 del opt, step, serving
+            del loss  # which keeps the model
             bench.result["probes"].append(row)
             shadow, grouped = row["shadow"]["ms"], row["grouped"]["ms"]
             say(
