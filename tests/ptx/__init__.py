@@ -7,8 +7,8 @@
 Everything up to the launch is Triton's: binder, specialisation, caches, compiler and ptxas. The launch itself is emulated in
 numpy, thread by thread, on the CPU tensors in place. ``ptx.PTXError`` is raised where a kernel does what compute-sanitizer
 would report, or has an instruction that the emulator does not know. Kernels must not be interpreted: TRITON_INTERPRET is unset
-when triton is imported. ``zo_core.kernels.triton`` is served with the bounds of its tensors; another module with the same three
-functions (``run_pass``, ``run_rows``, ``philox_``) after ``ptx.watch(module)``. Any other ``@triton.jit`` kernel knows the tensors
+when triton is imported. ``zo_core.kernels.triton`` is served with the bounds of its tensors; another module with the same
+functions after ``ptx.watch(module)``. Any other ``@triton.jit`` kernel knows the tensors
 that it is passed. Nothing is routed: call the module, or make ``bindings.ops.backend_for`` return it.
 
 With ZO_CORE_PTX=90 the project's own tests of its backends run so (tests/conftest.py), and ``pytest tests/ptx`` tests the

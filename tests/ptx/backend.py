@@ -30,29 +30,21 @@ def watch(backend):
     def over(name, tensors_of):
         setattr(backend, name, watched_call(getattr(backend, name), tensors_of))
 
-    def watched_prepare(*tensors, **beside):
-        run = prepare(*tensors, **beside)
+    def over_prepared(name, tensors_of):
+        prepare = getattr(backend, name)
 
-        def watched(**scalars):
-            gpu = active_driver._active
-            if not isinstance(gpu, Emulator) or gpu.in_call:
-                return run(**scalars)
-            readable, writable = _pass(*tensors, **beside, **scalars)
-            with gpu.call(_named(readable), _named(writable)):
-                return run(**scalars)
+        @functools.wraps(prepare)
+        def prepared(*args, **beside):
+            return watched_call(prepare(*args, **beside), functools.partial(tensors_of, args, beside))
 
-        return watched
+        setattr(backend, name, prepared)
 
-    prepare = getattr(backend, "prepare", None)  # a module of its own may do without
-    if prepare is not None:
-        backend.prepare = watched_prepare
     over("run_pass", _pass)
     over("run_rows", _rows)
     over("philox_", lambda words, **_: ({}, {"words": words}))
     over("signs_", lambda signs, streams, **_: ({"streams": streams}, {"signs": signs}))
-    prepare = backend.prepare_signs
-    parts = lambda out, streams, coeffs, **_: ({"streams": streams, "coeffs": coeffs}, {"out": out})  # noqa: E731
-    backend.prepare_signs = lambda *args: watched_call(prepare(*args), parts)
+    over_prepared("prepare", lambda tensors, beside, **scalars: _pass(*tensors, **beside, **scalars))
+    over_prepared("prepare_signs", _signs)
 
 
 def _named(tensors):
@@ -64,20 +56,14 @@ def _named(tensors):
             yield name, value
 
 
+def _signs(args, beside, out, streams, coeffs, **seed):
+    """Tensors of what ``prepare_signs`` returns."""
+    return {"streams": streams, "coeffs": coeffs}, {"out": out}
+
+
 def _pass(
-    src,
-    dst,
-    hessians=(),
-    tensor_ids=(),
-    offsets=(),
-    streams=None,
-    coeffs=None,
-    *,
-    counters,
-    curvature=None,
-    residuals=(),
-    **options,
-):
+    src, dst, hessians=(), tensor_ids=(), offsets=(), streams=None, coeffs=None, *, counters, curvature=None, residuals=(), **options
+):  # fmt: skip
     """Tensors that a pass may read, and those that it may write as well."""
     tensors = {k: v for k, v in options.items() if hasattr(v, "data_ptr") or isinstance(v, list | tuple)}
     readable = {"src": src, "streams": streams, "coeffs": coeffs, "curvature": curvature, **tensors}
