@@ -12,7 +12,7 @@ if triton.knobs.runtime.interpret:
 from zo_core.bindings import cuda, ops
 from zo_core.kernels import selfcheck
 from zo_core.kernels import triton as backend
-from zo_core.kernels.triton import cache
+from zo_core.kernels.triton import cache, launch
 
 import ptx
 from ptx.mutants import Mutant, load
@@ -76,12 +76,17 @@ def forms_of(run) -> dict[str, int]:
     """Compiled forms of each kernel that this takes, from none."""
     for kernel in cache.KERNELS.values():
         kernel.function.device_caches.clear()
+    launch._compiled.clear()
     run()
     return {name: n for name, n in cache.used().items() if n}
 
 
 def call(n: int, k: int = 1, *, seed: int = 1, stream: int = 0, skewed: int = 0, c: float = 0.5, at: int = 0) -> None:
-    """A pass over a tensor and over gathered rows, words, and all that it may depend on."""
+    """A pass over a tensor and over gathered rows, words, and all that it may depend on, by Triton's own launches.
+
+    Forms that were launched before are called past Triton (launch.py), which is right as long as no value makes another form.
+    """
+    launch._compiled.clear()
     weights = torch.zeros(n + skewed)[skewed:]
     numbers = torch.arange(stream, stream + k + at)[at:]  # as an optimizer's probes, which are slices of one tensor
     coeffs = torch.full((k, 1), c)
@@ -121,6 +126,7 @@ def test_no_value_compiles_anew():
 
 def test_no_rank_nor_number_of_columns_compiles_anew():
     def factored(k: int, rank: int, columns: int) -> None:
+        launch._compiled.clear()
         weights, coeffs = torch.zeros(24), torch.ones(k, 1)
         backend.run_pass(
             [weights], [weights], [], [3], [5], torch.arange(k), coeffs, seed=1, distribution="factored", rank=rank,

@@ -78,7 +78,7 @@ class ZOOptimizer(Stateful):
     _units: Sequence[Any] = ()  # parts of the module that FSDP2 gathers
     _blocks: Sequence[set[int]] = ()
     _buffers = Buffers(None)  # of the module
-    _seen: list[tuple[object, ...]] | None = None  # the value of ``_look`` for which the engine was made
+    _made_for: list[tuple[object, ...]] | None = None  # the value of ``_layout_of`` for which the engine was made
 
     def __init__(
         self,
@@ -299,7 +299,7 @@ class ZOOptimizer(Stateful):
                     raise ValueError(f"{name}: expected {first} as in the first group, got {group[name]}")
             if len(self.param_groups) > 1 and self._own:
                 self._check_processes(self._own["hessian"])
-                self._engine = self._inside = None
+                self._engine = self._of_module = None
                 self._prepare()
         except BaseException:
             self.param_groups.pop()
@@ -317,7 +317,7 @@ class ZOOptimizer(Stateful):
             self._engine, self._versions = None, versions_of(tensors)
         if self._own["residuals"]:
             self._clear_residuals()
-        if self._engine is None or self._look(tensors) != self._seen:
+        if self._engine is None or self._layout_of(tensors) != self._made_for:
             self._units = sharding.units(self.module)
             sharding.reshard(self._units)
             parameters = self._parameters()
@@ -327,10 +327,10 @@ class ZOOptimizer(Stateful):
             space.warn_of_small_eps(self.eps)
             self._engine = engines.make(self.engine, space, self.module, self.points_at_once)
             self._engine.rows = self._own.get("rows", 0)
-            self._versions, self._seen = versions_of(space.tensors), self._look(space.tensors)
+            self._versions, self._made_for = versions_of(space.tensors), self._layout_of(space.tensors)
         return self._engine
 
-    def _look(self, tensors: Sequence[Tensor]) -> list[tuple[object, ...]]:
+    def _layout_of(self, tensors: Sequence[Tensor]) -> list[tuple[object, ...]]:
         """What an engine depends on: which tensors there are, and where the memory of shards is. A change needs a new engine."""
         pairs = zip(tensors, self._parameters(), strict=True)
         return [(id(p), t.dtype, t.shape, t.device, None if t is p else t.data_ptr()) for t, p in pairs]

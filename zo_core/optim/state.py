@@ -155,8 +155,8 @@ class Stateful(torch.optim.Optimizer):
     _exchange: Exchange | None = None
     _stepping = False
     _flat: Tensor | None = None  # int64 (2,): steps whose losses were all the same, and how many of the last steps
-    _told = False  # whether the user was warned of such steps
-    _inside: set[int] | None = None  # numbers of the tensors that the module had at the last step
+    _warned_of_flat_steps = False
+    _of_module: set[int] | None = None  # numbers of the tensors that the module had at the last step
     _versions: list[tuple[object, ...]] | None = (
         None  # of the tensors after the last step; None since a state was loaded
     )
@@ -190,7 +190,7 @@ class Stateful(torch.optim.Optimizer):
             )
         if self.module is not None:
             found = inside(self.module, parameters)
-            gone, self._inside = (self._inside or set()) - found, found
+            gone, self._of_module = (self._of_module or set()) - found, found
             if gone:
                 check_absent(self.module, names, sorted(gone))
         return frozen
@@ -250,8 +250,12 @@ class Stateful(torch.optim.Optimizer):
         alone = losses.shape[1] == 1
         same = torch.zeros((), dtype=torch.bool, device=losses.device) if alone else (losses == losses[:, :1]).all()
         self._flat = torch.stack((before[0] + same, (before[1] + 1) * same))
-        if (losses.device.type == "cpu" or self._steps % _FLAT == 0) and not self._told and self._flat[1] >= _FLAT:
-            self._told = True
+        if (
+            (losses.device.type == "cpu" or self._steps % _FLAT == 0)
+            and not self._warned_of_flat_steps
+            and self._flat[1] >= _FLAT
+        ):
+            self._warned_of_flat_steps = True
             warn(
                 f"step: the losses of the last {int(self._flat[1])} steps were the same at all probes, so nothing was learned. "
                 "The loss does not depend on the trained tensors (it is a constant, or reads other tensors: replaced ones, "
