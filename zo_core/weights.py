@@ -141,7 +141,10 @@ class ParamSpace:
         if kept != self._prepared[0]:
             device, ids = self.counters.device, list(range(len(tensors)))
             of: dict[str, Any] = {"tensor_ids": ids, "offsets": [], "residuals": self.residuals, **beside}
-            none = torch.empty(0, dtype=torch.int64, device=device), torch.empty(0, len(tensors), device=device)
+            none = (
+                torch.empty(0, dtype=torch.int64, device=device),
+                torch.empty(0, len(tensors), dtype=torch.float32, device=device),
+            )
             torch.ops.zo_core.update_(  # of no probes, which changes nothing: a check of all tensors
                 tensors, **of | {"residuals": self.residuals or None}, streams=none[0], coeffs=none[1],
                 counters=self.counters, **self._noise(),
