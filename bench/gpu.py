@@ -30,13 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = ((16, 32), (16, 64), (4, 256), (16, 256))  # batch x length of the whole steps
 ENGINES = ("shadow", "inplace")
 STEP_MODELS = ("OPT-1.3B", "Llama-3-8B", "OPT-13B")
-PROBES = (
-    (8, 1, 32),
-    (8, 4, 64),
-    (8, 16, 64),
-    (32, 1, 32),
-    (32, 4, 64),
-)  # probes, batch and length of the steps of many probes
+PROBES = ((8, 1, 32), (8, 4, 64), (8, 16, 64), (32, 1, 32), (32, 4, 64))  # probes, batch and length
 PROBE_MODELS = STEP_MODELS[:2]
 
 
@@ -71,6 +65,12 @@ class Bench:
         self.result["skipped"].append(what)
         say(f"  left out, no time: {what}")
         return False
+
+    def is_green(self) -> bool:
+        """Whether no check of the gate has failed; says how many did."""
+        red = sum(bool(g["error"]) for g in self.result["gate"])
+        say(f"gate: {len(self.result['gate'])} checks, {red} red")
+        return not red
 
     def wait(self) -> None:
         """Until the device is done."""
@@ -325,9 +325,7 @@ def gate(bench: Bench, part: tuple[int, int] = (0, 1)) -> bool:
         check("graph", graph)
         check("2^31 elements", huge)
         torch.cuda.empty_cache()
-    red = [g["name"] for g in bench.result["gate"] if g["error"]]
-    say(f"gate: {len(bench.result['gate'])} checks, {len(red)} red")
-    return not red
+    return bench.is_green()
 
 
 def gate_in_parts(bench: Bench, jobs: int) -> bool:
@@ -344,11 +342,10 @@ def gate_in_parts(bench: Bench, jobs: int) -> bool:
             found.setdefault("gate", [{"name": f"part {i}", "error": f"its process ended with {code}"}])
             bench.result["gate"] += found["gate"]
             bench.result |= {name: x for name, x in found.items() if name.endswith(" error")}
-    red = [g for g in bench.result["gate"] if g["error"]]
-    for g in red:
-        say(f"  RED {g['name']}: {g['error']}")
-    say(f"gate: {len(bench.result['gate'])} checks, {len(red)} red")
-    return not red
+    for g in bench.result["gate"]:
+        if g["error"]:
+            say(f"  RED {g['name']}: {g['error']}")
+    return bench.is_green()
 
 
 # ---- 2: passes ----------------------------------------------------------------------------------------------------

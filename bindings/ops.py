@@ -415,11 +415,11 @@ def backend_for(device: torch.device) -> ModuleType:
 def prepare(device: torch.device, src: Any, dst: Any, **beside: Any) -> Callable[..., None]:
     """A pass on tensors that stay where they are, unchecked, as a function of src, which it does not keep, and the scalars.
 
-    Backends are spared a look at each tensor in every call.
+    A backend that has a ``prepare`` is spared a look at each tensor in every call.
     """
     backend = backend_for(device)
-    if backend is reference:
-        return lambda src, **scalars: reference.run_pass(src, dst, **beside, **scalars)
+    if not hasattr(backend, "prepare"):
+        return lambda src, **scalars: backend.run_pass(src, dst, **beside, **scalars)
     run = backend.prepare(src, dst, **beside)
     return lambda _, **scalars: run(**scalars)
 
