@@ -39,17 +39,18 @@ class Update(NamedTuple):
     smoothing: Tensor | None = None  # (T,)
 
 
-def update_of(found: Estimate, lr: Tensor, decay: Tensor, trains: Tensor, smoothing: float | None) -> Update:
-    """Theta <- (1 - decay) theta - lr sum_k coeffs[k] z_k, or nothing if the loss or another number is not finite.
+def update_of(found: Estimate, lr: Tensor, decay: Tensor, scales: Tensor, smoothing: float | None) -> Update:
+    """Theta <- (1 - decay) theta - lr sum_k coeffs[k] sigma z_k, or nothing if the loss or another number is not finite.
 
     Args:
         found: where the step goes.
         lr: float32 (T,), learning rate of each tensor.
         decay: float32 (T,), learning rate times weight decay.
-        trains: bool (1, T), whether the step moves each tensor.
+        scales: float32 (1, T), sigma of each tensor; 0 where the step does not move it.
         smoothing: of the Hessian, or None for no Hessian.
     """
-    scalars = [found.coeffs.float().unsqueeze(1) * -lr, decay.unsqueeze(0)]
+    trains = scales != 0
+    scalars = [found.coeffs.float().unsqueeze(1) * -lr * scales, decay.unsqueeze(0)]
     if smoothing is not None and found.curvature is not None:
         scalars += [found.curvature.float().unsqueeze(1), torch.full_like(scalars[1], smoothing)]
     usable = torch.stack([found.loss.isfinite(), *(x.isfinite().all() for x in scalars)]).all()

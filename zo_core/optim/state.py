@@ -18,6 +18,7 @@ from ..bindings.warn import warn
 from ..distributed import Exchange, Parallel
 from ..engines.base import Engine, uninterrupted
 from ..record import Identity, Progress
+from ..scales import Scales, compare, resolve
 from ..weights import ParamSpace, check_absent, clear_residuals, hashes_of, inside, some, versions_of
 from .report import identity_of
 
@@ -62,14 +63,16 @@ def entries(own: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A state as an entry for each tensor.
 
     Checkpoints are loaded into the state of a new optimizer, tensor by tensor and list by list, so that these must have the
-    lengths that they have from the start; what has another length after a step is a string.
+    lengths that they have from the start; what has another length after a step is a string. The scales are in it too: an entry
+    of their own would be missing from one side where only the new optimizer or only the checkpoint has some.
     """
     out: list[dict[str, Any]] = [{} for _ in own["counters"][1:]]
     for many, one in _LISTS.items():
         for entry, x in zip(out, own[many], strict=False):
             entry[one] = x
     carry = {"dtype": str(own["carry"].dtype).removeprefix("torch."), "values": own["carry"].tolist()}
-    out[0][KEY] = {k: v for k, v in own.items() if k not in _LISTS} | {"carry": json.dumps(carry)}
+    carry |= {"scales": own["scales"]} if "scales" in own else {}
+    out[0][KEY] = {k: v for k, v in own.items() if k not in (*_LISTS, "scales")} | {"carry": json.dumps(carry)}
     return out
 
 
@@ -93,6 +96,7 @@ def of_entries(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(own.get("carry"), str):
         carry = json.loads(own["carry"])
         own["carry"] = torch.tensor(carry["values"], dtype=getattr(torch, carry["dtype"]))
+        own |= {"scales": tuple(carry["scales"])} if "scales" in carry else {}
     return own
 
 
@@ -107,7 +111,7 @@ def refuse_meta(named: Iterable[tuple[str, Tensor]]) -> None:
 
 def check_saved(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     """ValueError unless this is a state that an optimizer with the state ``own`` can go on with."""
-    if (set(saved) ^ set(own)) - {"rank", "rows"}:
+    if (set(saved) ^ set(own)) - {"rank", "rows", "scales"}:
         raise ValueError(
             f"state_dict: expected a state with {sorted(own)} as zo_core optimizers save, got {sorted(saved)}"
         )
@@ -267,6 +271,27 @@ class Stateful(torch.optim.Optimizer):
         return int(self._own["steps"])
 
     @property
+    def scales(self) -> dict[str, float]:
+        """Sigma of each tensor's probe, by name.
+
+        They may be set anew, as the option ``scales`` takes them; a journal that began with others then refuses the next step.
+        """
+        return dict(zip(names := self._names(), self._own.get("scales") or (1.0,) * len(names), strict=True))
+
+    @scales.setter
+    def scales(self, value: Scales | None) -> None:
+        if self._stepping:
+            raise RuntimeError("scales: set from inside the closure, in the middle of a step")
+        self._set_scales(value, normalize=True)
+
+    def _set_scales(self, given: Scales | None, normalize: bool) -> None:
+        others = [] if self.module is None else [n for n, _ in self.module.named_parameters(remove_duplicate=False)]
+        found = resolve(given, self._names(), [p.numel() for p in self._parameters()], others, normalize)
+        self._own.pop("scales", None)
+        self._own |= {"scales": found} if found else {}
+        self._engine = None
+
+    @property
     def saturated(self) -> dict[str, int]:
         """By tensor, how often a weight was beyond its dtype's range and set to its largest value (waits for the device)."""
         counts = self._own["counters"][1:].tolist()
@@ -312,6 +337,11 @@ class Stateful(torch.optim.Optimizer):
 
         def take(_: object, given: dict[str, Any]) -> dict[str, Any]:
             check_saved(found := of_entries(given), self._own)
+            if (mine := self._own.get("scales")) and (differ := compare(mine, found.get("scales", ()), self._names())):
+                raise ValueError(
+                    f"state_dict: scales: {differ}: make the optimizer with the scales of the run that goes on, or without "
+                    "scales=, so that it takes those of the state"
+                )
             saved.update({**{name: found[name] for name in self._own if name in found}, **found})
             return {**given, "state": {}}  # torch would cast all of it to the dtype of the weights
 
