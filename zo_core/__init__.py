@@ -5,7 +5,8 @@ from pathlib import Path
 if not (Path(__file__).parent / "kernels").is_dir():  # a plain checkout: kernels/ and bindings/ are beside us
     __path__.append(str(Path(__file__).parent.parent))
 
-from . import losses, noise
+from . import losses, noise, scales
+from .calibration import Calibration, calibrate
 from .journal import Journal, JournalError, replay
 from .noise import backend_info
 from .optim.base import ZOOptimizer
@@ -18,6 +19,7 @@ from .optim.spsa import SPSA
 __all__ = [
     "FZOO",
     "SPSA",
+    "Calibration",
     "HiZOO",
     "Journal",
     "JournalError",
@@ -25,8 +27,10 @@ __all__ = [
     "MeZO",
     "ZOOptimizer",
     "backend_info",
+    "calibrate",
     "losses",
     "noise",
     "replay",
+    "scales",
 ]
 __version__ = "0.1.0"
