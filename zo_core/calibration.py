@@ -24,7 +24,7 @@ _STREAMS = 2  # at least
 _EPS = 3.0  # probes of a calibration are so many times those of a step: a curvature needs longer ones than a slope
 _LONGEST = 5.0  # and those of a kind alone at most so many times that
 _PRIOR = 2.0  # how many streams the scatter of all kinds counts as, beside that of a kind
-_ROUNDS = 20
+_ROUNDS, _QUANTILES, _TINY = 20, 64, 1e-300
 
 
 class Kind(NamedTuple):
@@ -77,11 +77,17 @@ def calibrate(
     best: neither changes the best scales.) In s_t = sigma_t^2 both sums are linear, so the best s_t are at the ends of their range:
     the upper one if |g_t|^2 > (G / C) tr(H_tt), and else the lower one, where G / C is that of the best s itself (Dinkelbach).
 
-    **What is chosen.** Whether that inequality holds is uncertain. With m_t the estimate of |g_t|^2 - (G / C) tr(H_tt), e_t its standard
-    deviation and Phi the normal distribution function, it holds with probability p_t = Phi(m_t / e_t), and the mean of the log of
-    the best scale is (2 p_t - 1) log(LARGEST). So
+    **What is chosen.** Whether that inequality holds is uncertain. Let q_t be the mean square of m slopes along probes of kind t, which
+    are about normal with variance |g_t|^2 + v_t, v_t the part of rounding in it. Given the data, with all orders of magnitude alike
+    likely before, (|g_t|^2 + v_t) / q_t is distributed as m / chi^2_m, and the trace as h ~ N(its estimate, its error^2). So the
+    inequality holds with the probability
 
-        sigma_t = LARGEST^(2 p_t - 1):   between 1/2 and 2, and 1 where nothing is known
+        p_t = E_h P(chi^2_m < m q_t / (max(G / C h, 0) + v_t))
+
+    and the mean of the log of the best scale is (2 p_t - 1) log(LARGEST). With w_t = 1 - v_t / q_t, the share of the slopes that is no
+    rounding (0 where that is all there is),
+
+        sigma_t = LARGEST^(w_t (2 p_t - 1)):   between 1/2 and 2, and 1 where nothing is known
 
     before all of them are multiplied so that sum_t d_t sigma_t^2 = d.
 
@@ -224,15 +230,21 @@ def _choose(
     scatter = curvatures.var(0) * eps**4  # in units of losses, in which the rounding of all kinds is alike
     scatter = ((m - 1) * scatter + _PRIOR * scatter.mean()) / (m - 1 + _PRIOR)
     curvature_variance = (scatter / m + 4 * v) / eps**4  # 4 v: the loss at theta may be the same for all streams
+    noise = v / (2 * eps.square())
+    known = (1 - noise / squares.clamp_min(_TINY)).clamp_min(0.0)
+    at = torch.special.ndtri((torch.arange(_QUANTILES, dtype=torch.float64, device="cpu") + 0.5) / _QUANTILES)
+    traces = curvature + curvature_variance.sqrt() * at.unsqueeze(1)  # quantiles of their distributions
     best = one = torch.ones_like(slope2)
     for _ in range(_ROUNDS):
         if (best.square() @ slope2) <= 0 or (best.square() @ curvature) <= 0:  # too coarse to say anything
             best = one
             break
         progress = (best.square() @ slope2) / (best.square() @ curvature)
-        error = (slope2_variance + progress**2 * curvature_variance).sqrt()
-        p = torch.special.ndtr((slope2 - progress * curvature) / error.clamp_min(1e-300))
-        best = LARGEST ** (2 * p - 1)
+        least = (progress * traces).clamp_min(0.0) + noise
+        p = torch.special.gammainc(
+            torch.tensor(m / 2, dtype=torch.float64, device="cpu"), m * squares / 2 / least.clamp_min(_TINY)
+        ).mean(0)
+        best = LARGEST ** (known * (2 * p - 1))
     chosen = dict(zip(kinds, best.tolist(), strict=True))
     of = {i: chosen[kind] for kind, which in kinds.items() for i in which}
     scales = resolve([of.get(i, 1.0) for i in range(len(names))], names, sizes) or (1.0,) * len(names)
