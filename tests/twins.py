@@ -15,6 +15,7 @@ class Twin:
         self.params, self.seed, self.distribution, self.stream = [], seed, distribution, 0
         self.values, self.hessians = [], []
         self.left_out = set()  # numbers of tensors that this step does not touch
+        self.scales = None  # sigma of each tensor's probe, 1 unless given
         self.decay_vectors = False  # whether biases and norms decay too
         self.add(params)
 
@@ -29,6 +30,13 @@ class Twin:
         noise = reference.DISTRIBUTIONS[self.distribution](element, tensor_id=i, stream=stream, seed=self.seed)
         return noise.view(self.params[i].shape).double() * (i not in self.left_out)
 
+    def sigma(self, i: int) -> float:
+        """The scale of tensor i: all are multiplied by one number, so that the sum of d_i sigma_i^2 is that of d_i."""
+        if self.scales is None:
+            return 1.0
+        d = [p.numel() for p in self.params]
+        return self.scales[i] * (sum(d) / sum(n * x * x for n, x in zip(d, self.scales, strict=True))) ** 0.5
+
     def put(self, values):
         with torch.no_grad():
             for p, value in zip(self.params, values, strict=True):
@@ -37,7 +45,7 @@ class Twin:
     def at(self, loss, c: float, stream: int = 0) -> float:
         self.put(
             [
-                v + c * h**-0.5 * self.z(i, stream)
+                v + c * h**-0.5 * self.sigma(i) * self.z(i, stream)
                 for i, (v, h) in enumerate(zip(self.values, self.hessians, strict=False))
             ]
         )
@@ -59,9 +67,9 @@ class Twin:
         self.put(self.values)
 
     def along(self, coeffs, streams):
-        """sum_k coeffs[k] H^-1/2 z_k of each tensor."""
+        """sum_k coeffs[k] H^-1/2 sigma z_k of each tensor."""
         return [
-            sum(c * h**-0.5 * self.z(i, s) for c, s in zip(coeffs, streams, strict=True))
+            sum(c * h**-0.5 * self.sigma(i) * self.z(i, s) for c, s in zip(coeffs, streams, strict=True))
             for i, h in enumerate(self.hessians)
         ]
 
