@@ -234,7 +234,7 @@ def test_a_state_has_the_scales_and_goes_on_with_no_others(tmp_path):
             zo_core.FZOO(network(), lr=1e-2, reuse=True, scales=given).load_state_dict(state)
     without = zo_core.FZOO(network(), lr=1e-2, reuse=True).state_dict()
     with pytest.raises(
-        ValueError, match=r"state_dict: scales: expected 0.18.* for embed.weight, got 1: make the optimizer"
+        ValueError, match=r"state_dict: scales: expected 0.18.* for embed.weight, got 1.*: make the optimizer"
     ):
         zo_core.FZOO(network(), lr=1e-2, reuse=True, scales=GIVEN).load_state_dict(without)
     dcp.save({"opt": dcp.state_dict.get_optimizer_state_dict(model, opt)}, checkpoint_id=tmp_path)
@@ -243,7 +243,7 @@ def test_a_state_has_the_scales_and_goes_on_with_no_others(tmp_path):
     found = {"opt": dcp.state_dict.get_optimizer_state_dict(fresh, other)}
     dcp.load(found, checkpoint_id=tmp_path)
     dcp.state_dict.set_optimizer_state_dict(fresh, other, found["opt"])
-    assert other.scales == opt.scales and str(other.state_dict()["state"]) == str(opt.state_dict()["state"])
+    assert other.scales == opt.scales and other.updates == opt.updates
 
 
 # ---- calibration -------------------------------------------------------------------------------------------------
@@ -284,19 +284,19 @@ def test_a_calibration_finds_slopes_and_curvatures_by_kind_and_changes_nothing(e
     bowl = Bowl()
     opt = zo_core.MeZO(bowl, lr=1e-3, eps=1e-2, engine=engine, seed=3, scales={"embed.weight": 2.0})
     state, rng, given = str(opt.state_dict()), torch.get_rng_state(), opt.scales
-    found = zo_core.calibrate(opt, bowl, 900, apply=False)
+    found = zo_core.calibrate(opt, bowl, 450, apply=False)
     assert all(torch.equal(p, x) for p, x in zip(bowl.parameters(), bowl.start, strict=True)) and bowl.calls == 0
     assert str(opt.state_dict()) == state and torch.equal(torch.get_rng_state(), rng) and opt.scales == given
-    assert found.evaluations == 900 and found.noise < 1e-5
+    assert found.evaluations == 450 and found.noise < 1e-5
     for kind in found.kinds:
         slope2, trace = bowl.known()[kind.name]
-        assert abs(kind.slope2 - slope2) < 4 * kind.slope2_error and kind.slope2_error < 0.2 * kind.slope2
+        assert abs(kind.slope2 - slope2) < 4 * kind.slope2_error and kind.slope2_error < 0.25 * kind.slope2
         assert kind.curvature == pytest.approx(trace, rel=0.05)
     embedding, norm, layers = found.kinds
     assert norm.scale / layers.scale == pytest.approx(4, rel=1e-3)  # 2 and 1/2: the best, within their range
     assert norm.scale / embedding.scale == pytest.approx(4, rel=1e-3) and found.gain > 4
     assert found["layers.0.weight"] == found["layers.1.weight"] == layers.scale
-    zo_core.calibrate(opt, bowl, 900)
+    zo_core.calibrate(opt, bowl, 450)
     assert opt.scales == dict(found)
     few = zo_core.calibrate(opt, [bowl, bowl], 18).kinds
     assert 1 < max(k.scale for k in few) / min(k.scale for k in few) < 3.9  # less is known, so less is dared
