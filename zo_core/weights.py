@@ -50,7 +50,9 @@ class ParamSpace:
     scales: tuple[float, ...] = ()  # what the coefficients of each tensor are multiplied by; none where all are 1
 
     def __post_init__(self) -> None:
-        """Make what passes need of factored Hessians."""
+        """Make what passes need of factored Hessians, and of scales."""
+        with torch.inference_mode(False):
+            self._sigma = torch.tensor(self.scales, dtype=torch.float32, device=self.counters.device)
         self._scales: dict[str, Any] = {}
         self._rescale()
         self._prepared: tuple[list[Any], Callable[..., None]] = [], lambda *_, **__: None  # see ``_in_place``
@@ -287,7 +289,7 @@ class ParamSpace:
         """A row of coefficients: c times its scale for every tensor but those left out, float32 (1, T)."""
         row = torch.full((1, len(self.tensors)), c, dtype=torch.float32, device=self.counters.device)
         if self.scales:
-            row *= row.new_tensor(self.scales)
+            row *= self._sigma
         if leave_out:
             row[0, list(leave_out)] = 0.0
         return row

@@ -290,6 +290,8 @@ class Stateful(torch.optim.Optimizer):
         self._own.pop("scales", None)
         self._own |= {"scales": found} if found else {}
         self._engine = None
+        if self._exchange is not None:
+            self._exchange.compared = False
 
     @property
     def saturated(self) -> dict[str, int]:
