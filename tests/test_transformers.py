@@ -261,7 +261,7 @@ def test_resume_is_bit_exact(tmp_path, method, dtype):
 
 
 def test_scales_are_measured_before_the_first_step_alone(tmp_path):
-    options = {"calibrate": 30, "gradient_accumulation_steps": 2, "spread_probes": True, "eps": 1e-2}
+    options = {"calibrate": 60, "gradient_accumulation_steps": 2, "spread_probes": True, "eps": 1e-2}
     args = arguments(tmp_path, max_steps=3, save_strategy="steps", save_steps=1, **options)
     whole = InOrder(make(), args, train_dataset=rows())
     whole.train()
