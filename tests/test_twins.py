@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 from toys import loss_of
-from twins import TwinFZOO, TwinHiZOO, TwinMeZO, TwinSPSA
+from twins import TwinAdaMeZO, TwinFZOO, TwinHiZOO, TwinMeZO, TwinSPSA
 from zo_core.bindings import ops
 
 import zo_core
@@ -27,6 +27,10 @@ METHODS = {  # name: optimizer, twin, the options of both, those of the optimize
     ),
     "fzoo": (zo_core.FZOO, TwinFZOO, {"lr": 2e-2, "probes": 5}, {}, {}),
     "fzoo-r": (zo_core.FZOO, TwinFZOO, {"lr": 2e-2, "probes": 3, "reuse": True}, {}, {}),
+    "adamezo": (zo_core.AdaMeZO, TwinAdaMeZO, {"lr": 1e-2, "window": 3}, {}, {}),
+    "adamezo, 2 probes": (
+        zo_core.AdaMeZO, TwinAdaMeZO, {"lr": 1e-2, "probes": 2, "momentum": 0.8, "beta2": 0.5, "window": 4}, {}, {},
+    ),
     "spsa": (zo_core.SPSA, TwinSPSA, {"lr": 3e-2, "probes": 4, "alpha": 0.3, "floor": 0.5}, {}, {}),
 }  # fmt: skip
 
@@ -95,6 +99,7 @@ def take_steps(
     opt = method(params, seed=SEED, eps=eps, **exact, **both, **own, **({"module": model} if groups else {}), **options)
     reference = twin(theirs[:-2] if later else theirs, SEED, opt._own["distribution"])
     reference.decay_vectors = groups or later
+    reference.momentum, reference.window = options.get("momentum", 0.0), options.get("window", 1)
     sets = layers.tensors_of(list(model.blocks), mine, model) if "rho" in options else ()
     schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda step: 1 / (1 + step))
     for step in range(steps):

@@ -92,6 +92,10 @@ class Past(NamedTuple):
         step = (len(coeffs), sorted(left_out))
         return Past(torch.cat((self.streams, streams)), torch.cat((self.coeffs, coeffs)), [*self.steps, step])
 
+    def without(self, tensors: Collection[int]) -> "Past":
+        """As if these tensors, of which there are none yet, had been left out."""
+        return self._replace(steps=[(n, [*left_out, *tensors]) for n, left_out in self.steps])
+
     def applied(self, more: int, tensors: int) -> Tensor:
         """Bool (P + more, T): whether a probe was applied to a tensor in its step; of ``more`` probes behind these it is true.
 

@@ -325,6 +325,8 @@ class ZOOptimizer(Stateful):
                 self._check_processes(self._own["hessian"])
                 self._engine = self._of_module = None
                 self._prepare()
+                names = self._names()
+                self._own["past"] = self._own["past"].without(range(len(names) - len(group["params"]), len(names)))
         except BaseException:
             self.param_groups.pop()
             raise
