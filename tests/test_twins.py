@@ -27,9 +27,8 @@ METHODS = {  # name: optimizer, twin, the options of both, those of the optimize
     ),
     "fzoo": (zo_core.FZOO, TwinFZOO, {"lr": 2e-2, "probes": 5}, {}, {}),
     "fzoo-r": (zo_core.FZOO, TwinFZOO, {"lr": 2e-2, "probes": 3, "reuse": True}, {}, {}),
-    "adamezo": (zo_core.AdaMeZO, TwinAdaMeZO, {"lr": 1e-2, "window": 3}, {}, {}),
-    "adamezo, 2 probes": (
-        zo_core.AdaMeZO, TwinAdaMeZO, {"lr": 1e-2, "probes": 2, "momentum": 0.8, "beta2": 0.5, "window": 4}, {}, {},
+    "adamezo": (
+        zo_core.AdaMeZO, TwinAdaMeZO, {"lr": 1e-2, "probes": 2, "momentum": 0.8, "beta2": 0.5, "window": 3}, {}, {},
     ),
     "spsa": (zo_core.SPSA, TwinSPSA, {"lr": 3e-2, "probes": 4, "alpha": 0.3, "floor": 0.5}, {}, {}),
 }  # fmt: skip
@@ -160,6 +159,30 @@ def test_steps_are_the_twin_s_with_weight_decay(name, engine):
 @pytest.mark.parametrize(("name", "engine"), [(name, ENGINES[(i + 1) % 2]) for i, name in enumerate(METHODS)])
 def test_steps_are_the_twin_s_with_half_of_the_blocks_left_out(name, engine):
     take_steps(name, engine=engine, rho=0.5, weight_decay=0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "engine"),
+    [("mezo, 2 probes", "shadow"), ("hizoo", "inplace"), ("hizoo-l", "shadow"), ("fzoo-r", "grouped"), ("spsa", "inplace")],
+)
+def test_steps_are_the_twin_s_with_momentum_and_blocks_left_out(name, engine):
+    take_steps(name, steps=6, engine=engine, rho=0.5, weight_decay=0.1, momentum=0.8, window=3)
+
+
+def test_momentum_does_not_move_a_tensor_along_probes_from_before_it_was_added():
+    take_steps("mezo", later=True, momentum=0.8, window=4)
+
+
+@pytest.mark.parametrize("distribution", ["gaussian", "rademacher", "factored"])
+def test_adamezo_of_published_defaults_is_the_twin(distribution):
+    model, other = network(), network()
+    opt = zo_core.AdaMeZO(model, lr=1e-2, seed=SEED, distribution=distribution)
+    twin = TwinAdaMeZO(trained(other), SEED, distribution)
+    for _ in range(12):  # more steps than the window has
+        opt.step(loss_of(model))
+        twin.step(loss_of(other), 1e-2, 1e-3)
+    for p, value in zip(trained(model), twin.values, strict=True):
+        assert torch.allclose(p.double(), value, atol=2e-3)
 
 
 @ALL
