@@ -55,7 +55,7 @@ def test_a_journal_is_replayed_and_a_run_goes_on_from_it_or_from_a_state_to_the_
     resumed.load_state_dict(weights)
     again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     steps(resumed, again, 6, 9)
-    assert same(resumed, model) and again.state_dict()["state"][0]["zo"]["carry"] == opt.state_dict()["state"][0]["zo"]["carry"]
+    assert same(resumed, model) and again._snapshot().facts["past"] == opt._snapshot().facts["past"]
 
     recovered, once_more = made(name)
     once_more.param_groups[0]["probes"] = opt.probes
@@ -141,3 +141,17 @@ def test_a_past_that_does_not_fit_is_refused(tmp_path):
         damaged.write(record._replace(past=record.past and record.past - 1))
     with pytest.raises(JournalError, match="step 1 goes along 1 probes of earlier steps from number 0 on"):
         zo_core.replay(other, damaged)
+
+
+def test_the_command_line_and_trainer_have_it():
+    config = pytest.importorskip("zo_core.integrations.config", reason="pydantic is not installed")
+    opt = config.FinetuneConfig(method="adamezo", steps=1).optimizer(network())
+    assert (type(opt), opt.momentum, opt.beta2, opt.window) == (zo_core.AdaMeZO, 0.7, 0.9, 10)
+    given = config.FinetuneConfig(method="fzoo", momentum=0.9, window=5, steps=1)
+    assert given.optimizer(network()).window == 5 and "--momentum 0.9 --window 5" in given.command()
+    assert config.FinetuneConfig(method="mezo", steps=1).optimizer(network()).momentum == 0
+    with pytest.raises(ValueError, match="beta2 is an option of adamezo; mezo has none"):
+        config.FinetuneConfig(method="mezo", beta2=0.5, steps=1)
+    trainer = pytest.importorskip("zo_core.integrations.transformers", reason="transformers is not installed")
+    options = {"momentum": 0.9, "window": 5}
+    assert trainer.ZOTrainingArguments("out", zo_options=options, use_cpu=True, report_to=[]).zo_options == options

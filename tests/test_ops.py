@@ -102,9 +102,15 @@ WRONG = {
     "hessian shape": ({"hessians": [torch.ones(40), torch.ones(40)]}, ValueError, r"hessians\[1\].*\(41,\).*\(40,\)"),
     "hessian dtype": ({"hessians": [torch.ones(40), torch.ones(41).half()]}, TypeError, r"hessians\[1\].*float16"),
     "part of the hessian form": ({"restore": torch.zeros(2, 2)}, ValueError, r"restore, curvature, smoothing"),
-    "squares of signs": ({"squares": torch.ones(2, 2), "distribution": "rademacher"}, ValueError, r"squares: expected None"),
+    "squares of signs": (
+        {"squares": torch.ones(2, 2), "distribution": "rademacher"},
+        ValueError,
+        r"squares: expected None",
+    ),
     "squares and hessians": (
-        {"squares": torch.ones(2, 2), "hessians": [torch.ones(40), torch.ones(41)]}, ValueError, r"squares.*2 hessians",
+        {"squares": torch.ones(2, 2), "hessians": [torch.ones(40), torch.ones(41)]},
+        ValueError,
+        r"squares.*2 hessians",
     ),
     "squares of another shape": ({"squares": torch.ones(1, 2)}, ValueError, r"squares: expected shape \(2, 2\)"),
     "too few residuals": (kept(NONE), ValueError, r"residuals: expected 2 tensors as weights has, got 1"),

@@ -163,7 +163,13 @@ def test_steps_are_the_twin_s_with_half_of_the_blocks_left_out(name, engine):
 
 @pytest.mark.parametrize(
     ("name", "engine"),
-    [("mezo, 2 probes", "shadow"), ("hizoo", "inplace"), ("hizoo-l", "shadow"), ("fzoo-r", "grouped"), ("spsa", "inplace")],
+    [
+        ("mezo, 2 probes", "shadow"),
+        ("hizoo", "inplace"),
+        ("hizoo-l", "shadow"),
+        ("fzoo-r", "grouped"),
+        ("spsa", "inplace"),
+    ],
 )
 def test_steps_are_the_twin_s_with_momentum_and_blocks_left_out(name, engine):
     take_steps(name, steps=6, engine=engine, rho=0.5, weight_decay=0.1, momentum=0.8, window=3)

@@ -60,7 +60,8 @@ def update_of(
         numbers["smoothing"] = torch.full_like(decay, smoothing)
     if found.squares is not None:
         rows["squares"] = found.squares.unsqueeze(1)
-    usable = torch.stack([found.loss.isfinite(), *(x.isfinite().all() for x in (*rows.values(), *numbers.values()))]).all()
+    every = [found.loss, *rows.values(), *numbers.values()]
+    usable = torch.stack([x.isfinite().all() for x in every]).all()
     moves = usable & trains
     rows = {name: torch.where(moves & applied, x, 0.0) for name, x in rows.items()}
     return Update(usable, **rows, **{name: torch.where(moves[0], x, 0.0) for name, x in numbers.items()})

@@ -231,8 +231,8 @@ class FinetuneConfig(BaseModel):
     def optimizer(self, model: nn.Module) -> zo_core.ZOOptimizer:
         """The optimizer of the trainable parameters of a model. RunError if it refuses an option."""
         method = METHODS[self.method]
-        own = ["lr", "eps", "weight_decay", "probes", "seed", "distribution", "rank", "rho", "momentum", "window", "engine", "points_at_once"]
-        own += [name for name in _OF_SOME if name in method.defaults]
+        own = ["lr", "eps", "weight_decay", "probes", "seed", "distribution", "rank", "rho", "engine", "points_at_once"]
+        own += ["momentum", "window"] + [name for name in _OF_SOME if name in method.defaults]
         options: dict[str, Any] = {name: getattr(self, name) for name in own}
         options["residual"] = None if self.residual == "none" else int(self.residual)
         try:

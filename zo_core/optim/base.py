@@ -276,7 +276,9 @@ class ZOOptimizer(Stateful):
             )  # fmt: skip
             self.journal.write_step(identity, record)
         rounding = number if self.stochastic_rounding else None
-        engine.update(found.probes, update.coeffs, update.decay, rounding, update.curvature, update.smoothing, update.squares)
+        engine.update(
+            found.probes, update.coeffs, update.decay, rounding, update.curvature, update.smoothing, update.squares
+        )
         own["updates"] += update.usable
         own["skipped"] += ~update.usable
         own["steps"] += 1
@@ -287,11 +289,6 @@ class ZOOptimizer(Stateful):
             past = past.then(torch.cat([past.streams[:0], *new.probes]), new.coeffs, update.usable, left_out)
         own["past"] = past.last(self._remembered)
         return update.usable
-
-    @property
-    def _remembered(self) -> int:
-        """The number of steps whose probes the next step goes along again."""
-        return self.window - 1 if self.momentum or self.param_groups[0].get("beta2") else 0
 
     def _left_out(self) -> set[int]:
         """Numbers of the tensors that this step leaves out."""
@@ -325,8 +322,8 @@ class ZOOptimizer(Stateful):
                 self._check_processes(self._own["hessian"])
                 self._engine = self._of_module = None
                 self._prepare()
-                names = self._names()
-                self._own["past"] = self._own["past"].without(range(len(names) - len(group["params"]), len(names)))
+                count = len(self._names())
+                self._own["past"] = self._own["past"].without(range(count - len(group["params"]), count))
         except BaseException:
             self.param_groups.pop()
             raise

@@ -43,7 +43,7 @@ def with_past(found: Estimate, past: Past, momentum: float, beta2: float | None)
     if curvature is not None:  # a Hessian learns from the probes of this step alone
         curvature = torch.cat((curvature.new_zeros(len(past.coeffs)), curvature))
     return found._replace(
-        probes=[*past.streams.split(1), *found.probes],
+        probes=[*torch.split(past.streams, 1), *found.probes],
         coeffs=every * _powers(momentum, counts, every.device),
         curvature=curvature,
         squares=None if beta2 is None else every.square() * _powers(beta2, counts, every.device),

@@ -174,7 +174,6 @@ class Stateful(torch.optim.Optimizer):
     stochastic_rounding: bool
     blocks: layers.Blocks | None
     processes: Parallel | None
-    _remembered: int  # how many steps the next one goes along again
     _own: dict[str, Any] = {}  # noqa: RUF012 (see ``new``; each object gets one of its own)
     _engine: Engine | None = None
     _exchange: Exchange | None = None
@@ -338,8 +337,12 @@ class Stateful(torch.optim.Optimizer):
         def take(_: object, given: dict[str, Any]) -> dict[str, Any]:
             check_saved(found := of_entries(given), self._own)
             saved.update({**{name: found[name] for name in self._own if name in found}, **found})
-            groups = [{**self.defaults, **group} for group in given["param_groups"]]  # options that are newer than the state
-            return {**given, "state": {}, "param_groups": groups}  # torch would cast the state to the dtype of the weights
+            groups = [{**self.defaults, **group} for group in given["param_groups"]]  # options newer than the state
+            return {
+                **given,
+                "state": {},
+                "param_groups": groups,
+            }  # torch would cast a state to the dtype of the weights
 
         def put(_: object) -> None:
             with torch.inference_mode(False):
@@ -375,6 +378,12 @@ class Stateful(torch.optim.Optimizer):
 
     def _space(self) -> ParamSpace:
         raise NotImplementedError
+
+    @property
+    def _remembered(self) -> int:
+        """The number of steps whose probes the next step goes along again."""
+        first = self.param_groups[0]
+        return int(first["window"]) - 1 if first["momentum"] or first.get("beta2") else 0
 
     def _catch_up(self, play: Callable[[ParamSpace], Progress], steps: int) -> None:
         """Take steps that ``play`` makes again."""
