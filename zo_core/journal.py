@@ -556,9 +556,8 @@ def _before(past: Past, record: Record) -> Past:
         steps += 1
         found += past.steps[-steps][0]
     probes = past.last(steps)
-    if record.past > len(record.coeffs) or probes.streams.tolist() != list(
-        range(record.stream, record.stream + record.past)
-    ):
+    expected = list(range(record.stream, record.stream + record.past))
+    if record.past > len(record.coeffs) or probes.streams.tolist() != expected:
         raise JournalError(
             f"journal: step {record.step} goes along {record.past} probes of earlier steps from number {record.stream} on, which "
             "are not those of the steps before it: it is damaged"

@@ -338,11 +338,7 @@ class Stateful(torch.optim.Optimizer):
             check_saved(found := of_entries(given), self._own)
             saved.update({**{name: found[name] for name in self._own if name in found}, **found})
             groups = [{**self.defaults, **group} for group in given["param_groups"]]  # options newer than the state
-            return {
-                **given,
-                "state": {},
-                "param_groups": groups,
-            }  # torch would cast a state to the dtype of the weights
+            return given | {"state": {}, "param_groups": groups}  # torch would cast a state to the dtype of the weights
 
         def put(_: object) -> None:
             with torch.inference_mode(False):
