@@ -80,13 +80,15 @@ def gathered(model):
     return [(p.full_tensor() if hasattr(p, "full_tensor") else p).detach().float().clone() for p in model.parameters()]
 
 
-METHODS = {"mezo": zo_core.MeZO, "lezo": zo_core.LeZO, "hizoo": zo_core.HiZOO, "fzoo": zo_core.FZOO}
+METHODS = {"mezo": zo_core.MeZO, "lezo": zo_core.LeZO, "hizoo": zo_core.HiZOO, "fzoo": zo_core.FZOO,
+           "adamezo": zo_core.AdaMeZO}  # fmt: skip
 RUNS = {
     "mezo": {"lr": 2e-2, "probes": 2},
     "lezo": {"method": "lezo", "lr": 2e-2, "rho": 0.5},
     "bfloat16, residuals of 8 bits": {"lr": 2e-2, "dtype": torch.bfloat16},
     "float16, no residuals": {"method": "fzoo", "lr": 1e-2, "dtype": torch.float16, "residual": None, "probes": 3},
     "hizoo": {"method": "hizoo", "lr": 2e-2, "smoothing": 1e-2},
+    "adamezo": {"method": "adamezo", "lr": 3e-3, "window": 4},
 }
 
 

@@ -8,6 +8,7 @@ if not (Path(__file__).parent / "kernels").is_dir():  # a plain checkout: kernel
 from . import losses, noise
 from .journal import Journal, JournalError, replay
 from .noise import backend_info
+from .optim.adamezo import AdaMeZO
 from .optim.base import ZOOptimizer
 from .optim.fzoo import FZOO
 from .optim.hizoo import HiZOO
@@ -18,6 +19,7 @@ from .optim.spsa import SPSA
 __all__ = [
     "FZOO",
     "SPSA",
+    "AdaMeZO",
     "HiZOO",
     "Journal",
     "JournalError",

@@ -16,7 +16,7 @@ from torch.autograd.graph import increment_version
 from . import scaling, sharding
 from .bindings import native, ops
 from .bindings.warn import warn
-from .kernels.reference import columns_of
+from .kernels.reference import MOMENT_FLOOR, columns_of
 
 RESIDUALS = {8: torch.int8, 16: torch.int16}  # dtypes, by bits
 _CHUNK = 1 << 20  # weights that are summed at a time for a checksum
@@ -94,10 +94,12 @@ class ParamSpace:
         restore: Tensor | None = None,
         curvature: Tensor | None = None,
         smoothing: Tensor | None = None,
+        squares: Tensor | None = None,
     ) -> None:
         """Theta <- round((1 - decay) (theta + s sum_k restore[k] z_k) + s' sum_k coeffs[k] z_k), one pass, in place.
 
-        s is 1, or H^-1/2 with a Hessian, and s' comes of H' = (1 - smoothing + sum_k curvature[k] z_k^2) H.
+        s is 1, or H^-1/2 with a Hessian, and s' comes of H' = (1 - smoothing + sum_k curvature[k] z_k^2) H. With squares, which
+        take no Hessian and no restore, s' is 1 / (sqrt(sum_k squares[k] z_k^2) + 1e-5).
 
         Args:
             probes: K streams.
@@ -107,8 +109,13 @@ class ParamSpace:
             restore: float32 (K, T).
             curvature: float32 (K, T), with a Hessian only, and with smoothing.
             smoothing: float32 (T,).
+            squares: float32 (K, T).
         """
         more: dict[str, Any] = {}
+        if squares is not None and self.distribution == "gaussian":
+            more = {"squares": squares}
+        elif squares is not None:  # z^2 is 1, so that the second moment is one number for all elements of a tensor
+            coeffs = coeffs / (reduce(torch.add, squares).sqrt() + MOMENT_FLOOR)
         if curvature is not None and self.hessian == "diagonal":
             restore = torch.zeros_like(coeffs) if restore is None else restore
             more = {"restore": restore, "curvature": curvature, "smoothing": smoothing}

@@ -29,6 +29,9 @@ _MEZO = {"lr": 3e-5, "probes": 1, "distribution": "rademacher", "eval_every": 10
 _HIZOO = {"lr": 3e-5, "probes": 1, "distribution": "gaussian", "eval_every": 60, "smoothing": 1e-6}
 _FZOO = {"lr": 2e-3, "probes": 8, "distribution": "rademacher", "eval_every": 20}
 _SPSA = {"lr": 4e-4, "probes": 4, "distribution": "rademacher", "eval_every": 20, "alpha": 0.1}
+_ADAMEZO = {
+    "lr": 2e-4, "probes": 1, "distribution": "gaussian", "eval_every": 100, "momentum": 0.7, "beta2": 0.9,
+}  # fmt: skip
 METHODS = {
     "mezo": Method("MeZO", {}, _MEZO),
     "lezo": Method("LeZO", {}, {**_MEZO, "rho": 0.75}),
@@ -37,7 +40,11 @@ METHODS = {
     "fzoo": Method("FZOO", {}, _FZOO),
     "fzoo-r": Method("FZOO", {"reuse": True}, {**_FZOO, "probes": 4}),
     "spsa": Method("SPSA", {}, _SPSA),
+    "adamezo": Method("AdaMeZO", {}, _ADAMEZO),
 }
+
+
+_OF_SOME = ("smoothing", "alpha", "beta2")  # options that only some methods have
 
 
 def _defaults(option: str) -> str:
@@ -116,7 +123,7 @@ class FinetuneConfig(BaseModel):
     test_size: float = _option(0.2, "Data", "Size of the test part: a number of examples, or a fraction below 1.", gt=0)
     split_seed: int = _option(0, "Data", "Seed of the division of the data into parts.", ge=0, lt=2**63)
 
-    method: Literal["mezo", "lezo", "hizoo", "hizoo-l", "fzoo", "fzoo-r", "spsa"] = _option(
+    method: Literal["mezo", "lezo", "hizoo", "hizoo-l", "fzoo", "fzoo-r", "spsa", "adamezo"] = _option(
         "fzoo", "Method", "Zeroth-order method."
     )
     lr: float = _option(None, "Method", f"Learning rate. Default: {_defaults('lr')}.", gt=0)
@@ -133,6 +140,17 @@ class FinetuneConfig(BaseModel):
     )
     rho: float = _option(
         0.0, "Method", "Fraction of the transformer blocks that a step leaves out. Default for lezo: 0.75.", ge=0, lt=1
+    )
+    momentum: float = _option(
+        0.0,
+        "Method",
+        "Decay a step of the estimates of earlier steps, along which a step goes again. Default for adamezo: 0.7.",
+        ge=0,
+        lt=1,
+    )
+    window: int = _option(10, "Method", "Steps that momentum reaches back, this one included.", ge=1, le=1024)
+    beta2: float | None = _option(
+        None, "Method", f"Decay of the second moment. Default: {_defaults('beta2')}.", ge=0, lt=1
     )
     smoothing: float | None = _option(
         None, "Method", f"How fast the Hessian is learned. Default: {_defaults('smoothing')}.", ge=0, le=1
@@ -196,7 +214,7 @@ class FinetuneConfig(BaseModel):
         chosen = values.get("method", cls.model_fields["method"].default)
         if (method := METHODS.get(chosen)) is None:
             return values
-        for name in ("smoothing", "alpha"):
+        for name in _OF_SOME:
             if values.get(name) is not None and name not in method.defaults:
                 takers = [m for m, known in METHODS.items() if name in known.defaults]
                 raise ValueError(f"{name} is an option of {', '.join(takers)}; {chosen} has none")
@@ -214,7 +232,7 @@ class FinetuneConfig(BaseModel):
         """The optimizer of the trainable parameters of a model. RunError if it refuses an option."""
         method = METHODS[self.method]
         own = ["lr", "eps", "weight_decay", "probes", "seed", "distribution", "rank", "rho", "engine", "points_at_once"]
-        own += [name for name in ("smoothing", "alpha") if name in method.defaults]
+        own += ["momentum", "window"] + [name for name in _OF_SOME if name in method.defaults]
         options: dict[str, Any] = {name: getattr(self, name) for name in own}
         options["residual"] = None if self.residual == "none" else int(self.residual)
         try:
@@ -281,7 +299,7 @@ def resumed_config(folder: Path, given: Mapping[str, Any]) -> FinetuneConfig:
     """
     before = stored_config(folder)
     same_method = given.get("method", before.method) == before.method  # another one may refuse the stored options
-    now = stored_config(folder, given if same_method else {"method": given["method"], "smoothing": None, "alpha": None})
+    now = stored_config(folder, given if same_method else {"method": given["method"], **dict.fromkeys(_OF_SOME)})
     for name in [name for name in (given if same_method else ["method"]) if name not in CAN_CHANGE]:
         was, got = getattr(before, name), getattr(now, name)
         if name == "labels":

@@ -20,6 +20,7 @@ from ..noise import backend_of
 from ..record import Snapshot, carried
 from ..weights import ParamSpace, Probe, padding_of, space_of, versions_of
 from . import report, state
+from .momentum import with_past
 from .options import Params, Shared, check_choices, check_group, named_params, rates_of
 from .points import Closure, StepLosses
 from .state import Stateful, refuse_meta
@@ -45,6 +46,10 @@ class ZOOptimizer(Stateful):
             anew between steps, in ``param_groups[0]``.
         blocks: those blocks, or the dotted name of the list that has them; None: the largest ``nn.ModuleList``.
         hessian: "diagonal" or "factored", to scale probes by H^-1/2; see ``HiZOO``. For methods that measure curvature.
+        momentum: beta in [0, 1). A step goes along the estimates of the last ``window`` steps, that of i steps ago times
+            beta^i, as torch's SGD does with its momentum (no factor 1 - beta): steps are up to (1 - beta^window) /
+            (1 - beta) times as long, which lr has to allow for. 0 is none. It may be set anew between steps, as ``window``.
+        window: h, the number of these steps; noise is made again, so no tensor is kept, and the update makes h times as much.
         stochastic_rounding: whether updates round stochastically (unbiased), not to nearest, where they round to 16
             bits or to the 24 of a weight with an 8-bit residual.
         residual: low-order bits, 8 or 16, that each 16-bit weight keeps in a tensor of this optimizer (1 or 2 bytes a
@@ -67,12 +72,15 @@ class ZOOptimizer(Stateful):
     """
 
     journal: Journal | None = None  # where each step leaves a record, if set
-    _default: ClassVar[dict[str, Any]] = {"probes": 1, "distribution": "gaussian", "rho": 0.0, "hessian": None}
+    _default: ClassVar[dict[str, Any]] = {
+        "probes": 1, "distribution": "gaussian", "rho": 0.0, "hessian": None, "momentum": 0.0, "window": 10,
+    }  # fmt: skip
     _measures_curvature = False  # whether estimates have a curvature, which Hessian scaling needs
 
     eps = Shared(1e-30, 1e30)  # the range in which float32 arithmetic neither overflows nor underflows
     probes = Shared(1, 1 << 20, Integral)
     rho = Shared(0.0, math.nextafter(1.0, 0.0))
+    momentum, window = Shared(0.0, math.nextafter(1.0, 0.0)), Shared(1, 1 << 10, Integral)
 
     _shared: ClassVar[tuple[Shared, ...]] = ()
     _units: Sequence[Any] = ()  # parts of the module that FSDP2 gathers
@@ -94,6 +102,8 @@ class ZOOptimizer(Stateful):
         rho: float | None = None,
         blocks: layers.Blocks | None = None,
         hessian: str | None = None,
+        momentum: float | None = None,
+        window: int | None = None,
         stochastic_rounding: bool = True,
         residual: int | None = 8,
         engine: str | None = None,
@@ -103,7 +113,10 @@ class ZOOptimizer(Stateful):
         method: Mapping[str, float] | None = None,
     ) -> None:
         given: dict[str, Any] = {"probes": probes, "distribution": distribution, "rho": rho, "hessian": hessian}
-        probes, distribution, rho, hessian = (v if v is not None else self._default[k] for k, v in given.items())
+        given |= {"momentum": momentum, "window": window}
+        probes, distribution, rho, hessian, momentum, window = (
+            v if v is not None else self._default[k] for k, v in given.items()
+        )
         check_choices(
             seed=seed, distribution=distribution, rank=rank, residual=residual, engine=engine, hessian=hessian,
             points_at_once=points_at_once,
@@ -121,7 +134,7 @@ class ZOOptimizer(Stateful):
         if engine in engines.NEED_MODULE and self.module is None:
             raise ValueError(f"engine: {engine!r} needs the module whose forwards use the tensors: pass module=")
         groups = named_params(params)
-        shared = {"eps": eps, "probes": probes, "rho": rho, **(method or {})}
+        shared = {"eps": eps, "probes": probes, "rho": rho, "momentum": momentum, "window": window, **(method or {})}
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "decay_vectors": True, **shared})
         in_place = self.module is None or is_sharded(self._parameters(), self.module)
         self.engine = engine or ("inplace" if in_place else "shadow")
@@ -247,26 +260,34 @@ class ZOOptimizer(Stateful):
 
     def _move(self, engine: Engine, found: Estimate, left_out: set[int]) -> Tensor:
         """Write the step's record, move the weights and count the step. Returns whether it moved them, bool (1,)."""
-        own = self._own
+        own, new = self._own, found
         smoothing = self.param_groups[0]["smoothing"] if own["hessian"] else None
         lr, decay = rates_of(self.param_groups, own["stream"].device)
-        update = update_of(found, lr, decay, engine.space.full(1.0, left_out).bool(), smoothing)
+        past = own["past"].last(self._remembered)
+        found = with_past(new, past, self.momentum, self.param_groups[0].get("beta2"))
+        trains = engine.space.full(1.0, left_out).bool()
+        update = update_of(found, lr, decay, trains, past.applied(len(new.probes), trains.shape[1]), smoothing)
         number = own["updates"] + own["skipped"]  # the step's number, which is its stream of the stochastic rounding
         if self.journal is not None:  # before the weights move: without its record a step does not happen
             identity = self._identity()
             record = report.record_of(
                 identity, number, found, update, lr, decay, stochastic=self.stochastic_rounding, left_out=left_out,
-                smoothing=smoothing or 0.0,
+                smoothing=smoothing or 0.0, past=len(past.coeffs),
             )  # fmt: skip
             self.journal.write_step(identity, record)
         rounding = number if self.stochastic_rounding else None
-        engine.update(found.probes, update.coeffs, update.decay, rounding, update.curvature, update.smoothing)
+        engine.update(
+            found.probes, update.coeffs, update.decay, rounding, update.curvature, update.smoothing, update.squares
+        )
         own["updates"] += update.usable
         own["skipped"] += ~update.usable
         own["steps"] += 1
         if engine.rows:
             own["rows"] = engine.rows
         own["carry"] = carried(own["carry"], found.carry, update.usable)
+        if self._remembered:
+            past = past.then(torch.cat([past.streams[:0], *new.probes]), new.coeffs, update.usable, left_out)
+        own["past"] = past.last(self._remembered)
         return update.usable
 
     def _left_out(self) -> set[int]:
@@ -301,6 +322,8 @@ class ZOOptimizer(Stateful):
                 self._check_processes(self._own["hessian"])
                 self._engine = self._of_module = None
                 self._prepare()
+                count = len(self._names())
+                self._own["past"] = self._own["past"].without(range(count - len(group["params"]), count))
         except BaseException:
             self.param_groups.pop()
             raise

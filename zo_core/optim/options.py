@@ -30,6 +30,8 @@ class Options(TypedDict, total=False):
     rho: float | None
     blocks: layers.Blocks | None
     hessian: str | None
+    momentum: float | None
+    window: int | None
     stochastic_rounding: bool
     residual: int | None
     engine: str | None

@@ -17,9 +17,9 @@ from .. import layers, sharding
 from ..bindings.warn import warn
 from ..distributed import Exchange, Parallel
 from ..engines.base import Engine, uninterrupted
-from ..record import Identity, Progress
+from ..record import Identity, Past, Progress
 from ..weights import ParamSpace, check_absent, clear_residuals, hashes_of, inside, some, versions_of
-from .report import identity_of
+from .report import identity_of, past_of
 
 _FLAT = 10  # steps in a row with the same losses at all points that are worth a warning
 KEY = "zo"  # of what belongs to the optimizer as a whole, in the entry of its first parameter
@@ -42,7 +42,7 @@ def new(
         return {
             "seed": seed, "distribution": distribution, "residual": residual, "residuals": [], "hashes": [],
             "hessian": hessian, "hessians": [], "steps": 0, "carry": torch.zeros(0, device=device), "shards": 0,
-            "method": method, **numbers, **({"rank": rank} if distribution == "factored" else {}),
+            "method": method, "past": Past.none(device), **numbers, **({"rank": rank} if distribution == "factored" else {}),
         }  # fmt: skip
 
 
@@ -52,6 +52,8 @@ def on(device: torch.device, own: Any, copy: bool = False) -> Any:
         return {name: on(device, x, copy) for name, x in own.items()}
     if isinstance(own, list):
         return [on(device, x, copy) for x in own]
+    if isinstance(own, Past):
+        return Past(on(device, own.streams, copy), on(device, own.coeffs, copy), own.steps)
     return own.to(device, copy=copy) if isinstance(own, Tensor) else own
 
 
@@ -69,7 +71,8 @@ def entries(own: Mapping[str, Any]) -> list[dict[str, Any]]:
         for entry, x in zip(out, own[many], strict=False):
             entry[one] = x
     carry = {"dtype": str(own["carry"].dtype).removeprefix("torch."), "values": own["carry"].tolist()}
-    out[0][KEY] = {k: v for k, v in own.items() if k not in _LISTS} | {"carry": json.dumps(carry)}
+    carry |= {"past": past_of(own["past"])}
+    out[0][KEY] = {k: v for k, v in own.items() if k not in (*_LISTS, "past")} | {"carry": json.dumps(carry)}
     return out
 
 
@@ -81,7 +84,7 @@ def of_entries(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """
     found = state_dict.get("state", {})
     if isinstance(old := found.get(KEY), dict):
-        return old
+        return old | {"past": Past.none(torch.device("cpu"))}
     names = [name for group in state_dict.get("param_groups", ()) for name in group["params"]]
     given = [found.get(name, {}) for name in names]  # torch may leave out empty ones
     if not given or not isinstance(given[0].get(KEY), dict):
@@ -90,10 +93,31 @@ def of_entries(state_dict: Mapping[str, Any]) -> dict[str, Any]:
             f"of {some([str(name) for name in found]) or 'no parameter'}"
         )
     own: dict[str, Any] = given[0][KEY] | {many: [e[one] for e in given if one in e] for many, one in _LISTS.items()}
+    own["past"] = Past.none(torch.device("cpu"))
     if isinstance(own.get("carry"), str):
         carry = json.loads(own["carry"])
         own["carry"] = torch.tensor(carry["values"], dtype=getattr(torch, carry["dtype"]))
+        if "past" in carry:  # not in states of earlier versions
+            own["past"] = _past_from(carry["past"], len(given))
     return own
+
+
+def _past_from(saved: Any, tensors: int) -> Past:
+    """The inverse of ``past_of``, for so many tensors; ValueError where there is none."""
+    try:
+        steps = [(int(n), [int(i) for i in left_out]) for n, left_out in saved["steps"]]
+        coeffs = torch.tensor(saved["coeffs"], dtype=torch.float32)
+        past = Past(torch.tensor(saved["streams"], dtype=torch.int64), coeffs, steps)
+        sizes = len(past.streams), len(coeffs), sum(n for n, _ in steps)
+        right = len(set(sizes)) == 1 and all(n >= 0 and set(left) <= set(range(tensors)) for n, left in steps)
+    except (TypeError, KeyError, ValueError, RuntimeError):
+        right = False
+    if not right:
+        raise ValueError(
+            "state_dict: expected as many streams as coefficients of past probes, and as the steps have that they are of, got "
+            f"{str(saved)[:200]}: it is damaged"
+        )
+    return past
 
 
 def refuse_meta(named: Iterable[tuple[str, Tensor]]) -> None:
@@ -313,7 +337,8 @@ class Stateful(torch.optim.Optimizer):
         def take(_: object, given: dict[str, Any]) -> dict[str, Any]:
             check_saved(found := of_entries(given), self._own)
             saved.update({**{name: found[name] for name in self._own if name in found}, **found})
-            return {**given, "state": {}}  # torch would cast all of it to the dtype of the weights
+            groups = [{**self.defaults, **group} for group in given["param_groups"]]  # options newer than the state
+            return given | {"state": {}, "param_groups": groups}  # torch would cast a state to the dtype of the weights
 
         def put(_: object) -> None:
             with torch.inference_mode(False):
@@ -350,11 +375,18 @@ class Stateful(torch.optim.Optimizer):
     def _space(self) -> ParamSpace:
         raise NotImplementedError
 
+    @property
+    def _remembered(self) -> int:
+        """The number of steps whose probes the next step goes along again."""
+        first = self.param_groups[0]
+        return int(first["window"]) - 1 if first["momentum"] or first.get("beta2") else 0
+
     def _catch_up(self, play: Callable[[ParamSpace], Progress], steps: int) -> None:
         """Take steps that ``play`` makes again."""
         space, own = self._space(), self._own
         with uninterrupted(), torch.no_grad():
-            stream, updates, skipped, own["carry"] = play(space)
+            stream, updates, skipped, own["carry"], past = play(space)
+            own["past"] = on(space.counters.device, past.last(self._remembered))
             for name, value in (("stream", stream), ("updates", updates), ("skipped", skipped)):
                 own[name].fill_(value)
             own["steps"] = steps
