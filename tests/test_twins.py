@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 from toys import loss_of
-from twins import TwinFZOO, TwinHiZOO, TwinMeZO, TwinSPSA
+from twins import TwinBSZO, TwinFZOO, TwinHiZOO, TwinMEAZO, TwinMeZO, TwinSPSA
 from zo_core.bindings import ops
 
 import zo_core
@@ -27,6 +27,10 @@ METHODS = {  # name: optimizer, twin, the options of both, those of the optimize
     ),
     "fzoo": (zo_core.FZOO, TwinFZOO, {"lr": 2e-2, "probes": 5}, {}, {}),
     "fzoo-r": (zo_core.FZOO, TwinFZOO, {"lr": 2e-2, "probes": 3, "reuse": True}, {}, {}),
+    "meazo": (zo_core.MEAZO, TwinMEAZO, {"lr": 2e-2, "probes": 2, "beta": 0.6, "zeta": 0.02}, {}, {}),
+    "bszo": (
+        zo_core.BSZO, TwinBSZO, {"lr": 3e-2, "probes": 3, "prior": 0.8, "noise": 0.5, "alpha": 0.3, "repeats": 2}, {}, {},
+    ),
     "spsa": (zo_core.SPSA, TwinSPSA, {"lr": 3e-2, "probes": 4, "alpha": 0.3, "floor": 0.5}, {}, {}),
 }  # fmt: skip
 

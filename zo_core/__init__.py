@@ -9,14 +9,18 @@ from . import losses, noise
 from .journal import Journal, JournalError, replay
 from .noise import backend_info
 from .optim.base import ZOOptimizer
+from .optim.bszo import BSZO
 from .optim.fzoo import FZOO
 from .optim.hizoo import HiZOO
 from .optim.lezo import LeZO
+from .optim.meazo import MEAZO
 from .optim.mezo import MeZO
 from .optim.spsa import SPSA
 
 __all__ = [
+    "BSZO",
     "FZOO",
+    "MEAZO",
     "SPSA",
     "HiZOO",
     "Journal",

@@ -69,6 +69,7 @@ class ZOOptimizer(Stateful):
     journal: Journal | None = None  # where each step leaves a record, if set
     _default: ClassVar[dict[str, Any]] = {"probes": 1, "distribution": "gaussian", "rho": 0.0, "hessian": None}
     _measures_curvature = False  # whether estimates have a curvature, which Hessian scaling needs
+    one_sided = False  # whether differences are l(theta + eps z) - l(theta), not l(theta + eps z) - l(theta - eps z)
 
     eps = Shared(1e-30, 1e30)  # the range in which float32 arithmetic neither overflows nor underflows
     probes = Shared(1, 1 << 20, Integral)
