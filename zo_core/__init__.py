@@ -6,6 +6,7 @@ if not (Path(__file__).parent / "kernels").is_dir():  # a plain checkout: kernel
     __path__.append(str(Path(__file__).parent.parent))
 
 from . import losses, noise
+from .floor import measure
 from .journal import Journal, JournalError, replay
 from .noise import backend_info
 from .optim.base import ZOOptimizer
@@ -30,6 +31,7 @@ __all__ = [
     "ZOOptimizer",
     "backend_info",
     "losses",
+    "measure",
     "noise",
     "replay",
 ]
