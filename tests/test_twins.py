@@ -29,7 +29,7 @@ METHODS = {  # name: optimizer, twin, the options of both, those of the optimize
     "fzoo-r": (zo_core.FZOO, TwinFZOO, {"lr": 2e-2, "probes": 3, "reuse": True}, {}, {}),
     "meazo": (zo_core.MEAZO, TwinMEAZO, {"lr": 2e-2, "probes": 2, "beta": 0.6, "zeta": 0.02}, {}, {}),
     "bszo": (
-        zo_core.BSZO, TwinBSZO, {"lr": 3e-2, "probes": 3, "prior": 0.8, "noise": 0.5, "alpha": 0.3, "repeats": 2}, {}, {},
+        zo_core.BSZO, TwinBSZO, {"lr": 5e-3, "probes": 3, "prior": 2.0, "noise": 8.0, "alpha": 0.9, "repeats": 2}, {}, {},
     ),
     "spsa": (zo_core.SPSA, TwinSPSA, {"lr": 3e-2, "probes": 4, "alpha": 0.3, "floor": 0.5}, {}, {}),
 }  # fmt: skip

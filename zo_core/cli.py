@@ -229,10 +229,10 @@ def probe(
 ) -> None:
     """Measure how large --eps should be: what differences of losses consist of, by eps.
 
-    On the first batch of a run, for eps in half decades: the size (RMS) of two-sided and
+    On the first batch of a run, for eps in half decades: the RMS of two-sided and
     one-sided differences of losses; the forward's rounding in them; their bias, from
-    curvature and third order; their correlation with the slopes that they are to tell; and
-    the share of them that is below the rounding. A < marks the best eps. Nothing is trained.
+    curvature and third order; their correlation with the slopes that they stand for;
+    and how many are below the rounding. A < marks the best eps. Nothing is trained.
 
     [bold]Examples[/]
 

@@ -19,6 +19,7 @@ from .optim.points import Closure
 
 LADDER = tuple(10 ** (half / 2) for half in range(-10, -1))  # 1e-5 to 1e-1 in half decades
 _FEWEST = 4  # values of eps: two to extrapolate slopes from, one that must agree with them, and one below
+_GOOD = 0.98  # of the progress of the best eps, of which a good one has at least as much
 _POOLED = 3  # values of eps below those two, whose errors stand for that at larger ones
 
 
@@ -46,6 +47,9 @@ class Measurement:
 
     rungs: tuple[Rung, ...]  # from the smallest eps to the largest at which all losses were finite
     recommended: dict[str, float]  # "two-sided" and "one-sided": the eps with the least error and bias, over the slopes
+    good: dict[
+        str, tuple[float, float]
+    ]  # from which eps to which steps make at least 98% of the progress of the best one
     loss: float  # at theta
     slope: float  # RMS over the probes of the first derivative along them
     curvature: float  # of the second
@@ -64,7 +68,7 @@ class Measurement:
             {**rung._asdict(), "two_sided": rung.two_sided._asdict(), "one_sided": rung.one_sided._asdict()}
             for rung in self.rungs
         ]
-        return {**asdict(self), "rungs": plain, "reference": list(self.reference)}
+        return {**asdict(self), "rungs": plain}
 
     def __str__(self) -> str:
         """A table."""
@@ -72,7 +76,9 @@ class Measurement:
         for rung in self.rungs:
             kinds = [f" {d.rms:9.2g} {d.bias:9.2g} {d.correlation:6.3f} {d.below:5.0%} " for d in rung[2:]]
             lines.append(f"{rung.eps:8.2g} {rung.error:9.2g} |" + "|".join(kinds))
-        return "\n".join([*lines, *(f"best eps, {kind}: {eps:.2g}" for kind, eps in self.recommended.items())])
+        for kind, eps in self.recommended.items():
+            lines.append("{}: best eps {:.2g}, good from {:.2g} to {:.2g}".format(kind, eps, *self.good[kind]))
+        return "\n".join(lines)
 
 
 def measure(
@@ -215,16 +221,21 @@ def _analyse(ladder: Sequence[float], values: Tensor, probes: int, evaluations: 
         "one_sided": (*both, _rms(slope) * eps[:, 0], torch.hypot(second_order, third_order / 2)),
     }
     found: dict[str, list[Differences]] = {}
-    recommended = {}
+    recommended, good = {}, {}
     for kind, (differences, slopes, signal, bias) in kinds.items():
         size = _rms(differences)
         agree = (differences * slopes).mean(1) / (size * _rms(slopes)).clamp_min(1e-300)
         agree[j:] *= signal[j:] / torch.hypot(signal[j:], error[j:])  # slopes were made of these, with their rounding
         below = (differences.abs() < error.unsqueeze(1)).double().mean(1)
         found[kind] = [Differences(*row) for row in torch.stack((size, bias, agree, below), 1).tolist()]
-        recommended[kind.replace("_", "-")] = ladder[int((torch.hypot(error, bias) / signal).argmin())]
+        progress = signal.square() / (signal.square() + error.square() + bias.square())
+        best, name = int(progress.argmax()), kind.replace("_", "-")
+        poor = [i for i, share in enumerate(progress.tolist()) if share < _GOOD * float(progress[best])]
+        first_good = max((i + 1 for i in poor if i < best), default=0)
+        last_good = min((i - 1 for i in poor if i > best), default=len(ladder) - 1)
+        recommended[name], good[name] = ladder[best], (ladder[first_good], ladder[last_good])
     rungs = tuple(map(Rung, ladder, error.tolist(), found["two_sided"], found["one_sided"]))
     return Measurement(
-        rungs, recommended, float(clean[0]), float(_rms(slope)), float(_rms(curvature)), float(_rms(third)),
+        rungs, recommended, good, float(clean[0]), float(_rms(slope)), float(_rms(curvature)), float(_rms(third)),
         (ladder[j], ladder[j + 1]), probes, evaluations,
     )  # fmt: skip

@@ -7,10 +7,12 @@ from rich.console import Group
 from rich.table import Table
 
 import zo_core
-from zo_core.floor import Measurement
+from zo_core.floor import Differences, Measurement
 from zo_core.integrations.config import FinetuneConfig
 from zo_core.integrations.errors import RunError
 from zo_core.integrations.session import prepare
+
+KINDS = ("two-sided", "one-sided")
 
 
 def probe(
@@ -52,31 +54,31 @@ def sides(config: FinetuneConfig) -> str:
 
 
 def report(found: Measurement, config: FinetuneConfig) -> Group:
-    """The table, with a line on what it says for the method."""
-    own = sides(config)
-    table = Table(title=f"{config.model} on {config.data}, {found.probes} probes, loss {found.loss:.4f}")
-    table.add_column("eps", justify="right")
-    table.add_column("rounding", justify="right")
-    for kind in ("two-sided", "one-sided"):
-        for name in (f"{kind}\nRMS", "bias", "correlation", "below"):
-            table.add_column(name, justify="right", style="bold" if kind == own else "")
+    """The table, and what it says for the method."""
+    own, spread = sides(config), {"justify": "right", "no_wrap": True}
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("\neps", **spread)
+    table.add_column("\nrounding", **spread)
+    for kind in KINDS:
+        for name in (f"{kind}\nRMS", "\nbias", "\ncorr.", "\nbelow"):
+            table.add_column(name, style="" if kind == own else "dim", **spread)
     for rung in found.rungs:
-        marks = [" <" if rung.eps == found.recommended[kind] else "" for kind in ("two-sided", "one-sided")]
-        cells = [
-            cell
-            for d, mark in zip((rung.two_sided, rung.one_sided), marks, strict=True)
-            for cell in (f"{d.rms:.2g}", f"{d.bias:.2g}", f"{d.correlation:.3f}{mark}", f"{d.below:.0%}")
-        ]
-        table.add_row(f"{rung.eps:.2g}", f"{rung.error:.2g}", *cells)
-    best, here = found.recommended[own], found.at(config.eps)
-    differences = here.one_sided if own == "one-sided" else here.two_sided
+        cells = [f"{rung.eps:.1e}", f"{rung.error:.1e}"]
+        for kind in KINDS:
+            d: Differences = getattr(rung, kind.replace("-", "_"))
+            mark = "<" if rung.eps == found.recommended[kind] else " "
+            cells += [f"{d.rms:.1e}", f"{d.bias:.1e}", f"{d.correlation:.3f}{mark}", f"{d.below:.0%}"]
+        table.add_row(*cells)
+    best, (low, high), here = found.recommended[own], found.good[own], found.at(config.eps)
+    agree: float = getattr(here, own.replace("-", "_")).correlation
     lines = [
-        f"--eps {best:.2g} suits --method {config.method}, whose differences are {own}: least rounding and bias for their size",
-        f"at --eps {config.eps:g} (nearest measured {here.eps:.2g}) their correlation with the slopes is {differences.correlation:.3f}, "
-        f"so that a step does {max(0.0, differences.correlation) ** 2:.0%} of what one of exact slopes does",
+        f"\n{config.model} on {config.data}: loss {found.loss:.4f}, {found.probes} probes",
+        f"{config.method} takes {own} differences: --eps {best:.2g} is the best for it, {low:.2g} to {high:.2g} are about as good",
+        f"at --eps {config.eps:g} their correlation with the slopes is {agree:.3f}: a step makes {max(0.0, agree) ** 2:.0%} of the "
+        "progress of one with exact slopes",
     ]
-    if best in (found.rungs[0].eps, found.rungs[-1].eps):
-        lines.append("it is at the end of what was measured: --least and --most widen that")
+    if best in (found.rungs[0].eps, found.rungs[-1].eps) and low != high:
+        lines.append("the best is at the end of what was measured: --least and --most widen that")
     return Group(table, *lines)
 
 
@@ -85,17 +87,16 @@ def plot(path: Path, found: Measurement, config: FinetuneConfig) -> None:
     from matplotlib.figure import Figure
 
     eps = [rung.eps for rung in found.rungs]
-    colours = {"two_sided": "#2563eb", "one_sided": "#d97706"}
+    colours = dict(zip(KINDS, ("#2563eb", "#d97706"), strict=True))
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     figure.suptitle(f"{config.model} on {config.data}, {config.method}, {found.probes} probes", fontsize=11)
     left, right = figure.subplots(1, 2)
     for kind, colour in colours.items():
-        rows = [getattr(rung, kind) for rung in found.rungs]
-        name = kind.replace("_", "-")
-        left.plot(eps, [d.rms for d in rows], "o-", color=colour, label=f"{name} differences")
-        left.plot(eps, [d.bias for d in rows], "--", color=colour, label=f"bias of {name} ones")
-        right.plot(eps, [d.correlation for d in rows], "o-", color=colour, label=name)
-        right.axvline(found.recommended[name], color=colour, linewidth=1, linestyle=":")
+        rows = [getattr(rung, kind.replace("-", "_")) for rung in found.rungs]
+        left.plot(eps, [d.rms for d in rows], "o-", color=colour, label=f"{kind} differences")
+        left.plot(eps, [d.bias for d in rows], "--", color=colour, label=f"bias of {kind} ones")
+        right.plot(eps, [d.correlation for d in rows], "o-", color=colour, label=kind)
+        right.axvline(found.recommended[kind], color=colour, linewidth=1, linestyle=":")
     errors = [rung.error for rung in found.rungs]
     left.plot(eps, errors, "-", color="#6b7280", linewidth=2, label="rounding")
     left.set_ylabel("RMS (nats)")
