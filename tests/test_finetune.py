@@ -117,6 +117,32 @@ def start(
 # ---- a whole run
 
 
+@pytest.mark.parametrize("method", ["fzoo", "meazo", "bszo"])
+def test_a_run_tells_how_many_differences_are_below_the_forwards_rounding(inputs, tmp_path, method):
+    options = {**inputs, "method": method, "steps": 3, "lr": 1e-4}
+    summary = runs.finetune(FinetuneConfig(**options, output=tmp_path / "one"))
+    lines = [line for line in runs.read_metrics(tmp_path / "one") if line["kind"] == "step"]
+    assert [(line["below_floor"], line["flat"]) for line in lines] == [(0.0, False)] * 3  # float32
+    assert 0 < summary["floor"]["error"] < 1e-5 and summary["floor"]["below"] == 0 and summary["flat_steps"] == 0
+    assert (
+        summary["forwards"]
+        == lines[-1]["forwards"]
+        == 3 * (summary["config"]["probes"] * (1 + (method == "meazo")) + (method != "meazo"))
+    )
+    runs.finetune(FinetuneConfig(**options, measure_floor=False, output=tmp_path / "other"))
+    assert same(tmp_path / "one", tmp_path / "other")  # measuring changes no bit of a run
+    assert "below_floor" not in runs.read_metrics(tmp_path / "other")[-2]
+
+
+def test_a_run_with_a_floor_resumes_with_it(inputs, tmp_path):
+    options = {**inputs, "steps": 2, "lr": 1e-4, "eps": 1e-8}  # a perturbation that changes few losses, if any
+    first = runs.finetune(FinetuneConfig(**options, output=tmp_path))["floor"]
+    again = runs.finetune(FinetuneConfig(**{**options, "steps": 4}, output=tmp_path), resume=True)
+    lines = [line for line in runs.read_metrics(tmp_path) if line["kind"] == "step"]
+    assert again["floor"]["error"] == first["error"] and len(lines) == 4
+    assert again["flat_steps"] == sum(line["flat"] for line in lines)
+
+
 def test_probes_with_batches_of_their_own_take_the_examples_in_order_and_resume(
     inputs: dict[str, object], tmp_path: Path
 ) -> None:
