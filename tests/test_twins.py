@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 from toys import loss_of
-from twins import TwinAdaMeZO, TwinFZOO, TwinHiZOO, TwinMeZO, TwinSPSA
+from twins import TwinAdaMeZO, TwinBSZO, TwinFZOO, TwinHiZOO, TwinMEAZO, TwinMeZO, TwinSPSA
 from zo_core.bindings import ops
 
 import zo_core
@@ -29,6 +29,10 @@ METHODS = {  # name: optimizer, twin, the options of both, those of the optimize
     "fzoo-r": (zo_core.FZOO, TwinFZOO, {"lr": 2e-2, "probes": 3, "reuse": True}, {}, {}),
     "adamezo": (
         zo_core.AdaMeZO, TwinAdaMeZO, {"lr": 1e-2, "probes": 2, "momentum": 0.8, "beta2": 0.5, "window": 3}, {}, {},
+    ),
+    "meazo": (zo_core.MEAZO, TwinMEAZO, {"lr": 2e-2, "probes": 2, "beta": 0.6, "zeta": 0.02}, {}, {}),
+    "bszo": (
+        zo_core.BSZO, TwinBSZO, {"lr": 5e-3, "probes": 3, "prior": 2.0, "noise": 8.0, "alpha": 0.9, "repeats": 2}, {}, {},
     ),
     "spsa": (zo_core.SPSA, TwinSPSA, {"lr": 3e-2, "probes": 4, "alpha": 0.3, "floor": 0.5}, {}, {}),
 }  # fmt: skip

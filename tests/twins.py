@@ -167,3 +167,40 @@ class TwinAdaMeZO(Twin):
             directions.append(m / (v**0.5 + 1e-5))
         self.move(directions, lr, weight_decay)
         return sum(a + b for a, b in pairs) / (2 * probes)
+
+
+class TwinMEAZO(Twin):
+    """v = beta v + (1 - beta) g^2, g the mean of the g_k; theta <- theta - lr / (sqrt(v / (1 - beta^t)) + zeta) 1/n sum_k g_k z_k."""
+
+    v, t = 0.0, 0
+
+    def step(self, loss, lr, eps, weight_decay=0.0, probes=1, beta=0.99, zeta=1e-8):
+        streams = self.draw(probes)
+        pairs = [(self.at(x, eps, s), self.at(x, -eps, s)) for x, s in zip(each(loss, probes), streams, strict=True)]
+        gradients = [(a - b) / (2 * eps) for a, b in pairs]
+        self.t += 1
+        self.v = beta * self.v + (1 - beta) * (sum(gradients) / probes) ** 2
+        divisor = (self.v / (1 - beta**self.t)) ** 0.5 + zeta
+        self.move(self.along([g / divisor / probes for g in gradients], streams), lr, weight_decay)
+        return sum(a + b for a, b in pairs) / (2 * probes)
+
+
+class TwinBSZO(Twin):
+    """Kalman's filter in its matrix form: K = S d / (d^T S d + r), m <- m + K (y - d^T m), S <- S - K d^T S, d = e_k."""
+
+    r = None
+
+    def step(self, loss, lr, eps, weight_decay=0.0, probes=2, prior=1.0, noise=1.0, alpha=0.1, repeats=1):
+        streams, clean = self.draw(probes), [self.at(x, 0.0) for x in each(loss, probes)]
+        y = [(self.at(x, eps, s) - l0) / eps for x, l0, s in zip(each(loss, probes), clean, streams, strict=True)]
+        m, covariance = torch.zeros(probes, dtype=torch.float64), torch.eye(probes, dtype=torch.float64) * prior**2
+        self.r = noise**2 if self.r is None else self.r
+        for i in range(probes + repeats):
+            axis = i if i < probes else int(torch.linalg.eigh(covariance).eigenvectors[:, -1].abs().argmax())
+            d = torch.eye(probes, dtype=torch.float64)[axis]
+            self.r = (1 - alpha) * self.r + alpha * float(y[axis] - d @ m) ** 2
+            gain = covariance @ d / (d @ covariance @ d + max(self.r, (0.1 * noise) ** 2))
+            m = m + gain * (y[axis] - d @ m)
+            covariance = covariance - torch.outer(gain, d @ covariance)
+        self.move(self.along(m.tolist(), streams), lr, weight_decay)
+        return sum(clean) / probes

@@ -6,18 +6,23 @@ if not (Path(__file__).parent / "kernels").is_dir():  # a plain checkout: kernel
     __path__.append(str(Path(__file__).parent.parent))
 
 from . import losses, noise
+from .floor import measure
 from .journal import Journal, JournalError, replay
 from .noise import backend_info
 from .optim.adamezo import AdaMeZO
 from .optim.base import ZOOptimizer
+from .optim.bszo import BSZO
 from .optim.fzoo import FZOO
 from .optim.hizoo import HiZOO
 from .optim.lezo import LeZO
+from .optim.meazo import MEAZO
 from .optim.mezo import MeZO
 from .optim.spsa import SPSA
 
 __all__ = [
+    "BSZO",
     "FZOO",
+    "MEAZO",
     "SPSA",
     "AdaMeZO",
     "HiZOO",
@@ -28,6 +33,7 @@ __all__ = [
     "ZOOptimizer",
     "backend_info",
     "losses",
+    "measure",
     "noise",
     "replay",
 ]

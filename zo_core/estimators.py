@@ -85,6 +85,12 @@ def second_order(losses: Losses, probes: Sequence[Probe], eps: float) -> tuple[T
     return clean, (plus - minus) / (2 * eps), (plus + minus - 2 * clean).abs() / eps**2
 
 
+def kept(carry: Tensor, *start: float) -> Tensor:
+    """What the last step that moved the weights left for this one, (n,), or these n numbers where there was none."""
+    first = torch.tensor(start, dtype=carry.dtype, device=carry.device)
+    return first if len(carry) != len(start) else torch.where(carry.isnan(), first, carry)
+
+
 def _along(losses: Losses, probes: Sequence[Probe], *cs: float, clean: bool = False) -> tuple[Tensor, ...]:
     """Losses at theta, if clean, for each closure; at theta + c z_k for each c, (n,)."""
     first: list[Point] = [(0.0, None)] if clean else []

@@ -2,7 +2,8 @@
 
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from numbers import Integral
 from typing import Any, ClassVar
 
@@ -76,6 +77,7 @@ class ZOOptimizer(Stateful):
         "probes": 1, "distribution": "gaussian", "rho": 0.0, "hessian": None, "momentum": 0.0, "window": 10,
     }  # fmt: skip
     _measures_curvature = False  # whether estimates have a curvature, which Hessian scaling needs
+    one_sided = False  # whether differences are l(theta + eps z) - l(theta), not l(theta + eps z) - l(theta - eps z)
 
     eps = Shared(1e-30, 1e30)  # the range in which float32 arithmetic neither overflows nor underflows
     probes = Shared(1, 1 << 20, Integral)
@@ -212,7 +214,44 @@ class ZOOptimizer(Stateful):
             sharding.reshard(self._units)
             self._versions = versions_of(self._tensors())
         self._count_flat(torch.cat(losses.seen, dim=1))
+        if self.noise_floor is not None:
+            self._count_below(losses.differences())
         return found.loss
+
+    @contextmanager
+    def trial(self, closure: Closure) -> Iterator[StepLosses]:
+        """Losses at any points, without a step: within the block they are what ``estimate`` gets.
+
+        Afterwards weights, state, torch's generators and buffers are as they were, to the bit. Probes are for the caller to
+        choose, as numbers of streams; ``draw`` gives those of the next step. Processes that share a step must do the same.
+        """
+        engine, closures, left_out = self._begin(closure)
+        own, rows, small = self._own, engine.rows, ("stream", "counters")
+        before = [(own[name], own[name].clone()) for name in small]
+        in_place = engine.space if isinstance(engine, InPlaceEngine) else None
+        if in_place is not None:  # it goes back to the weights by arithmetic, which rounds
+            kept = (*in_place.tensors, *in_place.residuals)
+            before += [(t.detach(), t.detach().to("cpu", copy=True)) for t in kept]
+        written = in_place if in_place is not None and not in_place.pieces else None
+        evaluation = Evaluation(closures[0], own["stream"].device, self._units, self._buffers, written)
+        self._stepping = True
+        try:
+            with torch.no_grad():
+                yield StepLosses(
+                    engine, evaluation, closures, not callable(closure), left_out, self._exchange, self._steps
+                )
+        finally:
+            self._stepping = False
+            with uninterrupted(), torch.no_grad():
+                engine.restore()
+                engine.rows = rows
+                for tensor, value in before:
+                    tensor.copy_(value)
+                evaluation.rewind()
+                self._buffers.put_back()
+            forget_casts()
+            sharding.reshard(self._units)
+            self._versions = versions_of(self._tensors())
 
     def _begin(self, closure: object) -> tuple[Engine, Sequence[Closure], set[int]]:
         """A step's engine, closures, and tensors that it leaves out, when all that can be checked before it has been."""

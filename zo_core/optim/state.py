@@ -180,6 +180,8 @@ class Stateful(torch.optim.Optimizer):
     _stepping = False
     _flat: Tensor | None = None  # int64 (2,): steps whose losses were all the same, and how many of the last steps
     _warned_of_flat_steps = False
+    noise_floor: float | None = None  # the forward's rounding error in a difference of two losses, where it is known
+    _below: Tensor | None = None  # int64 (2,): probes whose difference was smaller than that, and all of them
     _of_module: set[int] | None = None  # numbers of the tensors that the module had at the last step
     _versions: list[tuple[object, ...]] | None = (
         None  # of the tensors after the last step; None since a state was loaded
@@ -285,6 +287,21 @@ class Stateful(torch.optim.Optimizer):
                 "The loss does not depend on the trained tensors (it is a constant, or reads other tensors: replaced ones, "
                 "another adapter's, those of another process), or eps is too small for a change to show",
             )
+
+    @property
+    def below_floor(self) -> tuple[int, int]:
+        """Probes of this object's steps whose difference of losses was below ``noise_floor``, and all that were counted (waits for the device).
+
+        They are counted while ``noise_floor`` is a number, such as the ``error`` of one eps that ``zo_core.measure`` found.
+        """
+        below, probes = (0, 0) if self._below is None else self._below.tolist()
+        return below, probes
+
+    def _count_below(self, differences: Tensor) -> None:
+        """Count the differences of losses of a step, (n,)."""
+        below = (differences.abs() < self.noise_floor).sum()
+        counts = torch.stack((below, torch.full_like(below, len(differences))))
+        self._below = counts if self._below is None else self._below + counts
 
     @property
     def _steps(self) -> int:
