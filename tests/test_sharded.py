@@ -89,6 +89,12 @@ RUNS = {
     "float16, no residuals": {"method": "fzoo", "lr": 1e-2, "dtype": torch.float16, "residual": None, "probes": 3},
     "hizoo": {"method": "hizoo", "lr": 2e-2, "smoothing": 1e-2},
     "adamezo": {"method": "adamezo", "lr": 3e-3, "window": 4},
+    "hizoo, scales": {
+        "method": "hizoo",
+        "lr": 2e-2,
+        "smoothing": 1e-2,
+        "scales": {"*.1.weight": 2.0, "last.bias": 0.5},
+    },
 }
 
 
@@ -125,7 +131,7 @@ def train_all(kind, steps, names=tuple(RUNS)):
     ("kind", "count", "steps", "names"),
     [
         ("fsdp", 3, 20, tuple(RUNS)),
-        ("columns", 3, 4, ("lezo", "bfloat16, residuals of 8 bits", "hizoo")),
+        ("columns", 3, 4, ("lezo", "bfloat16, residuals of 8 bits", "hizoo, scales")),
         ("rows and columns", 4, 3, ("float16, no residuals",)),
         ("fsdp over rows", 4, 3, ("bfloat16, residuals of 8 bits",)),
     ],

@@ -103,6 +103,7 @@ def take_steps(
     reference = twin(theirs[:-2] if later else theirs, SEED, opt._own["distribution"])
     reference.decay_vectors = groups or later
     reference.momentum, reference.window = options.get("momentum", 0.0), options.get("window", 1)
+    reference.scales = options.get("scales")
     sets = layers.tensors_of(list(model.blocks), mine, model) if "rho" in options else ()
     schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda step: 1 / (1 + step))
     for step in range(steps):
@@ -224,6 +225,12 @@ def test_steps_are_the_twin_s_with_a_batch_of_its_own_for_each_probe(name, engin
 @pytest.mark.parametrize("name", ["mezo, 2 probes", "fzoo"])  # with blocks left out, the first is LeZO
 def test_steps_are_the_twin_s_with_a_batch_for_each_probe_and_blocks_left_out(name):
     take_steps(name, spread=True, rho=0.5, weight_decay=0.3, distribution="rademacher")
+
+
+@pytest.mark.parametrize(("name", "engine"), [(name, (*ENGINES, "grouped")[i % 3]) for i, name in enumerate(METHODS)])
+def test_steps_are_the_twin_s_with_a_scale_for_each_tensor(name, engine):
+    scales = [0.3 + 0.35 * (i * 7 % 5) for i in range(len(list(network().parameters())))]
+    take_steps(name, engine=engine, scales=scales, rho=0.25, weight_decay=0.3)
 
 
 @pytest.mark.parametrize("rho", [0.25, 0.5, 0.75])

@@ -15,6 +15,7 @@ class Twin:
         self.params, self.seed, self.distribution, self.stream = [], seed, distribution, 0
         self.values, self.hessians = [], []
         self.left_out = set()  # numbers of tensors that this step does not touch
+        self.scales = None  # sigma of each tensor's probe, 1 unless given
         self.decay_vectors = False  # whether biases and norms decay too
         self.momentum, self.window, self.past = 0.0, 1, []  # past: this step and those before, the last one first
         self.add(params)
@@ -33,6 +34,13 @@ class Twin:
         noise = reference.DISTRIBUTIONS[self.distribution](element, tensor_id=i, stream=stream, seed=self.seed)
         return noise.view(self.params[i].shape).double() * (i not in self.left_out)
 
+    def sigma(self, i: int) -> float:
+        """The scale of tensor i: all are multiplied by one number, so that the sum of d_i sigma_i^2 is that of d_i."""
+        if self.scales is None:
+            return 1.0
+        d = [p.numel() for p in self.params]
+        return self.scales[i] * (sum(d) / sum(n * x * x for n, x in zip(d, self.scales, strict=True))) ** 0.5
+
     def put(self, values):
         with torch.no_grad():
             for p, value in zip(self.params, values, strict=True):
@@ -41,7 +49,7 @@ class Twin:
     def at(self, loss, c: float, stream: int = 0) -> float:
         self.put(
             [
-                v + c * h**-0.5 * self.z(i, stream)
+                v + c * h**-0.5 * self.sigma(i) * self.z(i, stream)
                 for i, (v, h) in enumerate(zip(self.values, self.hessians, strict=False))
             ]
         )
@@ -63,13 +71,13 @@ class Twin:
         self.put(self.values)
 
     def along(self, coeffs, streams):
-        """sum over steps i of the window, this one with i = 0, of momentum^i sum_k coeffs[k] H^-1/2 z_k, of each tensor.
+        """sum over steps i of the window, this one with i = 0, of momentum^i sum_k coeffs[k] H^-1/2 sigma z_k, of each tensor.
 
         z_k is 0 in tensors that the step left out.
         """
         steps = self.remember(coeffs, streams)
         return [
-            sum(self.momentum**i * c * h**-0.5 * z[n] for i, step in enumerate(steps) for c, z in step)
+            sum(self.momentum**i * c * h**-0.5 * self.sigma(n) * z[n] for i, step in enumerate(steps) for c, z in step)
             for n, h in enumerate(self.hessians)
         ]
 
@@ -164,7 +172,7 @@ class TwinAdaMeZO(Twin):
         for n in range(len(self.params)):
             m = sum(momentum**i * g * z[n] for i, step in enumerate(steps) for g, z in step)
             v = sum(beta2**i * g**2 * z[n] ** 2 for i, step in enumerate(steps) for g, z in step)
-            directions.append(m / (v**0.5 + 1e-5))
+            directions.append(self.sigma(n) * m / (v**0.5 + 1e-5))
         self.move(directions, lr, weight_decay)
         return sum(a + b for a, b in pairs) / (2 * probes)
 

@@ -164,6 +164,14 @@ class FinetuneConfig(BaseModel):
     beta: float | None = _option(
         None, "Method", f"How much of the second moment a step keeps. Default: {_defaults('beta')}.", ge=0, lt=1
     )
+    scales: Path | None = _option(
+        None,
+        "Method",
+        "File of a scale for each tensor's probe, by name: zo_core.scales.save writes one, and so does a run.",
+    )
+    calibrate: int | None = _option(
+        None, "Method", "Measure such scales in this many forwards, say 48, before the first step.", ge=14
+    )
     residual: Literal["none", "8", "16"] = _option(
         "8", "Method", "Extra bits for each 16-bit weight, so that small updates are not rounded away."
     )
@@ -209,6 +217,11 @@ class FinetuneConfig(BaseModel):
         known = value in names("model") or value in names("dataset")
         return str(path.resolve()) if not known and path.exists() else value
 
+    @field_validator("scales")
+    @classmethod
+    def _absolute_path(cls, value: Path | None) -> Path | None:
+        return value if value is None else value.expanduser().resolve()
+
     @field_validator("validation_size", "test_size")
     @classmethod
     def _whole(cls, value: float) -> float:
@@ -229,6 +242,8 @@ class FinetuneConfig(BaseModel):
             if values.get(name) is not None and name not in method.defaults:
                 takers = [m for m, known in METHODS.items() if name in known.defaults]
                 raise ValueError(f"{name} is an option of {', '.join(takers)}; {chosen} has none")
+        if values.get("scales") is not None and values.get("calibrate") is not None:
+            raise ValueError("scales and calibrate exclude each other: give a file of scales, or have them measured")
         return {**values, **{k: v for k, v in method.defaults.items() if values.get(k) is None}}
 
     @model_validator(mode="before")
@@ -248,12 +263,12 @@ class FinetuneConfig(BaseModel):
         """The optimizer of the trainable parameters of a model. RunError if it refuses an option."""
         method = METHODS[self.method]
         own = ["lr", "eps", "weight_decay", "probes", "seed", "distribution", "rank", "rho", "engine", "points_at_once"]
-        own += ["momentum", "window"] + [name for name in OF_SOME if name in method.defaults]
+        own += ["momentum", "window", "scales"] + [name for name in OF_SOME if name in method.defaults]
         options: dict[str, Any] = {name: getattr(self, name) for name in own}
         options["residual"] = None if self.residual == "none" else int(self.residual)
         try:
             optimizer = self.optimizer_class()(model, **options, **method.fixed)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, OSError) as error:
             raise RunError(f"--method {self.method}: {error}") from error
         return optimizer
 

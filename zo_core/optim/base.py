@@ -19,6 +19,7 @@ from ..estimators import Estimate, Losses, update_of
 from ..journal import Journal
 from ..noise import backend_of
 from ..record import Snapshot, carried
+from ..scales import Scales
 from ..weights import ParamSpace, Probe, padding_of, space_of, versions_of
 from . import report, state
 from .momentum import with_past
@@ -64,6 +65,11 @@ class ZOOptimizer(Stateful):
             and the processor has a use for.
         module: the module whose forwards use the tensors, where ``params`` is not that module itself.
         processes: how the processes of ``torch.distributed`` share a step (docs/distributed.md); None: each is alone.
+        scales: sigma of each tensor's probe: a step evaluates at theta +- eps sigma z and moves along sigma z. Numbers by name
+            or by pattern such as "*.v_proj.weight" (the first that matches counts, other tensors have 1), the path of a file
+            of these (``zo_core.scales``), or one number for each tensor. ``zo_core.calibrate`` measures some.
+        normalize_scales: multiply them by one number, so that probes keep their length: sum_t d_t sigma_t^2 = d, where tensor
+            t has d_t of the d weights. False takes them as they are.
         method: further options of the method, each a ``Shared`` of its class.
 
     Raises:
@@ -112,6 +118,8 @@ class ZOOptimizer(Stateful):
         points_at_once: int | None = None,
         module: nn.Module | None = None,
         processes: Parallel | None = None,
+        scales: Scales | None = None,
+        normalize_scales: bool = True,
         method: Mapping[str, float] | None = None,
     ) -> None:
         given: dict[str, Any] = {"probes": probes, "distribution": distribution, "rho": rho, "hessian": hessian}
@@ -145,6 +153,7 @@ class ZOOptimizer(Stateful):
         self._own = state.new(
             type(self).__name__, operator.index(seed), distribution, int(rank), residual, hessian, device
         )
+        self._set_scales(scales, normalize_scales)
         self._check_tensors()
         self._prepare()
 
@@ -304,8 +313,8 @@ class ZOOptimizer(Stateful):
         lr, decay = rates_of(self.param_groups, own["stream"].device)
         past = own["past"].last(self._remembered)
         found = with_past(new, past, self.momentum, self.param_groups[0].get("beta2"))
-        trains = engine.space.full(1.0, left_out).bool()
-        update = update_of(found, lr, decay, trains, past.applied(len(new.probes), trains.shape[1]), smoothing)
+        scales = engine.space.full(1.0, left_out)
+        update = update_of(found, lr, decay, scales, past.applied(len(new.probes), scales.shape[1]), smoothing)
         number = own["updates"] + own["skipped"]  # the step's number, which is its stream of the stochastic rounding
         if self.journal is not None:  # before the weights move: without its record a step does not happen
             identity = self._identity()

@@ -18,6 +18,7 @@ from ..bindings.warn import warn
 from ..distributed import Exchange, Parallel
 from ..engines.base import Engine, uninterrupted
 from ..record import Identity, Past, Progress
+from ..scales import Scales, compare, resolve
 from ..weights import ParamSpace, check_absent, clear_residuals, hashes_of, inside, some, versions_of
 from .report import identity_of, past_of
 
@@ -64,15 +65,16 @@ def entries(own: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A state as an entry for each tensor.
 
     Checkpoints are loaded into the state of a new optimizer, tensor by tensor and list by list, so that these must have the
-    lengths that they have from the start; what has another length after a step is a string.
+    lengths that they have from the start; what has another length after a step is a string. The scales are in it too: an entry
+    of their own would be missing from one side where only the new optimizer or only the checkpoint has some.
     """
     out: list[dict[str, Any]] = [{} for _ in own["counters"][1:]]
     for many, one in _LISTS.items():
         for entry, x in zip(out, own[many], strict=False):
             entry[one] = x
     carry = {"dtype": str(own["carry"].dtype).removeprefix("torch."), "values": own["carry"].tolist()}
-    carry |= {"past": past_of(own["past"])}
-    out[0][KEY] = {k: v for k, v in own.items() if k not in (*_LISTS, "past")} | {"carry": json.dumps(carry)}
+    carry |= {"past": past_of(own["past"])} | ({"scales": own["scales"]} if "scales" in own else {})
+    out[0][KEY] = {k: v for k, v in own.items() if k not in (*_LISTS, "past", "scales")} | {"carry": json.dumps(carry)}
     return out
 
 
@@ -99,6 +101,7 @@ def of_entries(state_dict: Mapping[str, Any]) -> dict[str, Any]:
         own["carry"] = torch.tensor(carry["values"], dtype=getattr(torch, carry["dtype"]))
         if "past" in carry:  # not in states of earlier versions
             own["past"] = _past_from(carry["past"], len(given))
+        own |= {"scales": tuple(carry["scales"])} if "scales" in carry else {}
     return own
 
 
@@ -131,7 +134,7 @@ def refuse_meta(named: Iterable[tuple[str, Tensor]]) -> None:
 
 def check_saved(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     """ValueError unless this is a state that an optimizer with the state ``own`` can go on with."""
-    if (set(saved) ^ set(own)) - {"rank", "rows"}:
+    if (set(saved) ^ set(own)) - {"rank", "rows", "scales"}:
         raise ValueError(
             f"state_dict: expected a state with {sorted(own)} as zo_core optimizers save, got {sorted(saved)}"
         )
@@ -308,6 +311,29 @@ class Stateful(torch.optim.Optimizer):
         return int(self._own["steps"])
 
     @property
+    def scales(self) -> dict[str, float]:
+        """Sigma of each tensor's probe, by name.
+
+        They may be set anew, as the option ``scales`` takes them; a journal that began with others then refuses the next step.
+        """
+        return dict(zip(names := self._names(), self._own.get("scales") or (1.0,) * len(names), strict=True))
+
+    @scales.setter
+    def scales(self, value: Scales | None) -> None:
+        if self._stepping:
+            raise RuntimeError("scales: set from inside the closure, in the middle of a step")
+        self._set_scales(value, normalize=True)
+
+    def _set_scales(self, given: Scales | None, normalize: bool) -> None:
+        others = [] if self.module is None else [n for n, _ in self.module.named_parameters(remove_duplicate=False)]
+        found = resolve(given, self._names(), [p.numel() for p in self._parameters()], others, normalize)
+        self._own.pop("scales", None)
+        self._own |= {"scales": found} if found else {}
+        self._engine = None
+        if self._exchange is not None:
+            self._exchange.compared = False
+
+    @property
     def saturated(self) -> dict[str, int]:
         """By tensor, how often a weight was beyond its dtype's range and set to its largest value (waits for the device)."""
         counts = self._own["counters"][1:].tolist()
@@ -353,6 +379,11 @@ class Stateful(torch.optim.Optimizer):
 
         def take(_: object, given: dict[str, Any]) -> dict[str, Any]:
             check_saved(found := of_entries(given), self._own)
+            if (mine := self._own.get("scales")) and (differ := compare(mine, found.get("scales", ()), self._names())):
+                raise ValueError(
+                    f"state_dict: scales: {differ}: make the optimizer with the scales of the run that goes on, or without "
+                    "scales=, so that it takes those of the state"
+                )
             saved.update({**{name: found[name] for name in self._own if name in found}, **found})
             groups = [{**self.defaults, **group} for group in given["param_groups"]]  # options newer than the state
             return given | {"state": {}, "param_groups": groups}  # torch would cast a state to the dtype of the weights
