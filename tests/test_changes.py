@@ -17,6 +17,7 @@ from toys import X, Y, loss_of, same
 import zo_core
 from zo_core import Journal, JournalError
 from zo_core.closure import Buffers
+from zo_core.optim.state import of_entries
 
 ENGINES = pytest.mark.parametrize("engine", ["shadow", "inplace"])
 
@@ -391,6 +392,7 @@ STATEFUL = pytest.mark.parametrize(
         (zo_core.FZOO, torch.float32, {"reuse": True, "probes": 4}),
         (zo_core.HiZOO, torch.float32, {}),
         (zo_core.HiZOO, torch.bfloat16, {"hessian": "factored", "eps": 0.1}),
+        (zo_core.FZOO, torch.float32, {"engine": "grouped", "distribution": "factored", "probes": 4}),
     ],
 )
 
@@ -415,6 +417,8 @@ def test_torch_s_distributed_checkpoint_saves_an_optimizer_that_goes_on_bit_for_
     dcp.state_dict.set_state_dict(
         loaded, other, model_state_dict=found["model"], optim_state_dict=found["opt"], options=kinds
     )
+    states = [sorted((k, str(x)) for k, x in of_entries(o.state_dict()).items()) for o in (opt, other)]
+    assert states[0] == states[1]
     for _ in range(3):
         assert opt.step(loss_of(model)) == other.step(loss_of(loaded))
     assert same(model, loaded) and str(opt.state_dict()) == str(other.state_dict())
