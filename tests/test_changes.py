@@ -595,6 +595,37 @@ def test_the_padding_row_of_an_embedding_is_in_no_probe_and_no_update(tmp_path, 
     assert same(model, base) or engine == "inplace"
 
 
+@pytest.mark.parametrize("form", ["of today", "of earlier versions", "no state"])
+def test_a_run_that_trained_padding_rows_as_earlier_versions_did_goes_on_so(tmp_path, form):
+    def run(model):
+        opt = zo_core.MeZO(model, lr=1e-2, weight_decay=0.1)
+        return opt, lambda: model(WORDS).square().mean()
+
+    path, old, base, model = tmp_path / "run.zoj", *(Padded(torch.float32) for _ in range(3))
+    old.embed.padding_idx = None  # so that its journal and its state name no such row
+    opt, loss = run(old)
+    opt.journal = Journal.create(path, opt)
+    for _ in range(3):
+        opt.step(loss)
+    opt.journal.close()
+    opt.journal = None
+    row, (other, again) = old.embed.weight[3].clone(), run(model)
+    state = opt.state_dict()
+    if form == "no state":
+        other.journal = Journal.recover(path, other)
+    else:
+        model.load_state_dict(old.state_dict())
+        earlier = {**state, "state": {"zo": of_entries(state)}}
+        other.load_state_dict(earlier if form == "of earlier versions" else state)
+        other.journal = Journal.resume(path, other)
+    assert opt.step(loss) == other.step(again) and same(old, model)
+    zo_core.replay(base, path)
+    assert same(old, base) and not torch.equal(old.embed.weight[3], row)
+    with pytest.raises(JournalError, match="seed"):
+        Journal.recover(path, fresh := zo_core.MeZO(Padded(torch.float32), lr=1e-2, seed=1), writable=False)
+    assert fresh._space().padding == {0: 3}
+
+
 def test_a_factored_hessian_learns_nothing_of_a_padding_row():
     model = Padded(torch.float32)
     opt = zo_core.HiZOO(model, lr=1e-2, hessian="factored", smoothing=0.25)

@@ -321,7 +321,10 @@ class ZOOptimizer(Stateful):
             self._units = sharding.units(self.module)
             sharding.reshard(self._units)
             parameters = self._parameters()
-            space = space_of(self._names(), parameters, self._own, padding_of(self.module, parameters))
+            rows = padding_of(self.module, parameters)
+            if rows and not self._own.setdefault("padding", True):
+                rows = {}  # as in the run that this one continues
+            space = space_of(self._names(), parameters, self._own, rows)
             self._blocks = ()
             self._left_out()
             space.warn_of_small_eps(self.eps)

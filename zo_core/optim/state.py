@@ -58,7 +58,7 @@ def on(device: torch.device, own: Any, copy: bool = False) -> Any:
 _LISTS = {"residuals": "residual", "hessians": "hessian", "hashes": "hash"}  # by tensor, and a tensor's own
 
 
-_LATER = ("rows",)  # that a new optimizer's state does not have yet
+_LATER = ("rows", "padding")  # that a new optimizer's state does not have yet
 
 
 class ByParameter(defaultdict[Any, Any]):
@@ -362,6 +362,8 @@ class Stateful(torch.optim.Optimizer):
             if "residuals" in found and "hessians" in found:
                 found = shards_of(found, self._parameters(), self._own["shards"])
             check_saved(found, self._own)
+            if "padding" in self._own:  # an earlier version, or a model without ``padding_idx``, trained these rows
+                found = {"padding": False} | found
             saved.update({**{name: found[name] for name in self._own if name in found}, **found})
             return {**given, "state": {}}  # torch would cast all of it to the dtype of the weights
 
@@ -396,6 +398,13 @@ class Stateful(torch.optim.Optimizer):
     def _settings(self) -> dict[str, Any]:
         options = {k: v for k, v in self.param_groups[0].items() if isinstance(v, str | int | float)}
         return options | {"stochastic_rounding": self.stochastic_rounding}
+
+    def _keep_padding(self, keep: bool) -> bool:
+        """Whether padding rows stay as they are from now on. Returns whether they did."""
+        before = bool(self._own.get("padding"))
+        if "padding" in self._own and keep != before:
+            self._own["padding"], self._engine = keep, None
+        return before
 
     def _space(self) -> ParamSpace:
         raise NotImplementedError
