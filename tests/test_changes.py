@@ -196,13 +196,9 @@ def test_an_evaluation_after_a_step_under_autocast_reads_the_weights_as_they_are
 def test_a_closure_that_writes_a_weight_is_refused_by_name(engine):
     model = network()
     opt = zo_core.MeZO(model, lr=1e-2, engine=engine)
-
-    def loss():
-        model[2].bias.add_(1.0)
-        return loss_of(model)()
-
-    with pytest.raises(RuntimeError, match=r"closure: .*2\.bias"):
-        opt.step(loss)
+    for bias in (lambda: model[2].bias, lambda: model[2].bias.data)[: 1 if engine == "inplace" else 2]:
+        with pytest.raises(RuntimeError, match=r"closure: .*2\.bias"):
+            opt.step(lambda bias=bias: (bias().add_(1.0), loss_of(model)())[1])
     assert opt.updates == 0
 
 
@@ -233,6 +229,18 @@ def test_buffers_are_the_same_in_all_evaluations_and_then_as_one_left_them(engin
     for name, value in norm.state_dict().items():
         assert "weight" in name or "bias" in name or torch.equal(value, kept[name]), name
     assert not torch.equal(kept["running_mean"], before["running_mean"])
+
+
+@ENGINES
+def test_the_vectors_of_a_spectral_norm_advance_once_a_step(engine):
+    for norm in (nn.utils.parametrizations.spectral_norm, nn.utils.spectral_norm):
+        model, seen = network(), []
+        norm(model[0])
+        opt, buffers = zo_core.MeZO(model, lr=1e-2, probes=2, engine=engine), dict(model.named_buffers())
+        before = {name: b.clone() for name, b in buffers.items()}
+        opt.step(lambda: (seen.append([b.clone() for b in buffers.values()]), loss_of(model)())[1])
+        assert all(map(torch.equal, seen[0], before.values())) and all(all(map(torch.equal, x, seen[0])) for x in seen)
+        assert not any(map(torch.equal, seen[0], buffers.values())) and opt.flat == 0
 
 
 def test_buffers_are_put_back_when_the_first_evaluation_of_all_fails():
