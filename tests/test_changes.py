@@ -232,15 +232,15 @@ def test_buffers_are_the_same_in_all_evaluations_and_then_as_one_left_them(engin
 
 
 @ENGINES
-def test_the_vectors_of_a_spectral_norm_advance_once_a_step(engine):
-    for norm in (nn.utils.parametrizations.spectral_norm, nn.utils.spectral_norm):
-        model, seen = network(), []
-        norm(model[0])
-        opt, buffers = zo_core.MeZO(model, lr=1e-2, probes=2, engine=engine), dict(model.named_buffers())
-        before = {name: b.clone() for name, b in buffers.items()}
-        opt.step(lambda: (seen.append([b.clone() for b in buffers.values()]), loss_of(model)())[1])
-        assert all(map(torch.equal, seen[0], before.values())) and all(all(map(torch.equal, x, seen[0])) for x in seen)
-        assert not any(map(torch.equal, seen[0], buffers.values())) and opt.flat == 0
+@pytest.mark.parametrize("norm", [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm])
+def test_the_vectors_of_a_spectral_norm_advance_once_a_step(norm, engine):
+    model, seen = network(), []
+    norm(model[0])
+    opt, buffers = zo_core.MeZO(model, lr=1e-2, probes=2, engine=engine), list(model.buffers())
+    before = [b.clone() for b in buffers]
+    opt.step(lambda: (seen.append([b.clone() for b in buffers]), loss_of(model)())[1])
+    assert all(all(map(torch.equal, x, before)) for x in seen) and opt.flat == 0
+    assert not any(map(torch.equal, buffers, before))
 
 
 def test_buffers_are_put_back_when_the_first_evaluation_of_all_fails():
@@ -317,6 +317,35 @@ class Wrapped(torch.Tensor):
         if func is torch.ops.aten.detach.default:
             return cls(args[0].inner)
         return func(*(x.inner if isinstance(x, cls) else x for x in args), **(kwargs or {}))
+
+
+class Sparse(nn.Module):
+    """A layer with a frozen sparse weight, one that is nested, and buffers that torch hardly computes with."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.bias, self.inner = linear.bias, nn.Parameter(linear.weight.detach().to_sparse_csr(), requires_grad=False)
+        nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+        self.nested = nn.Parameter(nested, requires_grad=False)
+        self.register_buffer("edges", self.inner.detach())
+        self.register_buffer("packed", torch.ones(3, dtype=torch.uint8).view(torch.float4_e2m1fn_x2))
+
+    def forward(self, x):
+        return (self.inner @ x.T).T + self.bias
+
+
+@pytest.mark.parametrize("engine", ["shadow", "inplace", "grouped"])
+def test_what_is_trained_beside_sparse_and_nested_tensors_trains_as_beside_plain_ones(engine):
+    models = [network(), network()]
+    models[1][0] = Sparse(models[1][0])
+    models[0][0].weight.requires_grad_(False)
+    for model in models:
+        opt = zo_core.FZOO(model, lr=1e-2, engine=engine)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*grouped")
+            for _ in range(3):
+                opt.step(lambda model=model: (model(X) - Y).square().mean())
+    assert torch.allclose(models[0][2].weight, models[1][2].weight, atol=1e-5)
 
 
 @ENGINES

@@ -84,6 +84,7 @@ def refuse_aliases(module: nn.Module, space: ParamSpace, numbers: dict[int, int]
                 id(t) in numbers
                 or type(t) not in (Tensor, nn.Parameter, nn.Buffer)
                 or t.layout != torch.strided
+                or t.is_nested
                 or t.is_meta
             ):
                 continue
