@@ -384,8 +384,11 @@ def test_a_closure_that_freezes_and_unfreezes_leaves_parameters_as_it_says(engin
 
 def test_params_and_seeds_that_are_misread_easily_are_refused_by_name(tmp_path):
     model = network()
-    for wrong in (dict(model.named_parameters()), "weights"):
-        with pytest.raises(TypeError, match="params: expected a module.*got a (dict|str)"):
+    for wrong in (dict(model.named_parameters()), "weights", None):
+        with pytest.raises(TypeError, match="params: expected a module.*got a (dict|str|NoneType)"):
+            zo_core.MeZO(wrong, lr=1e-2)
+    for wrong in ([1], [model[0]], [("a", 1)], b"weights"):
+        with pytest.raises(TypeError, match="params: expected tensors or .name, tensor. pairs, got"):
             zo_core.MeZO(wrong, lr=1e-2)
     for seed in (None, 1.5, "1"):
         with pytest.raises(TypeError, match="seed: expected an integer"):
