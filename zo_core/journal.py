@@ -64,6 +64,10 @@ class Recorded(Protocol):
 
     def _space(self) -> ParamSpace: ...  # its tensors as they are now
 
+    def _keep_padding(
+        self, keep: bool
+    ) -> bool: ...  # whether padding rows stay as they are from now on, and did before
+
     def _catch_up(self, play: Callable[[ParamSpace], Progress], steps: int) -> None: ...  # let ``play`` make its steps
 
 
@@ -366,6 +370,7 @@ class Journal:
         """The journal at this path, which must be one of this optimizer's; closed again after an error."""
         tensors = _whole(optimizer).tensors
         journal = cls(path, writable)
+        kept = optimizer._keep_padding(bool(journal.header.padding))  # a run goes on as it began
         try:
             journal.header.compare(vars(optimizer._identity()))
             if not optimizer._steps:
@@ -373,6 +378,7 @@ class Journal:
             yield journal
         except BaseException:
             journal.close()
+            optimizer._keep_padding(kept)
             raise
 
     def __len__(self) -> int:

@@ -469,9 +469,20 @@ def versions_of(tensors: Sequence[Tensor]) -> list[tuple[object, ...]]:
     return [(p.data_ptr(), p.dtype, -1 if p.is_inference() else p._version) for p in tensors]
 
 
-def hashes_of(tensors: Sequence[Tensor], residuals: Sequence[Tensor]) -> list[int | None]:
-    """Checksums of the tensors that have a residual: a saved residual belongs to these values only."""
-    return [checksum(0, p.cpu()) if r.numel() else None for p, r in zip(tensors, residuals, strict=False)]
+def hashes_of(parameters: Sequence[Tensor], residuals: Sequence[Tensor]) -> list[int | str | None]:
+    """Checksums of the tensors that have a residual: a saved residual belongs to these values only. Of a shard, with its place."""
+    out: list[int | str | None] = []
+    for p, r in zip(parameters, residuals, strict=False):
+        found = checksum(0, sharding.local(p).cpu()) if r.numel() else None
+        out.append(f"{sharding.place(p)}: {found}" if found is not None and sharding.is_sharded(p) else found)
+    return out
+
+
+def is_other(saved: int | str | None, now: int | str | None) -> bool:
+    """Whether a saved hash is of other values than there are now: not known of one of another shard, which checkpoints may give."""
+    if saved is None or saved == -1:
+        return saved == -1
+    return str(saved).rpartition(": ")[0] == str(now).rpartition(": ")[0] and saved != now
 
 
 def clear_residuals(names: Sequence[str], residuals: Sequence[Tensor], written: Sequence[bool]) -> None:

@@ -351,6 +351,9 @@ class ZOOptimizer(Stateful):
         """As torch's, without frozen tensors. The tensors' ids in the noise continue those of the groups before."""
         given = param_group["params"]
         given = [given] if isinstance(given, Tensor) else list(given)
+        for p in given:
+            if not isinstance(p[1] if isinstance(p, tuple) and len(p) == 2 else p, Tensor):
+                raise TypeError(f"params: expected tensors or (name, tensor) pairs, got {p!r}")
         keep = [p for p in given if (p[1] if isinstance(p, tuple) else p).requires_grad]
         if not keep:
             raise ValueError(f"params: expected tensors with requires_grad=True to train, got {len(given)} frozen ones")
@@ -392,7 +395,10 @@ class ZOOptimizer(Stateful):
             self._units = sharding.units(self.module)
             sharding.reshard(self._units)
             parameters = self._parameters()
-            space = space_of(self._names(), parameters, self._own, padding_of(self.module, parameters))
+            rows = padding_of(self.module, parameters)
+            if rows and not self._own.setdefault("padding", True):
+                rows = {}  # as in the run that this one continues
+            space = space_of(self._names(), parameters, self._own, rows)
             self._blocks = ()
             self._left_out()
             space.warn_of_small_eps(self.eps)
