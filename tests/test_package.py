@@ -24,7 +24,7 @@ def python(code: str, **environment: str) -> str:
 
 
 def test_public_names():
-    methods = {"FZOO", "HiZOO", "LeZO", "MeZO", "SPSA", "ZOOptimizer"}
+    methods = {"FZOO", "HiZOO", "LeZO", "MeZO", "SPSA", "AdaMeZO", "ZOOptimizer"}
     assert set(zo_core.__all__) == {*methods, "Journal", "JournalError", "backend_info", "losses", "noise", "replay"}
     assert all(hasattr(zo_core, name) for name in zo_core.__all__)
     public = {name for name in vars(zo_core.noise) if not name.startswith("_")}
