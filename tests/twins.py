@@ -31,7 +31,10 @@ class Twin:
 
     def z(self, i: int, stream: int) -> Tensor:
         element = torch.arange(self.params[i].numel())
-        noise = reference.DISTRIBUTIONS[self.distribution](element, tensor_id=i, stream=stream, seed=self.seed)
+        key = {"tensor_id": i, "stream": stream, "seed": self.seed}
+        if self.distribution == "factored":
+            key["columns"] = reference.columns_of([self.params[i]])[0]
+        noise = reference.DISTRIBUTIONS[self.distribution](element, **key)
         return noise.view(self.params[i].shape).double() * (i not in self.left_out)
 
     def sigma(self, i: int) -> float:
