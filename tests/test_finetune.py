@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_lm
@@ -26,7 +27,7 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
-from zo_core import JournalError, scales
+from zo_core import JournalError, calibration, scales
 from zo_core.integrations import finetune as runs
 from zo_core.integrations import tasks
 from zo_core.integrations.config import FinetuneConfig, RunError, resumed_config
@@ -157,7 +158,16 @@ def test_probes_with_batches_of_their_own_take_the_examples_in_order_and_resume(
     assert "--spread" in whole.command() and "--spread" not in plain.config.command()
 
 
-def test_a_run_measures_its_scales_once_and_goes_on_with_no_others(inputs: dict[str, object], tmp_path: Path) -> None:
+def test_a_run_measures_its_scales_once_and_goes_on_with_no_others(
+    inputs: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = calibration._measure
+
+    def positive(*args: Any) -> Any:
+        """A random model's traces are negative, which leaves all scales at 1."""
+        return (found := measure(*args))._replace(curvatures=found.curvatures.abs())
+
+    monkeypatch.setattr(calibration, "_measure", positive)
     options = {**inputs, "keep_best": False, "eval_every": 100, "test_size": 8, "validation_size": 8}
     whole = FinetuneConfig(**{**options, "calibrate": 34, "steps": 4, "output": tmp_path / "whole"})
     assert finetune(whole)["forwards"] == 34 + 4 * 2 + 1  # and the check of the shadow engine

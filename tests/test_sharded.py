@@ -86,7 +86,7 @@ METHODS = {"mezo": zo_core.MeZO, "lezo": zo_core.LeZO, "hizoo": zo_core.HiZOO, "
            "adamezo": zo_core.AdaMeZO}  # fmt: skip
 RUNS = {
     "mezo": {"lr": 2e-2, "probes": 2},
-    "lezo": {"method": "lezo", "lr": 2e-2, "rho": 0.5},
+    "lezo": {"method": "lezo", "lr": 2e-2, "rho": 0.5, "calibrate": 30},
     "bfloat16, residuals of 8 bits": {"lr": 2e-2, "dtype": torch.bfloat16},
     "float16, no residuals": {"method": "fzoo", "lr": 1e-2, "dtype": torch.float16, "residual": None, "probes": 3},
     "hizoo": {"method": "hizoo", "lr": 2e-2, "smoothing": 1e-2},
@@ -100,8 +100,8 @@ RUNS = {
 }
 
 
-def train(kind, steps, method="mezo", dtype=torch.float32, **options):
-    """Losses and gathered weights."""
+def train(kind, steps, method="mezo", dtype=torch.float32, calibrate=0, **options):
+    """Losses and gathered weights; with scales that are measured first, where ``calibrate`` is a number of evaluations."""
     model = cut(network(dtype), kind)
     parallel = Parallel(check_every=3) if kind else None
     calculates = model if kind in ("", "fsdp") else network(dtype)
@@ -116,7 +116,7 @@ def train(kind, steps, method="mezo", dtype=torch.float32, **options):
         opt = METHODS[method](
             model, engine=None if kind else "inplace", seed=7, processes=parallel, weight_decay=0.1, **options
         )
-        losses = []
+        losses = sorted(zo_core.calibrate(opt, loss, calibrate).values()) if calibrate else []
         for _ in range(steps):
             losses.append(float(opt.step(loss)))
             with torch.no_grad():

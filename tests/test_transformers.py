@@ -22,6 +22,7 @@ from transformers import (
 )
 
 import zo_core
+from zo_core import calibration
 from zo_core.distributed import Parallel
 from zo_core.integrations.transformers import ZOTrainer, ZOTrainingArguments
 
@@ -260,8 +261,15 @@ def test_resume_is_bit_exact(tmp_path, method, dtype):
     assert not same(weights(whole.model), weights(make(dtype=dtype)))
 
 
-def test_scales_are_measured_before_the_first_step_alone(tmp_path):
-    options = {"calibrate": 60, "gradient_accumulation_steps": 2, "spread_probes": True, "eps": 1e-2}
+def test_scales_are_measured_before_the_first_step_alone(tmp_path, monkeypatch):
+    measure = calibration._measure
+
+    def positive(*args):
+        """A random model's traces are negative, which leaves all scales at 1."""
+        return (found := measure(*args))._replace(curvatures=found.curvatures.abs())
+
+    monkeypatch.setattr(calibration, "_measure", positive)
+    options = {"calibrate": 30, "gradient_accumulation_steps": 2, "spread_probes": True, "eps": 1e-3}
     args = arguments(tmp_path, max_steps=3, save_strategy="steps", save_steps=1, **options)
     whole = InOrder(make(), args, train_dataset=rows())
     whole.train()

@@ -45,7 +45,7 @@ class Calibration(dict[str, float]):
 
     Attributes:
         kinds: what was measured.
-        noise: standard deviation of a loss's rounding.
+        noise: standard deviation of a loss's rounding, third-order terms included.
         gain: how many times the progress of a step without scales the estimates promise at the best rates of both. As the scales
             were chosen by the same estimates, it is too large.
         rate: how many times the best ``lr`` of a two-sided method is by the estimates that without scales.
@@ -71,8 +71,8 @@ def calibrate(
 
         -lr G + lr^2 / 2 (G C + 2 g^T S (S H S) S g),   G = sum_t sigma_t^2 |g_t|^2,   C = sum_t sigma_t^2 tr(H_tt)
 
-    (z Gaussian; with signs the last term is another one of its size). It is neglected, as the trace of a large model's Hessian is
-    much more than its part along one vector. Then the best rate is lr = 1 / C, and a step gains G / (2 C): scales are to maximise
+    (z Gaussian; with signs the last term is another one of its size). It is neglected, though it is not always small:
+    on SmolLM2 a third of G C where G is the gradient's of all data, a tenth where it is a batch's. Then the best rate is lr = 1 / C, and a step gains G / (2 C): scales are to maximise
     G / C. (n probes a step have C / n in place of C, and methods that normalise the step, as FZOO, are at lr = 1 / C where theirs is
     best: neither changes the best scales.) In s_t = sigma_t^2 both sums are linear, so the best s_t are at the ends of their range:
     the upper one if |g_t|^2 > (G / C) tr(H_tt), and else the lower one, where G / C is that of the best s itself (Dinkelbach).
@@ -95,8 +95,8 @@ def calibrate(
     weights is as long as one of all of them, but for that limit: the losses at theta +- e_t z_j, z_j = 0 in the tensors of other
     kinds. Their difference over 2 e_t is the slope g_t^T z_j, whose square has the mean |g_t|^2; their sum, less twice the loss at theta, over
     e_t^2 is the curvature z_j^T H_tt z_j, which has the mean tr(H_tt). The slope along z_j of all tensors together is the sum of those of
-    the kinds. What it differs by is rounding: of that comes the variance v of a loss's rounding, and v / (2 e_t^2) is
-    subtracted from the mean square of the slopes. That takes 2 (kinds + 1) + 1 evaluations a stream.
+    the kinds. What it differs by is the rounding of losses (and their terms of third order, which count as such): of that comes the
+    variance v of a loss's rounding, and v / (2 e_t^2) is subtracted from the mean square of the slopes. That takes 2 (kinds + 1) + 1 evaluations a stream.
 
     **What is assumed** beside the neglected term: that slopes are about normal (sums over many weights), that the rounding of
     losses is alike at all these points, and that one step's progress is worth maximising. Slopes are those of the closure's
@@ -194,7 +194,11 @@ def _measure(
                 points += [(0.0, None)] if part is parts[-1] else []
                 out = set(range(len(sizes))) - part
                 at = StepLosses(engine, evaluation, [closure], False, out, optimizer._exchange, optimizer._steps)
-                losses.append([*at([points])[0].double().cpu()] if part else [torch.zeros(()).double()] * 2)
+                losses.append(
+                    [*at([points])[0].double().cpu()]
+                    if part
+                    else [torch.zeros((), dtype=torch.float64, device="cpu")] * 2
+                )
     finally:
         with uninterrupted():
             engine.restore()
@@ -223,14 +227,14 @@ def _choose(
     apart = probes.slopes[:, -1] - slopes.sum(1)  # rounding: each slope has a variance of v / (2 eps^2)
     v = float(apart.square().mean() / (0.5 / probes.eps.square()).sum())
     squares = slopes.square().mean(0)
-    slope2 = squares - v / (2 * eps.square())
+    noise = v / (2 * eps.square())
+    slope2 = squares - noise
     # The square of a normal variable of variance a has the variance 2 a^2, and (mean square)^2 the mean (1 + 2 / m) a^2.
     slope2_variance = 2 * squares.square() / (m + 2)
     curvature = curvatures.mean(0)
     scatter = curvatures.var(0) * eps**4  # in units of losses, in which the rounding of all kinds is alike
     scatter = ((m - 1) * scatter + _PRIOR * scatter.mean()) / (m - 1 + _PRIOR)
     curvature_variance = (scatter / m + 4 * v) / eps**4  # 4 v: the loss at theta may be the same for all streams
-    noise = v / (2 * eps.square())
     known = (1 - noise / squares.clamp_min(_TINY)).clamp_min(0.0)
     at = torch.special.ndtri((torch.arange(_QUANTILES, dtype=torch.float64, device="cpu") + 0.5) / _QUANTILES)
     traces = curvature + curvature_variance.sqrt() * at.unsqueeze(1)  # quantiles of their distributions
