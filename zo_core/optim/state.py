@@ -112,7 +112,7 @@ def of_entries(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     own: dict[str, Any] = given[0][KEY] | {many: [e[one] for e in given if one in e] for many, one in _LISTS.items()}
     if isinstance(own.get("carry"), str):
         text = json.loads(own["carry"])
-        own["carry"] = torch.tensor(text["values"], dtype=getattr(torch, text["dtype"]))
+        own["carry"] = torch.tensor(text["values"], dtype=getattr(torch, text["dtype"]), device="cpu")
         own |= {k: text[k] for k in _LATER if k in text}
     return own
 
@@ -328,10 +328,15 @@ class Stateful(torch.optim.Optimizer):
             **(self._engine.memory() if self._engine is not None else {}),
         }
 
+    def _refuse_inside(self, what: str) -> None:
+        if self._stepping:
+            raise RuntimeError(
+                f"{what}: called from inside the closure, in the middle of a step: call it between steps"
+            )
+
     def state_dict(self) -> dict[str, Any]:
         """As torch's; with residuals there are hashes of the weights they belong to. Not inside a closure."""
-        if self._stepping:
-            raise RuntimeError("state_dict: called from inside the closure, in the middle of a step")
+        self._refuse_inside("state_dict")
         hashes, tensors = self._own["hashes"], self._tensors()
         if self._versions is not None or not hashes:  # else it was loaded, and so were its hashes
             hashes = hashes_of(self._parameters(), self._own["residuals"])
@@ -355,6 +360,7 @@ class Stateful(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's; the run continues bit for bit. ValueError if it is not a state of such an optimizer."""
+        self._refuse_inside("load_state_dict")
         saved: dict[str, Any] = {}
 
         def take(_: object, given: dict[str, Any]) -> dict[str, Any]:
@@ -386,6 +392,7 @@ class Stateful(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: the engine is rebuilt."""
+        self._refuse_inside("deepcopy, pickle")
         names = "stochastic_rounding", "blocks", "engine", "points_at_once", "module", "processes"
         return {name: getattr(self, name) for name in (*names, "_own", "param_groups", "defaults")}
 
