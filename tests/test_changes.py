@@ -489,6 +489,7 @@ def test_a_state_that_is_no_zeroth_order_optimizer_s_is_refused_by_what_it_has()
     ):
         zo_core.MeZO(model, lr=1e-2).load_state_dict(adam.state_dict())
     opt = zo_core.MeZO(model, lr=1e-2)
+    assert "zo" not in opt.state and opt.state["zo"]["seed"] == opt.seed  # as earlier versions had it
     state = opt.state_dict()
     del state["state"][0]["zo"]["stream"]
     with pytest.raises(ValueError, match="state_dict: expected a state with .*'stream'"):
