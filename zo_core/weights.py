@@ -1,6 +1,7 @@
 """The trained tensors of an optimizer as they are now, and the passes over them."""
 
 import math
+import re
 import zlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -414,7 +415,12 @@ def space_of(
         pieces=pieces,
         scales=own.get("scales", ()),
     )
-    space.update_([], torch.empty(0, len(tensors), dtype=torch.float32, device=device))
+    try:
+        space.update_([], torch.empty(0, len(tensors), dtype=torch.float32, device=device))
+    except (TypeError, ValueError) as error:
+        if pieces is not None:  # whose numbers are not those of tensors
+            raise
+        raise type(error)(re.sub(r"\bweights\[(\d+)\]", lambda found: names[int(found[1])], str(error))) from None
     own |= {"counters": counters, "residuals": residuals, "hessians": hessians}
     return space
 

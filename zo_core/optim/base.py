@@ -349,6 +349,7 @@ class ZOOptimizer(Stateful):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's, without frozen tensors. The tensors' ids in the noise continue those of the groups before."""
+        self._refuse_inside("add_param_group")
         given = param_group["params"]
         given = [given] if isinstance(given, Tensor) else list(given)
         for p in given:

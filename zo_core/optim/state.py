@@ -116,7 +116,7 @@ def of_entries(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     own["past"] = Past.none(torch.device("cpu"))
     if isinstance(own.get("carry"), str):
         text = json.loads(own["carry"])
-        own["carry"] = torch.tensor(text["values"], dtype=getattr(torch, text["dtype"]))
+        own["carry"] = torch.tensor(text["values"], dtype=getattr(torch, text["dtype"]), device="cpu")
         if "past" in text:  # not in states of earlier versions
             own["past"] = _past_from(text["past"], len(given))
         own |= {k: text[k] for k in _LATER if k in text}
@@ -128,8 +128,8 @@ def _past_from(saved: Any, tensors: int) -> Past:
     """The inverse of ``past_of``, for so many tensors; ValueError where there is none."""
     try:
         steps = [(int(n), [int(i) for i in left_out]) for n, left_out in saved["steps"]]
-        coeffs = torch.tensor(saved["coeffs"], dtype=torch.float32)
-        past = Past(torch.tensor(saved["streams"], dtype=torch.int64), coeffs, steps)
+        coeffs = torch.tensor(saved["coeffs"], dtype=torch.float32, device="cpu")
+        past = Past(torch.tensor(saved["streams"], dtype=torch.int64, device="cpu"), coeffs, steps)
         sizes = len(past.streams), len(coeffs), sum(n for n, _ in steps)
         right = len(set(sizes)) == 1 and all(n >= 0 and set(left) <= set(range(tensors)) for n, left in steps)
     except (TypeError, KeyError, ValueError, RuntimeError):
@@ -393,10 +393,15 @@ class Stateful(torch.optim.Optimizer):
             **(self._engine.memory() if self._engine is not None else {}),
         }
 
+    def _refuse_inside(self, what: str) -> None:
+        if self._stepping:
+            raise RuntimeError(
+                f"{what}: called from inside the closure, in the middle of a step: call it between steps"
+            )
+
     def state_dict(self) -> dict[str, Any]:
         """As torch's; with residuals there are hashes of the weights they belong to. Not inside a closure."""
-        if self._stepping:
-            raise RuntimeError("state_dict: called from inside the closure, in the middle of a step")
+        self._refuse_inside("state_dict")
         hashes, tensors = self._own["hashes"], self._tensors()
         if self._versions is not None or not hashes:  # else it was loaded, and so were its hashes
             hashes = hashes_of(self._parameters(), self._own["residuals"])
@@ -420,6 +425,7 @@ class Stateful(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's; the run continues bit for bit. ValueError if it is not a state of such an optimizer."""
+        self._refuse_inside("load_state_dict")
         saved: dict[str, Any] = {}
 
         def take(_: object, given: dict[str, Any]) -> dict[str, Any]:
@@ -457,6 +463,7 @@ class Stateful(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: the engine is rebuilt."""
+        self._refuse_inside("deepcopy, pickle")
         names = "stochastic_rounding", "blocks", "engine", "points_at_once", "module", "processes"
         return {name: getattr(self, name) for name in (*names, "_own", "param_groups", "defaults")}
 
