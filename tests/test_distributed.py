@@ -75,6 +75,7 @@ PROBE_PARALLEL = {  # with more, with fewer points than ranks, and with numbers 
     "mezo": (zo_core.MeZO, {"lr": 2e-2}),
     "mezo, bfloat16, dropout": (zo_core.MeZO, {"lr": 2e-2, "dtype": torch.bfloat16, "dropout": 0.2}),
     "hizoo": (zo_core.HiZOO, {"lr": 2e-2, "smoothing": 1e-2, "hessian": "factored"}),
+    "adamezo": (zo_core.AdaMeZO, {"lr": 1e-2, "probes": 2, "window": 4}),
 }
 
 

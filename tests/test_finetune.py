@@ -118,6 +118,28 @@ def start(
 # ---- a whole run
 
 
+@pytest.mark.parametrize("method", ["meazo", "bszo"])
+def test_a_run_tells_how_many_differences_are_below_the_forwards_rounding(inputs, tmp_path, method):
+    options = {**inputs, "method": method, "steps": 3, "lr": 1e-4}
+    summary = runs.finetune(FinetuneConfig(**options, output=tmp_path / "one"))
+    lines = [line for line in runs.read_metrics(tmp_path / "one") if line["kind"] == "step"]
+    assert [(line["below_floor"], line["flat"]) for line in lines] == [(0.0, False)] * 3  # float32
+    assert 0 < summary["floor"]["error"] < 1e-5 and summary["floor"]["below"] == 0 and summary["flat_steps"] == 0
+    assert summary["forwards"] == 3 * (2 if method == "meazo" else 3)  # those of the steps
+    runs.finetune(FinetuneConfig(**options, measure_floor=False, output=tmp_path / "other"))
+    assert same(tmp_path / "one", tmp_path / "other")  # measuring changes no bit of a run
+    assert "below_floor" not in runs.read_metrics(tmp_path / "other")[-2]
+
+
+def test_a_run_with_a_floor_resumes_with_it(inputs, tmp_path):
+    options = {**inputs, "steps": 2, "lr": 1e-4, "eps": 1e-6}
+    first = runs.finetune(FinetuneConfig(**options, output=tmp_path))["floor"]
+    again = runs.finetune(FinetuneConfig(**{**options, "steps": 4}, output=tmp_path), resume=True)
+    lines = [line for line in runs.read_metrics(tmp_path) if line["kind"] == "step"]
+    assert again["floor"]["error"] == first["error"] and len(lines) == 4
+    assert again["flat_steps"] == sum(line["flat"] for line in lines)
+
+
 def test_probes_with_batches_of_their_own_take_the_examples_in_order_and_resume(
     inputs: dict[str, object], tmp_path: Path
 ) -> None:
@@ -128,7 +150,7 @@ def test_probes_with_batches_of_their_own_take_the_examples_in_order_and_resume(
     together = plain.batch_of(1)[0].tolist()
     assert [r[-8:] for r in rows] == [r[-8:] for r in together]
     assert [float(f()) for f in session.closures_of(1)] == [float(session.loss_of(3 + k)()) for k in range(3)]
-    assert finetune(whole)["forwards"] == 6 * 3 * 2 + 1  # and the check of the shadow engine
+    assert finetune(whole)["forwards"] == 6 * 3 * 2  # those of the steps alone
     part = FinetuneConfig(**{**options, "steps": 3, "output": tmp_path / "part"})
     finetune(part)
     finetune(resumed_config(part.output, {"steps": 6}), resume=True)
@@ -209,7 +231,7 @@ def test_what_a_run_writes(finished: Path) -> None:
     validations = [line for line in lines if line.get("split") == "validation"]
     assert [line["step"] for line in steps] == list(range(1, 301))
     assert [line["step"] for line in validations] == list(range(0, 301, 50))
-    assert steps[-1]["forwards"] == summary["forwards"] == 300 * 4 * 2 + 1  # the first step has one to compare
+    assert steps[-1]["forwards"] == summary["forwards"] == 300 * 4 * 2
     assert steps[0]["lr"] == 2e-3
     assert steps[-1]["lr"] == pytest.approx(2e-3 / 300)
     best = max(validations, key=lambda line: (line["accuracy"], -line["loss"]))

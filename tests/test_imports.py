@@ -11,7 +11,7 @@ LEVELS = [  # a part of the library imports from the levels above its own, never
     {"weights", "layers", "arrays"},
     {"engines", "closure", "estimators", "journal", "distributed"},
     {"optim"},
-    {"calibration"},
+    {"floor", "calibration"},
     {"zo_core"},  # the public names
     {"integrations"},
     {"cli"},

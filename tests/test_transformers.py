@@ -505,3 +505,17 @@ def test_only_adapters_move_at_their_published_rates_and_resume_bit_for_bit(tmp_
     assert moved == {n for n, p in whole.model.named_parameters() if p.requires_grad}
     part.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert same(weights(whole.model), weights(part.model))
+
+
+def test_the_log_tells_how_many_differences_are_below_the_forwards_rounding(tmp_path):
+    logged = {}
+    for measured in (False, True):
+        model = make()
+        args = arguments(tmp_path, max_steps=3, probes=4, measure_floor=measured, gradient_accumulation_steps=2)
+        trainer = InOrder(model, args, train_dataset=rows())
+        trainer.train()
+        logged[measured] = [x for x in trainer.state.log_history if "loss" in x], weights(model)
+        assert [(x["flat"], x["skipped"]) for x in logged[measured][0]] == [(0, 0)] * 3
+    assert [x["below_floor"] for x in logged[True][0]] == [0.0] * 3  # float32
+    assert 0 < trainer.zo_optimizer.noise_floor < 1e-4 and trainer.zo_optimizer.below_floor == (0, 12)
+    assert not any("below_floor" in x for x in logged[False][0]) and same(logged[True][1], logged[False][1])

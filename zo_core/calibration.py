@@ -7,13 +7,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from . import sharding
-from .closure import Evaluation, forget_casts
-from .engines.base import uninterrupted
-from .engines.inplace import InPlaceEngine
-from .optim.points import Closure, StepLosses
+from .optim.points import Closure
 from .scales import kind_of, resolve
-from .weights import Point, versions_of
+from .weights import Point
 
 if TYPE_CHECKING:
     from .optim.base import ZOOptimizer
@@ -173,44 +169,21 @@ def _measure(
     optimizer: "ZOOptimizer", closures: Sequence[Closure], kinds: Mapping[str, Sequence[int]], streams: int, length: float
 ) -> _Probes:  # fmt: skip
     """Slopes and curvatures along parts of ``streams`` probes."""
-    engine, *_ = optimizer._begin(closures[0])
-    space, device = engine.space, engine.space.counters.device
-    sizes = [p.numel() for p in optimizer._parameters()]
-    moving = {i for i, p in enumerate(optimizer._parameters()) if p.requires_grad}
+    parameters = optimizer._parameters()
+    moving = {i for i, p in enumerate(parameters) if p.requires_grad}
     parts = [moving.intersection(which) for which in kinds.values()] + [moving]
-    weights = [sum(sizes[i] for i in part) for part in parts]
+    weights = [sum(parameters[i].numel() for i in part) for part in parts]
     eps = [length * min(_LONGEST, math.sqrt(weights[-1] / max(n, 1))) for n in weights]
-    in_place = engine.space if isinstance(engine, InPlaceEngine) and not space.pieces else None
-    evaluation = Evaluation(closures[0], device, optimizer._units, optimizer._buffers, in_place)
-    written = [*space.tensors, *space.residuals] if isinstance(engine, InPlaceEngine) else []
-    kept, counters = [t.detach().clone() for t in written], space.counters.clone()
     losses: list[list[Tensor]] = []
-    optimizer._stepping = True
-    try:
+    with optimizer.trial(closures[0]) as at:
         for j in range(streams):
-            closure, probe = closures[j % len(closures)], torch.tensor([STREAMS + j], device=device)
+            at.closures, probe = [closures[j % len(closures)]], torch.tensor([STREAMS + j], device=at.evaluation.device)
             for part, size in zip(parts, eps, strict=True):
                 points: list[Point] = [(size, probe), (-size, probe)]
                 points += [(0.0, None)] if part is parts[-1] else []
-                out = set(range(len(sizes))) - part
-                at = StepLosses(engine, evaluation, [closure], False, out, optimizer._exchange, optimizer._steps)
-                losses.append(
-                    [*at([points])[0].double().cpu()]
-                    if part
-                    else [torch.zeros((), dtype=torch.float64, device="cpu")] * 2
-                )
-    finally:
-        with uninterrupted():
-            engine.restore()
-            for t, value in zip(written, kept, strict=True):
-                t.detach().copy_(value)
-            space.counters.copy_(counters)
-            evaluation.rewind()
-            optimizer._buffers.put_back()
-            optimizer._stepping = False
-        forget_casts()
-        sharding.reshard(optimizer._units)
-        optimizer._versions = versions_of(optimizer._tensors())
+                at.left_out = set(range(len(parameters))) - part
+                nothing = [torch.zeros((), dtype=torch.float64, device="cpu")] * 2
+                losses.append([*at([points])[0].double().cpu()] if part else nothing)
     table = torch.stack([torch.stack(pair[:2]) for pair in losses]).view(streams, len(parts), 2)
     clean = torch.stack([group[2] for group in losses[len(kinds) :: len(parts)]]).view(streams, 1)
     if not (table.isfinite().all() and clean.isfinite().all()):

@@ -1,6 +1,7 @@
 """The trained tensors of an optimizer as they are now, and the passes over them."""
 
 import math
+import re
 import zlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from torch.autograd.graph import increment_version
 from . import scaling, sharding
 from .bindings import native, ops
 from .bindings.warn import warn
-from .kernels.reference import columns_of
+from .kernels.reference import MOMENT_FLOOR, columns_of
 
 RESIDUALS = {8: torch.int8, 16: torch.int16}  # dtypes, by bits
 _CHUNK = 1 << 20  # weights that are summed at a time for a checksum
@@ -97,10 +98,12 @@ class ParamSpace:
         restore: Tensor | None = None,
         curvature: Tensor | None = None,
         smoothing: Tensor | None = None,
+        squares: Tensor | None = None,
     ) -> None:
         """Theta <- round((1 - decay) (theta + s sum_k restore[k] z_k) + s' sum_k coeffs[k] z_k), one pass, in place.
 
-        s is 1, or H^-1/2 with a Hessian, and s' comes of H' = (1 - smoothing + sum_k curvature[k] z_k^2) H.
+        s is 1, or H^-1/2 with a Hessian, and s' comes of H' = (1 - smoothing + sum_k curvature[k] z_k^2) H. With squares, which
+        take no Hessian and no restore, s' is 1 / (sqrt(sum_k squares[k] z_k^2) + 1e-5).
 
         Args:
             probes: K streams.
@@ -110,8 +113,13 @@ class ParamSpace:
             restore: float32 (K, T).
             curvature: float32 (K, T), with a Hessian only, and with smoothing.
             smoothing: float32 (T,).
+            squares: float32 (K, T).
         """
         more: dict[str, Any] = {}
+        if squares is not None and self.distribution == "gaussian":
+            more = {"squares": squares}
+        elif squares is not None:  # z^2 is 1, so that the second moment is one number for all elements of a tensor
+            coeffs = coeffs / (reduce(torch.add, squares).sqrt() + MOMENT_FLOOR)
         if curvature is not None and self.hessian == "diagonal":
             restore = torch.zeros_like(coeffs) if restore is None else restore
             more = {"restore": restore, "curvature": curvature, "smoothing": smoothing}
@@ -407,7 +415,12 @@ def space_of(
         pieces=pieces,
         scales=own.get("scales", ()),
     )
-    space.update_([], torch.empty(0, len(tensors), dtype=torch.float32, device=device))
+    try:
+        space.update_([], torch.empty(0, len(tensors), dtype=torch.float32, device=device))
+    except (TypeError, ValueError) as error:
+        if pieces is not None:  # whose numbers are not those of tensors
+            raise
+        raise type(error)(re.sub(r"\bweights\[(\d+)\]", lambda found: names[int(found[1])], str(error))) from None
     own |= {"counters": counters, "residuals": residuals, "hessians": hessians}
     return space
 
@@ -462,9 +475,20 @@ def versions_of(tensors: Sequence[Tensor]) -> list[tuple[object, ...]]:
     return [(p.data_ptr(), p.dtype, -1 if p.is_inference() else p._version) for p in tensors]
 
 
-def hashes_of(tensors: Sequence[Tensor], residuals: Sequence[Tensor]) -> list[int | None]:
-    """Checksums of the tensors that have a residual: a saved residual belongs to these values only."""
-    return [checksum(0, p.cpu()) if r.numel() else None for p, r in zip(tensors, residuals, strict=False)]
+def hashes_of(parameters: Sequence[Tensor], residuals: Sequence[Tensor]) -> list[int | str | None]:
+    """Checksums of the tensors that have a residual: a saved residual belongs to these values only. Of a shard, with its place."""
+    out: list[int | str | None] = []
+    for p, r in zip(parameters, residuals, strict=False):
+        found = checksum(0, sharding.local(p).cpu()) if r.numel() else None
+        out.append(f"{sharding.place(p)}: {found}" if found is not None and sharding.is_sharded(p) else found)
+    return out
+
+
+def is_other(saved: int | str | None, now: int | str | None) -> bool:
+    """Whether a saved hash is of other values than there are now: not known of one of another shard, which checkpoints may give."""
+    if saved is None or saved == -1:
+        return saved == -1
+    return str(saved).rpartition(": ")[0] == str(now).rpartition(": ")[0] and saved != now
 
 
 def clear_residuals(names: Sequence[str], residuals: Sequence[Tensor], written: Sequence[bool]) -> None:

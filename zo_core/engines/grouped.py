@@ -77,8 +77,9 @@ class GroupedEngine(ShadowEngine):
         frozen = [
             p for p in module.parameters() if id(p) not in self._numbers and type(p) is nn.Parameter and p.dim() == 2
         ]
-        self._frozen = [p for p in frozen if p.device == self.device and p.is_floating_point()]
-        self._module_bytes = sum(p.nbytes for p in module.parameters())
+        frozen = [p for p in frozen if p.layout is torch.strided and p.is_floating_point()]
+        self._frozen = [p for p in frozen if p.device == self.device]
+        self._module_bytes = sum(p.numel() * p.itemsize for p in module.parameters())  # sparse ones have no nbytes
         self._interception = Interception(space, self, self._frozen)
         self._plans: dict[int, Plan] = {}  # by the number of points
         self._alone = self._plan  # of the shadow engine

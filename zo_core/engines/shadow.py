@@ -83,11 +83,11 @@ class ShadowEngine(Engine):
 
     def update(
         self, probes: Sequence[Probe], coeffs: Tensor, decay: Tensor, update: Tensor | None,
-        curvature: Tensor | None = None, smoothing: Tensor | None = None,
+        curvature: Tensor | None = None, smoothing: Tensor | None = None, squares: Tensor | None = None,
     ) -> None:  # fmt: skip
         """Theta <- (1 - decay) theta + s sum_k coeffs[k] z_k in one pass; arguments as in ``ParamSpace.update_``."""
         with uninterrupted():
-            self.space.update_(probes, coeffs, decay, update, None, curvature, smoothing)
+            self.space.update_(probes, coeffs, decay, update, None, curvature, smoothing, squares)
 
     def restore(self) -> None:
         """End an evaluation, wherever it was left: parameters are theta again."""

@@ -82,6 +82,7 @@ class State:
     before: dict[str, Any] | None = None  # results on the test part before the first step
     before_correct: list[bool] = field(default_factory=list)
     metrics_bytes: int = 0
+    floor: float | None = None  # rounding error of a difference of two losses; NaN where it could not be measured
     data: str = ""  # SHA-256 of the encoded data; "" in checkpoints of older versions, which have none
 
 
@@ -127,6 +128,7 @@ class Run:
         self.state, self.signum = State(data=session.facts["sha256"]), 0
         self.folder, self.checkpoint = config.output, config.output / "checkpoint"
         self.optimizer = config.optimizer(session.model)
+        self.below = (0, 0)  # ``below_floor`` of the optimizer after the last step
         if config.dropout:  # only dropout uses torch's global generator, whose state is in checkpoints for that reason
             torch.set_rng_state(torch.Generator().manual_seed(config.seed).get_state())
 
@@ -292,7 +294,7 @@ class Run:
     def step(self) -> float:
         """One optimizer step; returns its loss."""
         config, state = self.config, self.state
-        start, forwards = time.perf_counter(), 0
+        start, forwards, flat = time.perf_counter(), 0, self.optimizer.flat
         for group in self.optimizer.param_groups:
             group["lr"] = config.lr_at(config.progress(state.step, state.seconds))
         lr = self.optimizer.param_groups[0]["lr"]
@@ -309,8 +311,32 @@ class Run:
         state.step += 1
         state.seconds += took
         state.forwards += forwards
-        self.log("step", loss=loss, lr=lr, skipped=self.optimizer.skipped)
+        counts: dict[str, Any] = {"skipped": self.optimizer.skipped, "flat": self.optimizer.flat > flat}
+        if self.optimizer.noise_floor is not None:
+            counts["below_floor"] = self._share_below()
+        self.log("step", loss=loss, lr=lr, **counts)
         return loss
+
+    def _share_below(self) -> float:
+        """The share of the last step's probes whose difference of losses is smaller than the forwards' rounding error."""
+        below, probes = self.optimizer.below_floor
+        new = below - self.below[0], probes - self.below[1]
+        self.below = below, probes
+        return new[0] / max(1, new[1])
+
+    def measure_floor(self) -> None:
+        """Measure the forwards' rounding error around eps, once in a run."""
+        if self.state.floor is None:
+            self.session.model.train(self.config.dropout)
+            ladder = [self.config.eps * 10 ** (half / 2) for half in range(-1, 3)]
+            try:
+                found = zo_core.measure(
+                    self.optimizer, self.session.loss_of(0), eps=ladder, probes=2, progress=lambda *_: self.check()
+                )
+                self.state.floor = found.at(self.config.eps).error
+            except ValueError:  # losses that are constant or not finite, of which the steps tell
+                self.state.floor = math.nan
+        self.optimizer.noise_floor = None if math.isnan(self.state.floor) else self.state.floor
 
     def train(self) -> None:
         """Make steps and validate until the budget is used up.
@@ -321,6 +347,8 @@ class Run:
         """
         config, state, optimizer = self.config, self.state, self.optimizer
         losses, bad = [], 0
+        if config.measure_floor and config.progress(state.step, state.seconds) < 1:
+            self.measure_floor()
         with _progress(self.console) as bar:
             task = bar.add_task("", total=1.0, step="-", loss="-", accuracy="-", rate="-", left="-")
             while True:
@@ -385,6 +413,8 @@ class Run:
             "config": config.model_dump(mode="json", exclude={"output"}),
             "steps": state.step,
             "skipped_steps": self.optimizer.skipped,
+            "flat_steps": sum(line.get("flat", False) for line in steps),
+            "floor": {"error": self.optimizer.noise_floor, "below": _mean([line.get("below_floor") for line in steps])},
             "forwards": state.forwards,
             "selected_step": chosen,
             "selected_by": "validation accuracy" if config.keep_best else "last step",

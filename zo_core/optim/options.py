@@ -31,6 +31,8 @@ class Options(TypedDict, total=False):
     rho: float | None
     blocks: layers.Blocks | None
     hessian: str | None
+    momentum: float | None
+    window: int | None
     stochastic_rounding: bool
     residual: int | None
     engine: str | None
@@ -101,7 +103,7 @@ def check_choices(
 
 def named_params(params: Params) -> Any:
     """The parameters in a form that torch's optimizers take. TypeError for those that they would misread."""
-    if isinstance(params, str | Mapping):
+    if isinstance(params, str | Mapping) or not isinstance(params, Iterable | nn.Module):
         raise TypeError(
             f"params: expected a module, tensors, (name, tensor) pairs or a list of groups, got a {type(params).__name__}: of a "
             "dict by names pass its items(), of one group a list of it"
