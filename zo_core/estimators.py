@@ -42,19 +42,19 @@ class Update(NamedTuple):
 
 
 def update_of(
-    found: Estimate, lr: Tensor, decay: Tensor, trains: Tensor, applied: Tensor, smoothing: float | None
+    found: Estimate, lr: Tensor, decay: Tensor, scales: Tensor, applied: Tensor, smoothing: float | None
 ) -> Update:
-    """Theta <- (1 - decay) theta - lr sum_k coeffs[k] z_k, or nothing if the loss or another number is not finite.
+    """Theta <- (1 - decay) theta - lr sum_k coeffs[k] sigma z_k, or nothing if the loss or another number is not finite.
 
     Args:
         found: where the step goes.
         lr: float32 (T,), learning rate of each tensor.
         decay: float32 (T,), learning rate times weight decay.
-        trains: bool (1, T), whether the step moves each tensor.
+        scales: float32 (1, T), sigma of each tensor; 0 where the step does not move it.
         applied: bool (K, T), whether each probe was applied to each tensor.
         smoothing: of the Hessian, or None for no Hessian.
     """
-    rows, numbers = {"coeffs": found.coeffs.float().unsqueeze(1) * -lr}, {"decay": decay}
+    rows, numbers = {"coeffs": found.coeffs.float().unsqueeze(1) * -lr * scales}, {"decay": decay}
     if smoothing is not None and found.curvature is not None:
         rows["curvature"] = found.curvature.float().unsqueeze(1)
         numbers["smoothing"] = torch.full_like(decay, smoothing)
@@ -62,7 +62,7 @@ def update_of(
         rows["squares"] = found.squares.unsqueeze(1)
     every = [found.loss, *rows.values(), *numbers.values()]
     usable = torch.stack([x.isfinite().all() for x in every]).all()
-    moves = usable & trains
+    moves = usable & (scales != 0)
     rows = {name: torch.where(moves & applied, x, 0.0) for name, x in rows.items()}
     return Update(usable, **rows, **{name: torch.where(moves[0], x, 0.0) for name, x in numbers.items()})
 
@@ -83,6 +83,12 @@ def second_order(losses: Losses, probes: Sequence[Probe], eps: float) -> tuple[T
     """l0 as of ``one_side``; projected gradients (l+ - l-) / (2 eps) and curvatures |l+ + l- - 2 l0| / eps^2, (n,)."""
     clean, plus, minus = _along(losses, probes, eps, -eps, clean=True)
     return clean, (plus - minus) / (2 * eps), (plus + minus - 2 * clean).abs() / eps**2
+
+
+def kept(carry: Tensor, *start: float) -> Tensor:
+    """What the last step that moved the weights left for this one, (n,), or these n numbers where there was none."""
+    first = torch.tensor(start, dtype=carry.dtype, device=carry.device)
+    return first if len(carry) != len(start) else torch.where(carry.isnan(), first, carry)
 
 
 def _along(losses: Losses, probes: Sequence[Probe], *cs: float, clean: bool = False) -> tuple[Tensor, ...]:

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import scaling
+from . import scales, scaling
 from .bindings.warn import warn
 from .kernels.reference import DISTRIBUTIONS, MAX_RANK
 from .locks import lock, unlock
@@ -64,6 +64,10 @@ class Recorded(Protocol):
 
     def _space(self) -> ParamSpace: ...  # its tensors as they are now
 
+    def _keep_padding(
+        self, keep: bool
+    ) -> bool: ...  # whether padding rows stay as they are from now on, and did before
+
     def _catch_up(self, play: Callable[[ParamSpace], Progress], steps: int) -> None: ...  # let ``play`` make its steps
 
 
@@ -100,6 +104,7 @@ class Header(Identity):
             found = json.loads(text)
             found["tensors"] = tuple(TensorInfo(n, tuple(s), d, r) for n, s, d, r in found["tensors"])
             found["padding"] = tuple((i, row) for i, row in found.get("padding", ()))
+            found["scales"] = tuple(found.get("scales", ()))
             header = cls(**found)
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise JournalError(f"journal: its header is not one of format {FORMAT_VERSION}: {error}") from None
@@ -121,6 +126,7 @@ class Header(Identity):
             "hessian": header.hessian in ("", *scaling.KINDS),
             "options": isinstance(header.options, dict),
             "tensors": bool(header.tensors) and all(map(_sound, header.tensors)) and kinds == set(range(len(kinds))),
+            "scales": len(header.scales) in (0, len(header.tensors)) and all(map(scales.is_one, header.scales)),
             "padding": all(_has_row(header.tensors, *pair) for pair in header.padding),
             "names": len({t.name for t in header.tensors if isinstance(t.name, str)}) == len(header.tensors),
         }
@@ -144,6 +150,9 @@ class Header(Identity):
             mine = getattr(self, name)
             if name == "tensors" and mine != theirs:
                 _compare_tensors(mine, theirs)
+            if name == "scales" and mine != theirs:
+                differ = scales.compare(mine, theirs, [t.name for t in self.tensors])
+                raise JournalError(f"scales: {differ}: a run keeps the scales that its journal began with")
             if mine != theirs:
                 raise JournalError(f"{name}: expected {mine!r} as in the journal, got {theirs!r}")
 
@@ -361,6 +370,7 @@ class Journal:
         """The journal at this path, which must be one of this optimizer's; closed again after an error."""
         tensors = _whole(optimizer).tensors
         journal = cls(path, writable)
+        kept = optimizer._keep_padding(bool(journal.header.padding))  # a run goes on as it began
         try:
             journal.header.compare(vars(optimizer._identity()))
             if not optimizer._steps:
@@ -368,6 +378,7 @@ class Journal:
             yield journal
         except BaseException:
             journal.close()
+            optimizer._keep_padding(kept)
             raise
 
     def __len__(self) -> int:
@@ -513,6 +524,7 @@ def replay(
         header.hessian or None, [scaling.identity(t, header.hessian) for t in tensors if header.hessian],
         rank=header.rank,
         padding=dict(header.padding),
+        scales=header.scales,
     )  # fmt: skip
     with torch.no_grad():
         _replay(islice(journal, steps), space, header, lambda done: progress(done, steps))
@@ -597,7 +609,7 @@ def _pass(steps: Sequence[tuple[Record, Tensor]], space: ParamSpace, rates: Tens
     moves = torch.ones(len(records), len(rates), dtype=torch.bool, device=device)
     for row, record in zip(moves, records, strict=True):
         row[list(record.left_out)] = False
-    coeffs = stacked([r.coeffs for r in records]).unsqueeze(2) * -lr[:, None, rates]
+    coeffs = stacked([r.coeffs for r in records]).unsqueeze(2) * -lr[:, None, rates] * space.full(1.0)
     applied = torch.stack([mask for _, mask in steps]).to(device) & moves.unsqueeze(1)
     coeffs, decay = coeffs.where(applied, 0.0), decay[:, rates].where(moves, 0.0)
     streams = torch.tensor([[r.stream] for r in records], device=device)

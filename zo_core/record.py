@@ -37,6 +37,7 @@ class Identity:
     engine: str
     tensors: tuple[TensorInfo, ...]
     padding: tuple[tuple[int, int], ...] = ()  # numbers of tensors, and of each the row that no step changes
+    scales: tuple[float, ...] = ()  # of each tensor's probe; none where all are 1
 
     @property
     def rates(self) -> list[int]:
@@ -46,7 +47,7 @@ class Identity:
 
 
 class Record(NamedTuple):
-    """One step: theta <- (1 - decay) theta - lr sum_k coeffs[k] z(stream + k), with lr and decay of each tensor's group.
+    """One step: theta <- (1 - decay) theta - lr sum_k coeffs[k] sigma z(stream + k), with lr and decay of each tensor's group.
 
     ``step`` counts from 0, skipped steps too, and is the stream of the stochastic rounding. A step that did not move the
     weights (a loss was not finite) is a record like any other, with whatever numbers there were.

@@ -2,7 +2,8 @@
 
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from numbers import Integral
 from typing import Any, ClassVar
 
@@ -18,6 +19,7 @@ from ..estimators import Estimate, Losses, update_of
 from ..journal import Journal
 from ..noise import backend_of
 from ..record import Snapshot, carried
+from ..scales import Scales
 from ..weights import ParamSpace, Probe, padding_of, space_of, versions_of
 from . import report, state
 from .momentum import with_past
@@ -63,6 +65,11 @@ class ZOOptimizer(Stateful):
             and the processor has a use for.
         module: the module whose forwards use the tensors, where ``params`` is not that module itself.
         processes: how the processes of ``torch.distributed`` share a step (docs/distributed.md); None: each is alone.
+        scales: sigma of each tensor's probe: a step evaluates at theta +- eps sigma z and moves along sigma z. Numbers by name
+            or by pattern such as "*.v_proj.weight" (the first that matches counts, other tensors have 1), the path of a file
+            of these (``zo_core.scales``), or one number for each tensor. ``zo_core.calibrate`` measures some.
+        normalize_scales: multiply them by one number, so that probes keep their length: sum_t d_t sigma_t^2 = d, where tensor
+            t has d_t of the d weights. False takes them as they are.
         method: further options of the method, each a ``Shared`` of its class.
 
     Raises:
@@ -76,6 +83,7 @@ class ZOOptimizer(Stateful):
         "probes": 1, "distribution": "gaussian", "rho": 0.0, "hessian": None, "momentum": 0.0, "window": 10,
     }  # fmt: skip
     _measures_curvature = False  # whether estimates have a curvature, which Hessian scaling needs
+    one_sided = False  # whether differences are l(theta + eps z) - l(theta), not l(theta + eps z) - l(theta - eps z)
 
     eps = Shared(1e-30, 1e30)  # the range in which float32 arithmetic neither overflows nor underflows
     probes = Shared(1, 1 << 20, Integral)
@@ -110,6 +118,8 @@ class ZOOptimizer(Stateful):
         points_at_once: int | None = None,
         module: nn.Module | None = None,
         processes: Parallel | None = None,
+        scales: Scales | None = None,
+        normalize_scales: bool = True,
         method: Mapping[str, float] | None = None,
     ) -> None:
         given: dict[str, Any] = {"probes": probes, "distribution": distribution, "rho": rho, "hessian": hessian}
@@ -143,6 +153,7 @@ class ZOOptimizer(Stateful):
         self._own = state.new(
             type(self).__name__, operator.index(seed), distribution, int(rank), residual, hessian, device
         )
+        self._set_scales(scales, normalize_scales)
         self._check_tensors()
         self._prepare()
 
@@ -212,7 +223,44 @@ class ZOOptimizer(Stateful):
             sharding.reshard(self._units)
             self._versions = versions_of(self._tensors())
         self._count_flat(torch.cat(losses.seen, dim=1))
+        if self.noise_floor is not None:
+            self._count_below(losses.differences())
         return found.loss
+
+    @contextmanager
+    def trial(self, closure: Closure) -> Iterator[StepLosses]:
+        """Losses at any points, without a step: within the block they are what ``estimate`` gets.
+
+        Afterwards weights, state, torch's generators and buffers are as they were, to the bit. Probes are for the caller to
+        choose, as numbers of streams; ``draw`` gives those of the next step. Processes that share a step must do the same.
+        """
+        engine, closures, left_out = self._begin(closure)
+        own, rows, small = self._own, engine.rows, ("stream", "counters")
+        before = [(own[name], own[name].clone()) for name in small]
+        in_place = engine.space if isinstance(engine, InPlaceEngine) else None
+        if in_place is not None:  # it goes back to the weights by arithmetic, which rounds
+            kept = (*in_place.tensors, *in_place.residuals)
+            before += [(t.detach(), t.detach().to("cpu", copy=True)) for t in kept]
+        written = in_place if in_place is not None and not in_place.pieces else None
+        evaluation = Evaluation(closures[0], own["stream"].device, self._units, self._buffers, written)
+        self._stepping = True
+        try:
+            with torch.no_grad():
+                yield StepLosses(
+                    engine, evaluation, closures, not callable(closure), left_out, self._exchange, self._steps
+                )
+        finally:
+            self._stepping = False
+            with uninterrupted(), torch.no_grad():
+                engine.restore()
+                engine.rows = rows
+                for tensor, value in before:
+                    tensor.copy_(value)
+                evaluation.rewind()
+                self._buffers.put_back()
+            forget_casts()
+            sharding.reshard(self._units)
+            self._versions = versions_of(self._tensors())
 
     def _begin(self, closure: object) -> tuple[Engine, Sequence[Closure], set[int]]:
         """A step's engine, closures, and tensors that it leaves out, when all that can be checked before it has been."""
@@ -265,8 +313,8 @@ class ZOOptimizer(Stateful):
         lr, decay = rates_of(self.param_groups, own["stream"].device)
         past = own["past"].last(self._remembered)
         found = with_past(new, past, self.momentum, self.param_groups[0].get("beta2"))
-        trains = engine.space.full(1.0, left_out).bool()
-        update = update_of(found, lr, decay, trains, past.applied(len(new.probes), trains.shape[1]), smoothing)
+        scales = engine.space.full(1.0, left_out)
+        update = update_of(found, lr, decay, scales, past.applied(len(new.probes), scales.shape[1]), smoothing)
         number = own["updates"] + own["skipped"]  # the step's number, which is its stream of the stochastic rounding
         if self.journal is not None:  # before the weights move: without its record a step does not happen
             identity = self._identity()
@@ -301,8 +349,12 @@ class ZOOptimizer(Stateful):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's, without frozen tensors. The tensors' ids in the noise continue those of the groups before."""
+        self._refuse_inside("add_param_group")
         given = param_group["params"]
         given = [given] if isinstance(given, Tensor) else list(given)
+        for p in given:
+            if not isinstance(p[1] if isinstance(p, tuple) and len(p) == 2 else p, Tensor):
+                raise TypeError(f"params: expected tensors or (name, tensor) pairs, got {p!r}")
         keep = [p for p in given if (p[1] if isinstance(p, tuple) else p).requires_grad]
         if not keep:
             raise ValueError(f"params: expected tensors with requires_grad=True to train, got {len(given)} frozen ones")
@@ -344,7 +396,10 @@ class ZOOptimizer(Stateful):
             self._units = sharding.units(self.module)
             sharding.reshard(self._units)
             parameters = self._parameters()
-            space = space_of(self._names(), parameters, self._own, padding_of(self.module, parameters))
+            rows = padding_of(self.module, parameters)
+            if rows and not self._own.setdefault("padding", True):
+                rows = {}  # as in the run that this one continues
+            space = space_of(self._names(), parameters, self._own, rows)
             self._blocks = ()
             self._left_out()
             space.warn_of_small_eps(self.eps)

@@ -31,7 +31,7 @@ def identity_of(
     return Identity(
         method=own["method"], seed=own["seed"], distribution=own["distribution"], rank=own.get("rank", 1),
         residual=own["residual"] or 0, hessian=own["hessian"] or "", engine=engine, tensors=tuple(tensors),
-        padding=tuple(padding.items()),
+        padding=tuple(padding.items()), scales=own.get("scales", ()),
     )  # fmt: skip
 
 
@@ -49,6 +49,7 @@ def facts_of(own: Mapping[str, Any], names: Sequence[str], parameters: Sequence[
     """The parts of the state and the properties of the tensors, apart from their values, that must be the same in all processes."""
     facts = {k: own[k] for k in ("seed", "distribution", "residual", "hessian")} | {"rank": own.get("rank", 1)}
     facts |= {k: own[k].tolist() for k in ("stream", "updates", "skipped", "carry")} | {"past": past_of(own["past"])}
+    facts["scales"] = own.get("scales", ())
     for i, (name, p) in enumerate(zip(names, parameters, strict=True)):
         facts[f"tensor {i}"] = f"{name}, {str(p.dtype).removeprefix('torch.')} {tuple(p.shape)}"
     return facts
