@@ -107,8 +107,8 @@ def test_bfloat16_forwards_are_held_against_float32_ones():
         agree = float((rough * exact).sum() / (rough.norm() * exact.norm()))
         seen.append((rung.eps, rung.error, error, rung.two_sided.correlation, agree))
         if rung.eps < 0.02:
-            assert rung.error == pytest.approx(error, rel=0.5), seen
-            assert rung.two_sided.correlation == pytest.approx(agree, abs=0.05), seen
+            assert rung.error == pytest.approx(error, rel=0.3), seen
+            assert rung.two_sided.correlation == pytest.approx(agree, abs=0.03), seen
     assert min(agree for *_, agree in seen) < 0.8 < 0.99 < max(agree for *_, agree in seen)  # both ends were there
 
 
