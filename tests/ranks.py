@@ -12,7 +12,10 @@ import torch
 from torch import distributed as dist
 
 _CONTEXT = multiprocessing.get_context("forkserver")  # torch is imported once, and no thread of ours runs when it forks
-_CONTEXT.set_forkserver_preload(["torch", "torch.distributed.tensor", "torch.distributed.fsdp", "zo_core", "pytest"])
+_CONTEXT.set_forkserver_preload(
+    [f"torch{x}" for x in ("", ".distributed.tensor", ".distributed.fsdp", ".distributed.checkpoint.state_dict")]
+    + ["zo_core", "pytest"]
+)
 
 
 def _work(pipe, store, rank, ranks, job, args, options):

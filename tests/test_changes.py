@@ -17,6 +17,7 @@ from toys import X, Y, loss_of, same
 import zo_core
 from zo_core import Journal, JournalError
 from zo_core.closure import Buffers
+from zo_core.optim.state import of_entries
 
 ENGINES = pytest.mark.parametrize("engine", ["shadow", "inplace"])
 
@@ -195,13 +196,9 @@ def test_an_evaluation_after_a_step_under_autocast_reads_the_weights_as_they_are
 def test_a_closure_that_writes_a_weight_is_refused_by_name(engine):
     model = network()
     opt = zo_core.MeZO(model, lr=1e-2, engine=engine)
-
-    def loss():
-        model[2].bias.add_(1.0)
-        return loss_of(model)()
-
-    with pytest.raises(RuntimeError, match=r"closure: .*2\.bias"):
-        opt.step(loss)
+    for bias in (lambda: model[2].bias, lambda: model[2].bias.data)[: 1 if engine == "inplace" else 2]:
+        with pytest.raises(RuntimeError, match=r"closure: .*2\.bias"):
+            opt.step(lambda bias=bias: (bias().add_(1.0), loss_of(model)())[1])
     assert opt.updates == 0
 
 
@@ -232,6 +229,18 @@ def test_buffers_are_the_same_in_all_evaluations_and_then_as_one_left_them(engin
     for name, value in norm.state_dict().items():
         assert "weight" in name or "bias" in name or torch.equal(value, kept[name]), name
     assert not torch.equal(kept["running_mean"], before["running_mean"])
+
+
+@ENGINES
+@pytest.mark.parametrize("norm", [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm])
+def test_the_vectors_of_a_spectral_norm_advance_once_a_step(norm, engine):
+    model, seen = network(), []
+    norm(model[0])
+    opt, buffers = zo_core.MeZO(model, lr=1e-2, probes=2, engine=engine), list(model.buffers())
+    before = [b.clone() for b in buffers]
+    opt.step(lambda: (seen.append([b.clone() for b in buffers]), loss_of(model)())[1])
+    assert all(all(map(torch.equal, x, before)) for x in seen) and opt.flat == 0
+    assert not any(map(torch.equal, buffers, before))
 
 
 def test_buffers_are_put_back_when_the_first_evaluation_of_all_fails():
@@ -310,6 +319,35 @@ class Wrapped(torch.Tensor):
         return func(*(x.inner if isinstance(x, cls) else x for x in args), **(kwargs or {}))
 
 
+class Sparse(nn.Module):
+    """A layer with a frozen sparse weight, one that is nested, and buffers that torch hardly computes with."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.bias, self.inner = linear.bias, nn.Parameter(linear.weight.detach().to_sparse_csr(), requires_grad=False)
+        nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+        self.nested = nn.Parameter(nested, requires_grad=False)
+        self.register_buffer("edges", self.inner.detach())
+        self.register_buffer("packed", torch.ones(3, dtype=torch.uint8).view(torch.float4_e2m1fn_x2))
+
+    def forward(self, x):
+        return (self.inner @ x.T).T + self.bias
+
+
+@pytest.mark.parametrize("engine", ["shadow", "inplace", "grouped"])
+def test_what_is_trained_beside_sparse_and_nested_tensors_trains_as_beside_plain_ones(engine):
+    models = [network(), network()]
+    models[1][0] = Sparse(models[1][0])
+    models[0][0].weight.requires_grad_(False)
+    for model in models:
+        opt = zo_core.FZOO(model, lr=1e-2, engine=engine)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*grouped")
+            for _ in range(3):
+                opt.step(lambda model=model: (model(X) - Y).square().mean())
+    assert torch.allclose(models[0][2].weight, models[1][2].weight, atol=1e-5)
+
+
 @ENGINES
 @pytest.mark.parametrize("method", [zo_core.MeZO, zo_core.HiZOO])
 def test_what_is_trained_beside_a_frozen_quantised_weight_trains_as_beside_a_plain_one(method, engine):
@@ -346,8 +384,11 @@ def test_a_closure_that_freezes_and_unfreezes_leaves_parameters_as_it_says(engin
 
 def test_params_and_seeds_that_are_misread_easily_are_refused_by_name(tmp_path):
     model = network()
-    for wrong in (dict(model.named_parameters()), "weights"):
-        with pytest.raises(TypeError, match="params: expected a module.*got a (dict|str)"):
+    for wrong in (dict(model.named_parameters()), "weights", None):
+        with pytest.raises(TypeError, match="params: expected a module.*got a (dict|str|NoneType)"):
+            zo_core.MeZO(wrong, lr=1e-2)
+    for wrong in ([1], [model[0]], [("a", 1)], b"weights"):
+        with pytest.raises(TypeError, match="params: expected tensors or .name, tensor. pairs, got"):
             zo_core.MeZO(wrong, lr=1e-2)
     for seed in (None, 1.5, "1"):
         with pytest.raises(TypeError, match="seed: expected an integer"):
@@ -391,6 +432,7 @@ STATEFUL = pytest.mark.parametrize(
         (zo_core.FZOO, torch.float32, {"reuse": True, "probes": 4}),
         (zo_core.HiZOO, torch.float32, {}),
         (zo_core.HiZOO, torch.bfloat16, {"hessian": "factored", "eps": 0.1}),
+        (zo_core.FZOO, torch.float32, {"engine": "grouped", "distribution": "factored", "probes": 4}),
     ],
 )
 
@@ -415,9 +457,28 @@ def test_torch_s_distributed_checkpoint_saves_an_optimizer_that_goes_on_bit_for_
     dcp.state_dict.set_state_dict(
         loaded, other, model_state_dict=found["model"], optim_state_dict=found["opt"], options=kinds
     )
+    states = [sorted((k, str(x)) for k, x in of_entries(o.state_dict()).items()) for o in (opt, other)]
+    assert states[0] == states[1]
     for _ in range(3):
         assert opt.step(loss_of(model)) == other.step(loss_of(loaded))
     assert same(model, loaded) and str(opt.state_dict()) == str(other.state_dict())
+
+
+@ENGINES
+def test_an_optimizer_is_not_saved_loaded_copied_or_changed_inside_its_closure(engine):
+    model = network()
+    opt = zo_core.MeZO(model, lr=1e-2, engine=engine)
+    state, group = opt.state_dict(), {"params": [nn.Parameter(torch.ones(2))]}
+    for what, call in (
+        ("state_dict", opt.state_dict),
+        ("load_state_dict", lambda: opt.load_state_dict(state)),
+        ("add_param_group", lambda: opt.add_param_group(group)),
+        ("deepcopy, pickle", lambda: copy.deepcopy(opt)),
+    ):
+        with pytest.raises(RuntimeError, match=f"^{what}: called from inside the closure"):
+            opt.step(lambda call=call: (call(), loss_of(model)())[1])
+    opt.step(loss_of(model))
+    assert opt.updates == 1 and len(opt.param_groups) == 1
 
 
 def test_a_state_that_is_no_zeroth_order_optimizer_s_is_refused_by_what_it_has():
@@ -428,6 +489,7 @@ def test_a_state_that_is_no_zeroth_order_optimizer_s_is_refused_by_what_it_has()
     ):
         zo_core.MeZO(model, lr=1e-2).load_state_dict(adam.state_dict())
     opt = zo_core.MeZO(model, lr=1e-2)
+    assert "zo" not in opt.state and opt.state["zo"]["seed"] == opt.seed  # as earlier versions had it
     state = opt.state_dict()
     del state["state"][0]["zo"]["stream"]
     with pytest.raises(ValueError, match="state_dict: expected a state with .*'stream'"):
@@ -442,7 +504,8 @@ def test_hooks_of_states_see_and_change_whole_ones():
     other.register_load_state_dict_pre_hook(lambda _, given: saved if given["state"] else None)
     other.register_load_state_dict_post_hook(lambda o: seen.append(o.updates))
     other.register_state_dict_post_hook(lambda _, found: {"hash": found["state"][0]["hash"]})
-    other.load_state_dict(fresh)
+    with torch.device("meta"):  # torch's default is not what decides
+        other.load_state_dict(fresh)
     assert seen == [1] and other.state_dict() == {"hash": None}
 
 
@@ -534,8 +597,10 @@ def test_weights_in_any_dense_order_in_memory_train_as_contiguous_ones(tmp_path,
 
 def test_weights_with_gaps_in_memory_are_refused():
     gaps = nn.Parameter(torch.ones(4, 6)[:, :3])
-    with pytest.raises(ValueError, match=r"weights\[0\]: expected a contiguous tensor"):
-        zo_core.MeZO([gaps], lr=1e-2)
+    with pytest.raises(ValueError, match=r"gaps: expected a contiguous tensor"):
+        zo_core.MeZO([("gaps", gaps)], lr=1e-2)
+    with pytest.raises(TypeError, match="wide: expected torch.float32 or .*float64"):
+        zo_core.MeZO([("wide", nn.Parameter(torch.ones(2, dtype=torch.float64)))], lr=1e-2)
 
 
 class Padded(nn.Module):
@@ -589,6 +654,37 @@ def test_the_padding_row_of_an_embedding_is_in_no_probe_and_no_update(tmp_path, 
     assert not torch.equal(model.embed.weight[2], Padded(dtype).embed.weight[2])
     assert Journal.open(tmp_path / "run.zoj").header.padding == ((0, 3),)
     assert same(model, base) or engine == "inplace"
+
+
+@pytest.mark.parametrize("form", ["of today", "of earlier versions", "no state"])
+def test_a_run_that_trained_padding_rows_as_earlier_versions_did_goes_on_so(tmp_path, form):
+    def run(model):
+        opt = zo_core.MeZO(model, lr=1e-2, weight_decay=0.1)
+        return opt, lambda: model(WORDS).square().mean()
+
+    path, old, base, model = tmp_path / "run.zoj", *(Padded(torch.float32) for _ in range(3))
+    old.embed.padding_idx = None  # so that its journal and its state name no such row
+    opt, loss = run(old)
+    opt.journal = Journal.create(path, opt)
+    for _ in range(3):
+        opt.step(loss)
+    opt.journal.close()
+    opt.journal = None
+    row, (other, again) = old.embed.weight[3].clone(), run(model)
+    state = opt.state_dict()
+    if form == "no state":
+        other.journal = Journal.recover(path, other)
+    else:
+        model.load_state_dict(old.state_dict())
+        earlier = {**state, "state": {"zo": of_entries(state)}}
+        other.load_state_dict(earlier if form == "of earlier versions" else state)
+        other.journal = Journal.resume(path, other)
+    assert opt.step(loss) == other.step(again) and same(old, model)
+    zo_core.replay(base, path)
+    assert same(old, base) and not torch.equal(old.embed.weight[3], row)
+    with pytest.raises(JournalError, match="seed"):
+        Journal.recover(path, fresh := zo_core.MeZO(Padded(torch.float32), lr=1e-2, seed=1), writable=False)
+    assert fresh._space().padding == {0: 3}
 
 
 def test_a_factored_hessian_learns_nothing_of_a_padding_row():

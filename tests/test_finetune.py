@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_lm
@@ -26,7 +27,7 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
-from zo_core import JournalError
+from zo_core import JournalError, calibration, scales
 from zo_core.integrations import finetune as runs
 from zo_core.integrations import tasks
 from zo_core.integrations.config import FinetuneConfig, RunError, resumed_config
@@ -155,6 +156,42 @@ def test_probes_with_batches_of_their_own_take_the_examples_in_order_and_resume(
     finetune(resumed_config(part.output, {"steps": 6}), resume=True)
     assert same(whole.output, part.output) and losses(whole.output) == losses(part.output)
     assert "--spread" in whole.command() and "--spread" not in plain.config.command()
+
+
+def test_a_run_measures_its_scales_once_and_goes_on_with_no_others(
+    inputs: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = calibration._measure
+
+    def positive(*args: Any) -> Any:
+        """A random model's traces are negative, which leaves all scales at 1."""
+        return (found := measure(*args))._replace(curvatures=found.curvatures.abs())
+
+    monkeypatch.setattr(calibration, "_measure", positive)
+    options = {**inputs, "keep_best": False, "eval_every": 100, "test_size": 8, "validation_size": 8}
+    whole = FinetuneConfig(**{**options, "calibrate": 34, "steps": 4, "output": tmp_path / "whole"})
+    assert finetune(whole)["forwards"] == 34 + 4 * 2 + 1  # and the check of the shadow engine
+    part = FinetuneConfig(**{**options, "calibrate": 34, "steps": 2, "output": tmp_path / "part"})
+    finetune(part)
+    finetune(resumed_config(part.output, {"steps": 4}), resume=True)
+    assert same(whole.output, part.output) and losses(whole.output) == losses(part.output)
+    replay_model(str(inputs["model"]), whole.output, tmp_path / "again" / "model")
+    assert same(whole.output, tmp_path / "again")
+    path = tmp_path / "scales.json"
+    shutil.copy(whole.output / "scales.json", path)
+    found = scales.load(path)
+    assert len(set(found.values())) > 2
+    given = FinetuneConfig(**{**options, "scales": path, "steps": 4, "output": tmp_path / "given"})
+    finetune(given)
+    assert same(whole.output, given.output) and f"--scales {path}" in given.command()
+    scales.save({**found, next(iter(found)): 3.0}, path)
+    with pytest.raises(RunError, match="scales: expected .* for model.embed_tokens.weight"):
+        finetune(resumed_config(given.output, {"steps": 5}), resume=True)
+    with pytest.raises(ValidationError, match="scales and calibrate exclude each other"):
+        FinetuneConfig(**{**options, "scales": path, "calibrate": 34})
+    path.unlink()
+    with pytest.raises(RunError, match=r"--method mezo: .*scales\.json"):
+        given.optimizer(prepare(given).model)
 
 
 @pytest.fixture(scope="module")

@@ -286,8 +286,8 @@ def test_no_global_generator_is_used():
 
 
 def test_average_projected_gradient_is_the_gradient():
-    """E[g z] is the gradient (SPSA is unbiased to first order): 20,000 probes on a quadratic, five sigma."""
-    d, n = 8, 20_000
+    """E[g z] is the gradient (SPSA is unbiased to first order): 5,000 probes on a quadratic, five sigma."""
+    d, n = 8, 5_000
     w = nn.Parameter(torch.zeros(d))
     target = torch.linspace(-1, 1, d)
     opt = zo_core.MeZO([w], lr=1.0, probes=n, eps=1e-2, distribution="rademacher")

@@ -24,7 +24,7 @@ def test_the_methods_page():
         with torch.random.fork_rng():
             exec(code, names := {})
         assert names["opt"].updates == 10
-    assert len(examples) == 2
+    assert len(examples) == 3
 
 
 def test_the_eps_page(capsys):

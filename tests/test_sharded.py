@@ -6,6 +6,8 @@ import warnings
 import pytest
 import ranks
 import torch
+import torch.distributed.checkpoint as dcp
+import torch.distributed.checkpoint.state_dict
 from torch import distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -80,18 +82,26 @@ def gathered(model):
     return [(p.full_tensor() if hasattr(p, "full_tensor") else p).detach().float().clone() for p in model.parameters()]
 
 
-METHODS = {"mezo": zo_core.MeZO, "lezo": zo_core.LeZO, "hizoo": zo_core.HiZOO, "fzoo": zo_core.FZOO}
+METHODS = {"mezo": zo_core.MeZO, "lezo": zo_core.LeZO, "hizoo": zo_core.HiZOO, "fzoo": zo_core.FZOO,
+           "adamezo": zo_core.AdaMeZO}  # fmt: skip
 RUNS = {
     "mezo": {"lr": 2e-2, "probes": 2},
-    "lezo": {"method": "lezo", "lr": 2e-2, "rho": 0.5},
+    "lezo": {"method": "lezo", "lr": 2e-2, "rho": 0.5, "calibrate": 30},
     "bfloat16, residuals of 8 bits": {"lr": 2e-2, "dtype": torch.bfloat16},
     "float16, no residuals": {"method": "fzoo", "lr": 1e-2, "dtype": torch.float16, "residual": None, "probes": 3},
     "hizoo": {"method": "hizoo", "lr": 2e-2, "smoothing": 1e-2},
+    "adamezo": {"method": "adamezo", "lr": 3e-3, "window": 4},
+    "hizoo, scales": {
+        "method": "hizoo",
+        "lr": 2e-2,
+        "smoothing": 1e-2,
+        "scales": {"*.1.weight": 2.0, "last.bias": 0.5},
+    },
 }
 
 
-def train(kind, steps, method="mezo", dtype=torch.float32, **options):
-    """Losses and gathered weights."""
+def train(kind, steps, method="mezo", dtype=torch.float32, calibrate=0, **options):
+    """Losses and gathered weights; with scales that are measured first, where ``calibrate`` is a number of evaluations."""
     model = cut(network(dtype), kind)
     parallel = Parallel(check_every=3) if kind else None
     calculates = model if kind in ("", "fsdp") else network(dtype)
@@ -106,7 +116,7 @@ def train(kind, steps, method="mezo", dtype=torch.float32, **options):
         opt = METHODS[method](
             model, engine=None if kind else "inplace", seed=7, processes=parallel, weight_decay=0.1, **options
         )
-        losses = []
+        losses = sorted(zo_core.calibrate(opt, loss, calibrate).values()) if calibrate else []
         for _ in range(steps):
             losses.append(float(opt.step(loss)))
             with torch.no_grad():
@@ -123,7 +133,7 @@ def train_all(kind, steps, names=tuple(RUNS)):
     ("kind", "count", "steps", "names"),
     [
         ("fsdp", 3, 20, tuple(RUNS)),
-        ("columns", 3, 4, ("lezo", "bfloat16, residuals of 8 bits", "hizoo")),
+        ("columns", 3, 4, ("lezo", "bfloat16, residuals of 8 bits", "hizoo, scales")),
         ("rows and columns", 4, 3, ("float16, no residuals",)),
         ("fsdp over rows", 4, 3, ("bfloat16, residuals of 8 bits",)),
     ],
@@ -220,6 +230,45 @@ def evaluated():
 
 def test_an_evaluation_before_the_run_changes_nothing():
     assert all(ranks.run(evaluated, 2))
+
+
+def checkpointed(folder):
+    """Losses after a checkpoint, and of a run that loads it, in as many processes and by way of whole tensors."""
+    ends, options = [], dcp.state_dict.StateDictOptions(full_state_dict=True)
+    for method, own in ((zo_core.MeZO, {"dtype": torch.bfloat16}), (zo_core.HiZOO, {})):
+        pairs = []
+        for _ in range(3):
+            model = fsdp(network(**own))
+            pairs.append((model, method(model, lr=2e-2, eps=0.1, processes=Parallel(check_every=1))))
+        losses = []
+
+        def go_on(i, steps, pairs=pairs, losses=losses):
+            model, opt = pairs[i]
+            loss = lambda: (model(X.to(model.first.weight.dtype)).float() - Y).square().mean()  # noqa: E731
+            losses.append([float(opt.step(loss)) for _ in range(steps)])
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # that residuals start from 0
+            warnings.filterwarnings("ignore", ".*(eps=|deprecated|typed|full_tensor|overlap)")
+            go_on(0, 5)
+            saved = [dict(zip(("model", "opt"), dcp.state_dict.get_state_dict(*pair), strict=True)) for pair in pairs]
+            dcp.save(saved[0], checkpoint_id=f"{folder}/{method.__name__}")
+            dcp.load(saved[1], checkpoint_id=f"{folder}/{method.__name__}")
+            whole = dcp.state_dict.get_state_dict(*pairs[0], options=options)
+            for pair, state, how in (
+                (pairs[1], (saved[1]["model"], saved[1]["opt"]), None),
+                (pairs[2], whole, options),
+            ):
+                dcp.state_dict.set_state_dict(*pair, model_state_dict=state[0], optim_state_dict=state[1], options=how)
+            for i in range(3):
+                go_on(i, 3)
+        assert losses[1] == losses[2] == losses[3], (method, losses)
+        ends += [[gathered(model) for model, _ in pairs]]
+    return all(all(map(torch.equal, x, y)) for first, *rest in ends for x in rest for y in [first])
+
+
+def test_torch_s_distributed_checkpoint_saves_shards_from_which_a_run_goes_on(tmp_path):
+    assert all(ranks.run(checkpointed, 2, str(tmp_path)))
 
 
 def frozen_shards(sharded):

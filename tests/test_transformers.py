@@ -22,6 +22,7 @@ from transformers import (
 )
 
 import zo_core
+from zo_core import calibration
 from zo_core.distributed import Parallel
 from zo_core.integrations.transformers import ZOTrainer, ZOTrainingArguments
 
@@ -258,6 +259,30 @@ def test_resume_is_bit_exact(tmp_path, method, dtype):
         losses = [[x for x in t.state.log_history if "loss" in x] for t in (whole, part)]
         assert losses[0] == losses[1] and len(losses[0]) == 9
     assert not same(weights(whole.model), weights(make(dtype=dtype)))
+
+
+def test_scales_are_measured_before_the_first_step_alone(tmp_path, monkeypatch):
+    measure = calibration._measure
+
+    def positive(*args):
+        """A random model's traces are negative, which leaves all scales at 1."""
+        return (found := measure(*args))._replace(curvatures=found.curvatures.abs())
+
+    monkeypatch.setattr(calibration, "_measure", positive)
+    options = {"calibrate": 30, "gradient_accumulation_steps": 2, "spread_probes": True, "eps": 1e-3}
+    args = arguments(tmp_path, max_steps=3, save_strategy="steps", save_steps=1, **options)
+    whole = InOrder(make(), args, train_dataset=rows())
+    whole.train()
+    found = whole.zo_optimizer.scales
+    assert (
+        len(set(found.values())) > 2
+        and found["model.layers.0.mlp.up_proj.weight"] == found["model.layers.1.mlp.up_proj.weight"]
+    )
+    part = InOrder(make(), args, train_dataset=rows())
+    part.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert same(weights(whole.model), weights(part.model)) and part.zo_optimizer.scales == found
+    with pytest.raises(ValueError, match="calibrate: expected None, as zo_options has scales"):
+        arguments(tmp_path, calibrate=30, zo_options={"scales": found})
 
 
 def test_callbacks_evaluation_metrics_best_model_and_early_stopping(tmp_path):

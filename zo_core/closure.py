@@ -83,8 +83,19 @@ class _Saved(NamedTuple):
         return id(self.owner), self.name
 
 
+_DTYPES = {getattr(torch, f"{kind}{bits}") for kind in ("float", "int") for bits in (16, 32, 64)} | {
+    torch.bfloat16, torch.complex64, torch.complex128, torch.int8, torch.uint8, torch.bool,
+}  # fmt: skip
+
+
+def _is_watched(b: Tensor) -> bool:
+    """Whether a buffer is an ordinary tensor. Sparse, nested and 4-bit ones, for example, can be neither compared nor chosen from."""
+    ordinary = type(b) in (Tensor, nn.Buffer) and b.dtype in _DTYPES and b.layout is torch.strided
+    return ordinary and not (b.is_meta or b.is_nested or b.is_inference())
+
+
 class Buffers:
-    """The buffers of a module, which have the same values at the start of every evaluation of a step.
+    """The ordinary buffers of a module, which have the same values at the start of every evaluation of a step.
 
     The first step copies all buffers, to find out which of them a forward writes, and so does the next step after a module
     was switched between training and evaluation. Other steps copy only the buffers that were written before. Where all are
@@ -105,9 +116,7 @@ class Buffers:
         self.saved, self.all = [], before != self.mode
         for m in modules if self.all or self.moving else ():
             for name, b in m._buffers.items():
-                if b is None or type(b) not in (Tensor, nn.Buffer) or b.is_meta or b.is_inference():
-                    continue
-                if self.all or (id(m._buffers), name) in self.moving:
+                if b is not None and _is_watched(b) and (self.all or (id(m._buffers), name) in self.moving):
                     self.saved.append(_Saved(m._buffers, name, b, b._version, b.clone()))
 
     def look(self) -> None:

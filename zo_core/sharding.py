@@ -25,6 +25,22 @@ def local(p: Tensor) -> Tensor:
         return p.to_local()  # type: ignore[attr-defined, no-any-return]
 
 
+def like(p: Tensor, shard: Tensor) -> Tensor:
+    """A DTensor that is sharded as p is, of which this is the part in this process."""
+    mesh, kinds = p.device_mesh, p.placements  # type: ignore[attr-defined]
+    kind = sys.modules["torch.distributed.tensor"].DTensor
+    found: Tensor = kind.from_local(shard, mesh, kinds, run_check=False, shape=p.shape, stride=p.stride())
+    return found
+
+
+def place(p: Tensor) -> str:
+    """Which part of a tensor ``local(p)`` is, the same for all tensors that are cut alike; "" of a whole one."""
+    if not is_sharded(p):
+        return ""
+    mesh = p.device_mesh  # type: ignore[attr-defined]
+    return f"{p.placements} of {tuple(p.shape)} at {mesh.get_coordinate()} in {tuple(mesh.shape)}"  # type: ignore[attr-defined]
+
+
 class Runs(NamedTuple):
     """The elements that a process has of a tensor, in the order of its memory: ranges of one length in the whole one."""
 

@@ -77,12 +77,14 @@ class Intercepted(Tensor):
 
 @lru_cache(4096)
 def _asks(func: Callable[..., Any]) -> str:
-    """What a torch function needs of a tensor: facts "about" it, its "address", its "values", or to "write" it."""
+    """What a torch function needs of a tensor: facts "about" it, its "address", its "values" or "data", or to "write" it."""
     name = getattr(func, "__name__", "")
     if (func.__self__.__name__ in _PROPERTIES) if name in ("__get__", "__set__") else (name in _METHODS):  # type: ignore[attr-defined]
         return "about"
     if name == "__set__" or name in _MUTATORS or (name.endswith("_") and not name.endswith("__")):
         return "write"
+    if name == "__get__" and func.__self__.__name__ == "data":  # type: ignore[attr-defined]
+        return "data"
     return "address" if name in _ADDRESSES else "values"
 
 
@@ -151,6 +153,8 @@ class Interception:
         served = func in _PRODUCTS and self.level is not None
         if served and (found := self._product(func, args, kwargs, dtype)) is not None:
             return found
+        if asks == "data":
+            func = Tensor.detach  # the same values, but writes to them are counted, and refused
         values, numbers, keep = self._values, self._numbers, asks == "address"
         args, kwargs = _map((args, kwargs), self._class, lambda p: values.read(numbers[id(p)], dtype, keep))
         return func(*args, **kwargs)

@@ -78,11 +78,13 @@ def refuse_aliases(module: nn.Module, space: ParamSpace, numbers: dict[int, int]
     spans = sorted((p.data_ptr(), p.data_ptr() + p.nbytes, n) for p, n in zip(space.tensors, space.names, strict=True))
     starts = [start for start, *_ in spans]
     for owner, m in module.named_modules():
-        for name, t in _tensors({k: v for k, v in vars(m).items() if k != "_modules"}):
+        anew = {getattr(hook, "name", None) for hook in m._forward_pre_hooks.values()}  # as nn.utils.spectral_norm does
+        for name, t in _tensors({k: v for k, v in vars(m).items() if k != "_modules" and k not in anew}):
             if (
                 id(t) in numbers
                 or type(t) not in (Tensor, nn.Parameter, nn.Buffer)
                 or t.layout != torch.strided
+                or t.is_nested
                 or t.is_meta
             ):
                 continue

@@ -5,6 +5,7 @@
     config.json     its options
     metrics.jsonl   a line for each step and for each evaluation
     journal.zoj     what `zo-core replay` needs to compute the weights of any step again
+    scales.json     the scale of each tensor's probe, where the run has some
     checkpoint/     what --resume starts from: state.pt (optimizer, counters) and the weights that it names
     model/          the tuned model and its tokenizer, as transformers saves them
     summary.json    the results          plot.png   loss and accuracy over the run
@@ -44,7 +45,16 @@ from zo_core.integrations.session import Session, prepare
 from zo_core.integrations.tasks import Evaluation
 
 SKIPS_IN_A_ROW = 20  # steps with a non-finite loss after which a run gives up
-OUR_FILES = ("config.json", "metrics.jsonl", "journal.zoj", "summary.json", "plot.png", "checkpoint", "model")
+OUR_FILES = (
+    "config.json",
+    "metrics.jsonl",
+    "journal.zoj",
+    "scales.json",
+    "summary.json",
+    "plot.png",
+    "checkpoint",
+    "model",
+)
 
 
 class RunInterrupted(Exception):
@@ -160,12 +170,24 @@ class Run:
         if resume:
             self._load_checkpoint()
             read_metrics(self.folder, self.state.metrics_bytes)
+        elif self.config.calibrate:
+            self._calibrate(self.config.calibrate)
         self.optimizer.journal = self._journal()  # before all other files, as it fails if another run has it open
         write_json(self.folder / "config.json", self.config.model_dump(mode="json", exclude={"output"}))
+        if set(self.optimizer.scales.values()) != {1.0}:
+            zo_core.scales.save(self.optimizer.scales, self.folder / "scales.json")
         self.metrics = open(self.folder / "metrics.jsonl", "ab")  # noqa: SIM115 - open for the whole run
         self.metrics.truncate(self.state.metrics_bytes)
         self.metrics.seek(0, os.SEEK_END)
         self.saved_at = time.monotonic()
+
+    def _calibrate(self, evaluations: int) -> None:
+        """Measure scales, before there is a journal, which begins with them. It counts as training."""
+        start = time.perf_counter()
+        found = self.session.calibrate(self.optimizer, evaluations)
+        self.state.forwards += found.evaluations
+        self.state.seconds += time.perf_counter() - start
+        self.console.print(report.scales_table(found))
 
     def _load_checkpoint(self) -> None:
         try:

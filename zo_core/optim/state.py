@@ -17,9 +17,10 @@ from .. import layers, sharding
 from ..bindings.warn import warn
 from ..distributed import Exchange, Parallel
 from ..engines.base import Engine, uninterrupted
-from ..record import Identity, Progress
-from ..weights import ParamSpace, check_absent, clear_residuals, hashes_of, inside, some, versions_of
-from .report import identity_of
+from ..record import Identity, Past, Progress
+from ..scales import Scales, compare, resolve
+from ..weights import ParamSpace, check_absent, clear_residuals, hashes_of, inside, is_other, some, versions_of
+from .report import identity_of, past_of
 
 _FLAT = 10  # steps in a row with the same losses at all points that are worth a warning
 KEY = "zo"  # of what belongs to the optimizer as a whole, in the entry of its first parameter
@@ -42,7 +43,7 @@ def new(
         return {
             "seed": seed, "distribution": distribution, "residual": residual, "residuals": [], "hashes": [],
             "hessian": hessian, "hessians": [], "steps": 0, "carry": torch.zeros(0, device=device), "shards": 0,
-            "method": method, **numbers, **({"rank": rank} if distribution == "factored" else {}),
+            "method": method, "past": Past.none(device), **numbers, **({"rank": rank} if distribution == "factored" else {}),
         }  # fmt: skip
 
 
@@ -52,24 +53,46 @@ def on(device: torch.device, own: Any, copy: bool = False) -> Any:
         return {name: on(device, x, copy) for name, x in own.items()}
     if isinstance(own, list):
         return [on(device, x, copy) for x in own]
+    if isinstance(own, Past):
+        return Past(on(device, own.streams, copy), on(device, own.coeffs, copy), own.steps)
     return own.to(device, copy=copy) if isinstance(own, Tensor) else own
 
 
 _LISTS = {"residuals": "residual", "hessians": "hessian", "hashes": "hash"}  # by tensor, and a tensor's own
 
 
-def entries(own: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A state as an entry for each tensor.
+_LATER = ("rows", "padding", "scales")  # that a new optimizer's state does not have yet
 
-    Checkpoints are loaded into the state of a new optimizer, tensor by tensor and list by list, so that these must have the
-    lengths that they have from the start; what has another length after a step is a string.
+
+class ByParameter(defaultdict[Any, Any]):
+    """``state`` as torch's optimizers have it; under ``KEY``, which is not one of its keys, the whole state as one dict."""
+
+    whole: Mapping[str, Any] = {}
+
+    def __missing__(self, key: object) -> Any:
+        """As a defaultdict, but for ``KEY``."""
+        return self.whole if key == KEY else super().__missing__(key)
+
+
+def entries(own: Mapping[str, Any], parameters: Sequence[Tensor]) -> list[dict[str, Any]]:
+    """A state as an entry for each of these tensors; what a sharded one has is sharded as it is.
+
+    Checkpoints are loaded into the state of a new optimizer, tensor by tensor and list by list, so that it must have all that
+    a later one has, in the same lengths. What comes later, or has another length then, is in a string.
     """
     out: list[dict[str, Any]] = [{} for _ in own["counters"][1:]]
     for many, one in _LISTS.items():
         for entry, x in zip(out, own[many], strict=False):
             entry[one] = x
-    carry = {"dtype": str(own["carry"].dtype).removeprefix("torch."), "values": own["carry"].tolist()}
-    out[0][KEY] = {k: v for k, v in own.items() if k not in _LISTS} | {"carry": json.dumps(carry)}
+    for entry, p in zip(out, parameters, strict=True):
+        if sharding.is_sharded(p):
+            if "residual" in entry and p.itemsize == 2:
+                entry["residual"] = sharding.like(p, entry["residual"])
+            if "hessian" in entry:
+                entry["hessian"] = [sharding.like(p, h) for h in entry["hessian"]]
+    text = {"dtype": str(own["carry"].dtype).removeprefix("torch."), "values": own["carry"].tolist()}
+    text |= {"past": past_of(own["past"])} | {k: own[k] for k in _LATER if k in own}
+    out[0][KEY] = {k: v for k, v in own.items() if k not in (*_LISTS, *_LATER, "past")} | {"carry": json.dumps(text)}
     return out
 
 
@@ -81,7 +104,7 @@ def of_entries(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """
     found = state_dict.get("state", {})
     if isinstance(old := found.get(KEY), dict):
-        return old
+        return old | {"past": Past.none(torch.device("cpu"))}
     names = [name for group in state_dict.get("param_groups", ()) for name in group["params"]]
     given = [found.get(name, {}) for name in names]  # torch may leave out empty ones
     if not given or not isinstance(given[0].get(KEY), dict):
@@ -90,10 +113,58 @@ def of_entries(state_dict: Mapping[str, Any]) -> dict[str, Any]:
             f"of {some([str(name) for name in found]) or 'no parameter'}"
         )
     own: dict[str, Any] = given[0][KEY] | {many: [e[one] for e in given if one in e] for many, one in _LISTS.items()}
+    own["past"] = Past.none(torch.device("cpu"))
     if isinstance(own.get("carry"), str):
-        carry = json.loads(own["carry"])
-        own["carry"] = torch.tensor(carry["values"], dtype=getattr(torch, carry["dtype"]))
+        text = json.loads(own["carry"])
+        own["carry"] = torch.tensor(text["values"], dtype=getattr(torch, text["dtype"]), device="cpu")
+        if "past" in text:  # not in states of earlier versions
+            own["past"] = _past_from(text["past"], len(given))
+        own |= {k: text[k] for k in _LATER if k in text}
+        own |= {"scales": tuple(own["scales"])} if "scales" in own else {}
     return own
+
+
+def _past_from(saved: Any, tensors: int) -> Past:
+    """The inverse of ``past_of``, for so many tensors; ValueError where there is none."""
+    try:
+        steps = [(int(n), [int(i) for i in left_out]) for n, left_out in saved["steps"]]
+        coeffs = torch.tensor(saved["coeffs"], dtype=torch.float32, device="cpu")
+        past = Past(torch.tensor(saved["streams"], dtype=torch.int64, device="cpu"), coeffs, steps)
+        sizes = len(past.streams), len(coeffs), sum(n for n, _ in steps)
+        right = len(set(sizes)) == 1 and all(n >= 0 and set(left) <= set(range(tensors)) for n, left in steps)
+    except (TypeError, KeyError, ValueError, RuntimeError):
+        right = False
+    if not right:
+        raise ValueError(
+            "state_dict: expected as many streams as coefficients of past probes, and as the steps have that they are of, got "
+            f"{str(saved)[:200]}: it is damaged"
+        )
+    return past
+
+
+def shards_of(saved: Mapping[str, Any], parameters: Sequence[Tensor], shards: int) -> dict[str, Any]:
+    """A saved state with the residuals and Hessians of this process's shards of the parameters.
+
+    Args:
+        saved: from ``of_entries``. What it has of a sharded tensor is sharded too, or, in states of earlier versions, a shard.
+        parameters: of the optimizer.
+        shards: which these are, as the optimizer's own state has it.
+
+    Raises:
+        ValueError: they are of other shards.
+    """
+    own, found = dict(saved), [*saved["residuals"], *(x for h in saved["hessians"] for x in h)]
+    if any(map(sharding.is_sharded, found)):
+        first = (own["residuals"], [h[0] for h in own["hessians"]])
+        pairs = [pair for many in first for pair in zip(many, parameters, strict=False)]
+        other = any(sharding.is_sharded(x) and sharding.place(x) != sharding.place(p) for x, p in pairs)
+    else:
+        other = any(x.numel() for x in found) and 0 not in (shards, own["shards"]) and shards != own["shards"]
+    if other:
+        raise ValueError("state_dict: it is of other shards: each process goes on with the state that it saved")
+    own["residuals"] = [sharding.local(x) for x in own["residuals"]]
+    own["hessians"] = [[sharding.local(x) for x in h] for h in own["hessians"]]
+    return own | {"shards": shards}
 
 
 def refuse_meta(named: Iterable[tuple[str, Tensor]]) -> None:
@@ -107,15 +178,13 @@ def refuse_meta(named: Iterable[tuple[str, Tensor]]) -> None:
 
 def check_saved(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     """ValueError unless this is a state that an optimizer with the state ``own`` can go on with."""
-    if (set(saved) ^ set(own)) - {"rank", "rows"}:
+    if (set(saved) ^ set(own)) - {"rank", *_LATER}:
         raise ValueError(
             f"state_dict: expected a state with {sorted(own)} as zo_core optimizers save, got {sorted(saved)}"
         )
     for name in ("method", "hessian"):
         if saved[name] != own[name]:
             raise ValueError(f"state_dict: expected {name} {own[name]!r}, got one of {saved[name]!r}")
-    if 0 not in (own["shards"], saved["shards"]) and own["shards"] != saved["shards"]:
-        raise ValueError("state_dict: it is of other shards: each process goes on with the state that it saved")
     empty = [[r.numel() == 0 for r in state["residuals"]] for state in (own, saved)]
     if all(empty) and len(empty[0]) == len(empty[1]) and empty[0] != empty[1] and own["residual"] == saved["residual"]:
         raise ValueError(
@@ -199,10 +268,10 @@ class Stateful(torch.optim.Optimizer):
 
     def _clear_residuals(self) -> None:
         """Zero the residuals of weights that somebody else has written."""
-        own, tensors, versions = self._own, self._tensors(), versions_of(self._tensors())
+        own, versions = self._own, versions_of(self._tensors())
         if self._versions is None:  # since a state was loaded: are these the weights it was saved with?
-            pairs = zip(hashes_of(tensors, own["residuals"]), own["hashes"], strict=False)
-            written = [saved is not None and saved != now for now, saved in pairs]
+            pairs = zip(hashes_of(self._parameters(), own["residuals"]), own["hashes"], strict=False)
+            written = [is_other(saved, now) for now, saved in pairs]
         else:
             written = [a != b for a, b in zip(self._versions, versions, strict=False)]
         clear_residuals(self._names(), own["residuals"], written)
@@ -213,8 +282,11 @@ class Stateful(torch.optim.Optimizer):
     @property
     def state(self) -> Any:  # type: ignore[override]
         """The state by parameter, made anew each time: see ``entries``."""
-        own = zip(self._parameters(), entries(self._own), strict=True) if self._own else ()
-        return defaultdict(dict, own)
+        found, parameters = ByParameter(dict), self._parameters() if self._own else []
+        if self._own:
+            found.update(zip(parameters, entries(self._own, parameters), strict=True))
+            found.whole = self._own
+        return found
 
     @state.setter
     def state(self, value: object) -> None:
@@ -284,6 +356,29 @@ class Stateful(torch.optim.Optimizer):
         return int(self._own["steps"])
 
     @property
+    def scales(self) -> dict[str, float]:
+        """Sigma of each tensor's probe, by name.
+
+        They may be set anew, as the option ``scales`` takes them; a journal that began with others then refuses the next step.
+        """
+        return dict(zip(names := self._names(), self._own.get("scales") or (1.0,) * len(names), strict=True))
+
+    @scales.setter
+    def scales(self, value: Scales | None) -> None:
+        if self._stepping:
+            raise RuntimeError("scales: set from inside the closure, in the middle of a step")
+        self._set_scales(value, normalize=True)
+
+    def _set_scales(self, given: Scales | None, normalize: bool) -> None:
+        others = [] if self.module is None else [n for n, _ in self.module.named_parameters(remove_duplicate=False)]
+        found = resolve(given, self._names(), [p.numel() for p in self._parameters()], others, normalize)
+        self._own.pop("scales", None)
+        self._own |= {"scales": found} if found else {}
+        self._engine = None
+        if self._exchange is not None:
+            self._exchange.compared = False
+
+    @property
     def saturated(self) -> dict[str, int]:
         """By tensor, how often a weight was beyond its dtype's range and set to its largest value (waits for the device)."""
         counts = self._own["counters"][1:].tolist()
@@ -298,13 +393,18 @@ class Stateful(torch.optim.Optimizer):
             **(self._engine.memory() if self._engine is not None else {}),
         }
 
+    def _refuse_inside(self, what: str) -> None:
+        if self._stepping:
+            raise RuntimeError(
+                f"{what}: called from inside the closure, in the middle of a step: call it between steps"
+            )
+
     def state_dict(self) -> dict[str, Any]:
         """As torch's; with residuals there are hashes of the weights they belong to. Not inside a closure."""
-        if self._stepping:
-            raise RuntimeError("state_dict: called from inside the closure, in the middle of a step")
+        self._refuse_inside("state_dict")
         hashes, tensors = self._own["hashes"], self._tensors()
         if self._versions is not None or not hashes:  # else it was loaded, and so were its hashes
-            hashes = hashes_of(tensors, self._own["residuals"])
+            hashes = hashes_of(self._parameters(), self._own["residuals"])
         if self._versions is not None:  # a residual whose weight was written since is of no weight that there is now
             changed = [a != b for a, b in zip(self._versions, versions_of(tensors), strict=False)]
             hashes = [-1 if new and h is not None else h for h, new in zip(hashes, changed, strict=False)]
@@ -325,12 +425,24 @@ class Stateful(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's; the run continues bit for bit. ValueError if it is not a state of such an optimizer."""
+        self._refuse_inside("load_state_dict")
         saved: dict[str, Any] = {}
 
         def take(_: object, given: dict[str, Any]) -> dict[str, Any]:
-            check_saved(found := of_entries(given), self._own)
+            found = of_entries(given)
+            if (mine := self._own.get("scales")) and (differ := compare(mine, found.get("scales", ()), self._names())):
+                raise ValueError(
+                    f"state_dict: scales: {differ}: make the optimizer with the scales of the run that goes on, or without "
+                    "scales=, so that it takes those of the state"
+                )
+            if "residuals" in found and "hessians" in found:
+                found = shards_of(found, self._parameters(), self._own["shards"])
+            check_saved(found, self._own)
+            if "padding" in self._own:  # an earlier version, or a model without ``padding_idx``, trained these rows
+                found = {"padding": False} | found
             saved.update({**{name: found[name] for name in self._own if name in found}, **found})
-            return {**given, "state": {}}  # torch would cast all of it to the dtype of the weights
+            groups = [{**self.defaults, **group} for group in given["param_groups"]]  # options newer than the state
+            return given | {"state": {}, "param_groups": groups}  # torch would cast a state to the dtype of the weights
 
         def put(_: object) -> None:
             with torch.inference_mode(False):
@@ -351,6 +463,7 @@ class Stateful(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: the engine is rebuilt."""
+        self._refuse_inside("deepcopy, pickle")
         names = "stochastic_rounding", "blocks", "engine", "points_at_once", "module", "processes"
         return {name: getattr(self, name) for name in (*names, "_own", "param_groups", "defaults")}
 
@@ -364,14 +477,28 @@ class Stateful(torch.optim.Optimizer):
         options = {k: v for k, v in self.param_groups[0].items() if isinstance(v, str | int | float)}
         return options | {"stochastic_rounding": self.stochastic_rounding}
 
+    def _keep_padding(self, keep: bool) -> bool:
+        """Whether padding rows stay as they are from now on. Returns whether they did."""
+        before = bool(self._own.get("padding"))
+        if "padding" in self._own and keep != before:
+            self._own["padding"], self._engine = keep, None
+        return before
+
     def _space(self) -> ParamSpace:
         raise NotImplementedError
+
+    @property
+    def _remembered(self) -> int:
+        """The number of steps whose probes the next step goes along again."""
+        first = self.param_groups[0]
+        return int(first["window"]) - 1 if first["momentum"] or first.get("beta2") else 0
 
     def _catch_up(self, play: Callable[[ParamSpace], Progress], steps: int) -> None:
         """Take steps that ``play`` makes again."""
         space, own = self._space(), self._own
         with uninterrupted(), torch.no_grad():
-            stream, updates, skipped, own["carry"] = play(space)
+            stream, updates, skipped, own["carry"], past = play(space)
+            own["past"] = on(space.counters.device, past.last(self._remembered))
             for name, value in (("stream", stream), ("updates", updates), ("skipped", skipped)):
                 own[name].fill_(value)
             own["steps"] = steps
