@@ -48,9 +48,7 @@ class Measurement:
 
     rungs: tuple[Rung, ...]  # from the smallest eps to the largest at which all losses were finite
     recommended: dict[str, float]  # "two-sided" and "one-sided": the eps with the least error and bias, over the slopes
-    good: dict[
-        str, tuple[float, float]
-    ]  # from which eps to which steps make at least 98% of the progress of the best one
+    good: dict[str, tuple[float, float]]  # the eps around it at which steps make at least 98% of its progress
     loss: float  # at theta
     slope: float  # RMS over the probes of the first derivative along them
     curvature: float  # of the second
@@ -141,6 +139,20 @@ def measure(
             "give smaller eps, or look at the loss"
         )
     return _analyse(ladder[:finite], values[:finite], probes, evaluations)
+
+
+def error_at_eps(
+    optimizer: ZOOptimizer, closure: Closure, progress: Callable[[int, int], object] = lambda done, of: None
+) -> float:
+    """The forward's rounding in a difference of two losses at the optimizer's eps, to within a third, from 20 evaluations.
+
+    Raises:
+        ValueError: the losses there are the same at all points, or not finite.
+    """
+    eps = float(optimizer.eps)
+    ladder = [eps * 10 ** (half / 2) for half in range(-2, 2)]
+    found = measure(optimizer, closure, eps=ladder, probes=2, progress=progress)
+    return float(_rms(np.array([rung.error for rung in found.rungs[1:3]])))
 
 
 def _check(optimizer: object, closure: object, eps: Sequence[float], probes: object) -> list[float]:
