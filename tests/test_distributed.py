@@ -76,16 +76,23 @@ PROBE_PARALLEL = {  # with more, with fewer points than ranks, and with numbers 
     "mezo, bfloat16, dropout": (zo_core.MeZO, {"lr": 2e-2, "dtype": torch.bfloat16, "dropout": 0.2}),
     "hizoo": (zo_core.HiZOO, {"lr": 2e-2, "smoothing": 1e-2, "hessian": "factored"}),
     "adamezo": (zo_core.AdaMeZO, {"lr": 1e-2, "probes": 2, "window": 4}),
+    "meazo": (zo_core.MEAZO, {"lr": 1e-2, "probes": 2}),
+    "bszo": (zo_core.BSZO, {"lr": 1e-3}),
 }
 
 
 def train_all(parallel):
-    return {name: train(method, parallel, 10, **options) for name, (method, options) in PROBE_PARALLEL.items()}
+    """What all methods reach, and what is measured together."""
+    found = {name: train(method, parallel, 10, **options) for name, (method, options) in PROBE_PARALLEL.items()}
+    model = network()
+    opt = zo_core.FZOO(model, lr=2e-2, processes=parallel)
+    return found, zo_core.measure(opt, loss_of(model), eps=[1e-3, 1e-2, 0.1, 0.3], probes=3).to_dict()
 
 
 def test_probe_parallel_is_one_process_bit_for_bit():
-    alone = train_all(None)
-    for found in ranks.run(train_all, 4, Parallel(data=1)):
+    alone, measured = train_all(None)
+    for found, theirs in ranks.run(train_all, 4, Parallel(data=1)):
+        assert theirs == measured
         for name, (losses, values, exchanged) in found.items():
             assert losses == alone[name][0] and same(values, alone[name][1]), name
             assert exchanged["step"] == 4 * 64

@@ -8,6 +8,7 @@ from torch import nn
 from toys import loss_of
 
 import zo_core
+from zo_core import floor
 
 D = 64
 A = 1 + torch.arange(D, dtype=torch.float64).cos()
@@ -71,6 +72,15 @@ def test_rounding_slopes_and_biases_are_found_where_they_are_known(grid):
         assert 0.3 < found.recommended[kind] / best < 3.3, kind
 
 
+@pytest.mark.parametrize("grid", [1e-3, 1e-5])
+def test_the_rounding_at_one_eps_takes_few_evaluations(grid):
+    model, calls = Weights(), []
+    loss = polynomial(model, grid, cubic=30.0)
+    opt = zo_core.FZOO(model, lr=1e-3, eps=1e-3)
+    error = floor.error_at_eps(opt, lambda: (calls.append(0), loss())[1])
+    assert len(calls) == 20 + 1 and 0.4 < error / (grid / 6**0.5) < 2.5  # and the check of the shadow engine
+
+
 def test_a_loss_without_rounding_has_an_error_of_nothing():
     model = Weights()
     found = zo_core.measure(zo_core.MeZO(model, lr=1e-3, distribution="rademacher"), polynomial(model), probes=4)
@@ -107,8 +117,8 @@ def test_bfloat16_forwards_are_held_against_float32_ones():
         agree = float((rough * exact).sum() / (rough.norm() * exact.norm()))
         seen.append((rung.eps, rung.error, error, rung.two_sided.correlation, agree))
         if rung.eps < 0.02:
-            assert rung.error == pytest.approx(error, rel=0.5), seen
-            assert rung.two_sided.correlation == pytest.approx(agree, abs=0.05), seen
+            assert rung.error == pytest.approx(error, rel=0.3), seen
+            assert rung.two_sided.correlation == pytest.approx(agree, abs=0.03), seen
     assert min(agree for *_, agree in seen) < 0.8 < 0.99 < max(agree for *_, agree in seen)  # both ends were there
 
 

@@ -99,6 +99,8 @@ class Blocks(nn.Module):
         ("FZOO", {}),
         ("FZOO", {"reuse": True, "probes": 3, "rho": 0.5}),
         ("SPSA", {"probes": 3}),
+        ("MEAZO", {}),
+        ("BSZO", {"rho": 0.5}),
         ("HiZOO", {"smoothing": 1e-2}),
         ("HiZOO", {"smoothing": 1e-2, "rho": 0.5, "probes": 2, "weight_decay": 0.1}),
         ("HiZOO", {"smoothing": 1e-2, "hessian": "factored", "rho": 0.5}),

@@ -18,7 +18,8 @@ def test_the_python_example_trains(capsys):
     assert float(loss) < 0.2 and skipped == "0"
 
 
-def test_the_methods_page():
+def test_the_methods_page(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where an example writes a file
     examples = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "methods.md").read_text(encoding="utf-8"), re.S)
     for code in examples:
         with torch.random.fork_rng():

@@ -7,20 +7,21 @@ curvature. ``measure`` says how much of each there is, for any closure, without 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from .bindings.warn import warn
 from .optim.base import ZOOptimizer
 from .optim.points import Closure
 
 LADDER = tuple(10 ** (half / 2) for half in range(-10, -1))  # 1e-5 to 1e-1 in half decades
-_FEWEST = 4  # values of eps: two to extrapolate slopes from, one that must agree with them, and one below
+_FEWEST = 4  # values of eps, for two terms of a polynomial and some noise
+_ITERATIONS = 200
 _GOOD = 0.98  # of the progress of the best eps, of which a good one has at least as much
-_POOLED = 3  # values of eps below those two, whose errors stand for that at larger ones
+_POOLED = 3  # values of eps whose errors stand for those at larger ones
 
 
 class Differences(NamedTuple):
@@ -47,14 +48,12 @@ class Measurement:
 
     rungs: tuple[Rung, ...]  # from the smallest eps to the largest at which all losses were finite
     recommended: dict[str, float]  # "two-sided" and "one-sided": the eps with the least error and bias, over the slopes
-    good: dict[
-        str, tuple[float, float]
-    ]  # from which eps to which steps make at least 98% of the progress of the best one
+    good: dict[str, tuple[float, float]]  # the eps around it at which steps make at least 98% of its progress
     loss: float  # at theta
     slope: float  # RMS over the probes of the first derivative along them
     curvature: float  # of the second
     third: float  # of the third
-    reference: tuple[float, float]  # the two eps from which the slopes were extrapolated to eps 0
+    smooth_to: float  # the largest eps at which a loss was taken to be a polynomial
     probes: int
     evaluations: int
 
@@ -92,15 +91,14 @@ def measure(
     """Measure how well differences of losses tell the slopes along probes, by eps.
 
     The loss is evaluated at theta, theta + c z and theta - c z for each c of the ladder and each probe z. Along a probe a
-    smooth loss is l(c) = l0 + g c + h c^2 / 2 + t c^3 / 6 + ..., so that (l(c) - l(-c)) / (2 c) is a polynomial in c^2, which is
-    extrapolated to c = 0 from two neighbouring c, as Richardson did. Which two: those that agree best with their neighbours
-    (Ridders, 1982), as below them rounding makes slopes differ and above them higher orders do. What the differences at smaller
-    c are beside g and t is then the forward's rounding: all of it, that of perturbed weights to 16 bits included, as
-    nothing else in them does not follow the polynomial. At larger c, where it is hidden by higher orders, it is taken to be
-    what it was at the three c below.
+    smooth loss is l(c) = l0 + g c + h c^2 / 2 + t c^3 / 6 + ..., so that l(c) - l(-c) is 2 g c + t c^3 / 3, and the forward's
+    rounding, which does not become smaller with c. Slopes g and third derivatives t are fitted to the differences at all
+    c of the ladder up to the one from which on the fit no longer improves, as higher orders enter. What the differences are
+    beside them is rounding: all of it, that of perturbed weights to 16 bits included. Where the polynomial follows the rounding
+    (at the largest c that it was fitted to) and where it does not hold, rounding is taken to be that at the three c below.
 
-    That assumes a loss which is smooth over a decade somewhere on the ladder, whose rounding is about the same wherever it is
-    evaluated there and unrelated at different c. It does not assume a dtype, a model or that rounding is normal. A closure that is
+    That assumes a loss which is smooth somewhere on the ladder, and whose rounding there is about the same wherever it is
+    evaluated, and unrelated at different c. It does not assume a dtype, a model or an exact loss to compare with. A closure that is
     no function of the weights alone, as it draws a batch in each call, counts as one that rounds; a warning says so.
 
     Weights, the optimizer's state, torch's generators and buffers are as they were afterwards, to the bit: probes are the last of
@@ -124,23 +122,37 @@ def measure(
     found, evaluations = [], 0
     with optimizer.trial(closure) as losses:
         device = losses.evaluation.device
-        drawn = list((torch.arange(probes, device=device) + (1 << 32) - probes).split(1))
+        drawn = list(torch.split(torch.arange((1 << 32) - probes, 1 << 32, device=device), 1))
         for done, c in enumerate(ladder):
             points = [(0.0, None), *((sign * c, probe) for sign in (1, -1) for probe in drawn)]
-            found.append(losses([points])[0].double().cpu())
+            found.append(losses([points])[0].double().cpu().numpy())
             evaluations += len(points)
             progress(done + 1, len(ladder))
-            if not found[-1].isfinite().all():  # nor will they be farther away
+            if not np.isfinite(found[-1]).all():  # nor will they be farther away
                 break
-    values = torch.stack(found)
-    finite = int(values.isfinite().all(1).sum())
+    values = np.stack(found)
+    finite = int(np.isfinite(values).all(1).sum())
     if finite < _FEWEST:
-        where = "at theta" if not values[0, 0].isfinite() else f"at eps {ladder[finite]:g}"
+        where = "at theta" if not np.isfinite(values[0, 0]) else f"at eps {ladder[finite]:g}"
         raise ValueError(
             f"closure: expected finite losses at the first {_FEWEST} eps at least, got {float(values[finite].sum())} {where}: "
             "give smaller eps, or look at the loss"
         )
     return _analyse(ladder[:finite], values[:finite], probes, evaluations)
+
+
+def error_at_eps(
+    optimizer: ZOOptimizer, closure: Closure, progress: Callable[[int, int], object] = lambda done, of: None
+) -> float:
+    """The forward's rounding in a difference of two losses at the optimizer's eps, to within a third, from 20 evaluations.
+
+    Raises:
+        ValueError: the losses there are the same at all points, or not finite.
+    """
+    eps = float(optimizer.eps)
+    ladder = [eps * 10 ** (half / 2) for half in range(-2, 2)]
+    found = measure(optimizer, closure, eps=ladder, probes=2, progress=progress)
+    return float(_rms(np.array([rung.error for rung in found.rungs[1:3]])))
 
 
 def _check(optimizer: object, closure: object, eps: Sequence[float], probes: object) -> list[float]:
@@ -149,7 +161,7 @@ def _check(optimizer: object, closure: object, eps: Sequence[float], probes: obj
         raise TypeError(f"optimizer: expected one of zo_core, got {type(optimizer).__name__}")
     if not callable(closure):
         raise TypeError(f"closure: expected one function that returns the loss, got {type(closure).__name__}")
-    if not isinstance(probes, Integral) or not 1 <= probes <= 1 << 20:
+    if type(probes) is not int or not 1 <= probes <= 1 << 20:
         raise ValueError(f"probes: expected an integer from 1 to {1 << 20}, got {probes!r}")
     wrong = [c for c in eps if not isinstance(c, Real) or not 1e-30 <= c <= 1e30]
     if wrong or len(set(eps)) < _FEWEST:
@@ -159,83 +171,111 @@ def _check(optimizer: object, closure: object, eps: Sequence[float], probes: obj
     return sorted(set(map(float, eps)))
 
 
-class _Limit(NamedTuple):
-    """A polynomial a + b c^2 for each of P probes, through its values at rungs ``first`` and ``first`` + 1."""
+class _Fit(NamedTuple):
+    """Polynomials a x + b x^3 (or a x^2 + b x^4) through the values at the first rungs, one for each of P probes."""
 
-    first: int
-    a: Tensor  # (P,)
-    b: Tensor  # (P,)
-    apart: float  # RMS of the difference to what neighbouring rungs give for a
-
-
-def _limit(values: Tensor, squares: Tensor) -> _Limit | None:
-    """Extrapolate values (R, P) at c^2 (R, 1) to c = 0, from where that is the surest; None if they are all zero."""
-    slopes = (values[1:] - values[:-1]) / (squares[1:] - squares[:-1])
-    limits = values[:-1] - slopes * squares[:-1]
-    still = ~values.bool().any(1)  # a step too small to change anything: such rungs agree, but about nothing
-    apart = _rms(limits[1:] - limits[:-1])
-    apart[still[:-2] | still[1:-1] | still[2:]] = math.inf
-    worst = [max(float(x) for x in apart[max(0, j - 1) : j + 1]) for j in range(len(limits))]
-    j = min(range(len(worst)), key=worst.__getitem__)
-    return _Limit(j, limits[j], slopes[j], worst[j]) if worst[j] < math.inf else None
+    rungs: int  # how many it was fitted to
+    values: np.ndarray  # (R, P), of the polynomials at all rungs
+    first: np.ndarray  # (P,), the first terms at the largest x
+    scales: np.ndarray  # (2,), RMS of the two terms at the largest x
+    unsure: float  # RMS error of the first terms, over their RMS
+    leverage: np.ndarray  # (R,), how much of the noise at each rung is in the polynomial there, from 0 to 1
 
 
-def _rms(x: Tensor) -> Tensor:
+def _fitted(values: np.ndarray, terms: np.ndarray) -> _Fit:
+    """Polynomials through values (R, P), where terms (R, 2), at most 1, has that of a and of b, at as many rungs as follow them.
+
+    At the first ``m`` rungs each value is a polynomial and noise of one variance, and a and b are normal with variances
+    of their own: all three are found by maximum likelihood (expectation maximisation), so that b counts as far as it
+    is needed and known. At the other rungs values are normal with variances of their own. That ``m`` is taken which
+    makes the values most likely: where a polynomial no longer fits, the noise would have to be larger everywhere.
+    """
+    size = np.abs(values).max() or 1.0
+    squares = np.square(values / size).mean(1) + 1e-30
+    best, likeliest = None, -math.inf
+    n = min(int(np.argmax(np.abs(values).any(1))), len(values) - _FEWEST)  # rungs without any change tell nothing
+    for m in range(n + _FEWEST, len(values) + 1):
+        y, x = values[n:m] / size, terms[n:m] / terms[m - 1]
+        noise, scales = squares[n], np.full(2, squares[m - 1])
+        for _ in range(_ITERATIONS):
+            covariance = np.linalg.inv(x.T @ x / noise + np.diag(1 / scales))
+            mean = covariance @ x.T @ y / noise  # (2, P)
+            spread = np.einsum("ri,ij,rj->r", x, covariance, x)
+            noise = np.square(y - x @ mean).mean() + spread.mean() + 1e-32
+            scales = np.square(mean).mean(1) + covariance.diagonal() + 1e-32
+        # -2 log of the likelihood, over P: of normal values with covariance x diag(scales) x^T + noise
+        fit = len(y) * np.log(noise) + np.log(scales).sum() - np.linalg.slogdet(covariance)[1]
+        fit += (np.square(y - x @ mean) / noise).sum(0).mean() + (np.square(mean).mean(1) / scales).sum()
+        likelihood = -fit - (1 + np.log(squares[m:])).sum()
+        if likelihood > likeliest:
+            leverage = np.pad(np.minimum(1.0, spread / noise), (n, len(values) - m))
+            ratio, unsure = size / terms[m - 1], float((covariance[0, 0] / scales[0]) ** 0.5)
+            best = _Fit(
+                m, terms @ (mean * ratio[:, None]), mean[0] * ratio[0], np.sqrt(scales) * ratio, unsure, leverage
+            )
+            likeliest = likelihood
+    assert best is not None
+    return best
+
+
+def _rms(x: np.ndarray) -> np.ndarray:
     """Root of the mean square over the last dimension."""
-    return x.square().mean(-1).sqrt()
+    found: np.ndarray = np.sqrt(np.square(x).mean(-1))
+    return found
 
 
-def _analyse(ladder: Sequence[float], values: Tensor, probes: int, evaluations: int) -> Measurement:
+def _analyse(ladder: Sequence[float], values: np.ndarray, probes: int, evaluations: int) -> Measurement:
     """Losses (R, 1 + 2 P), of which the first is at theta and the last P are on the other side, as a measurement."""
-    eps = torch.tensor(ladder, dtype=torch.float64).unsqueeze(1)
+    eps, top = np.array(ladder), ladder[-1]
     clean, plus, minus = values[:, :1], values[:, 1 : 1 + probes], values[:, 1 + probes :]
     odd, even = plus - minus, plus + minus - 2 * clean
-    first = _limit(odd / (2 * eps), eps.square())
-    if first is None:
+    if not odd.any():
         raise ValueError(
-            f"closure: expected losses that depend on the weights, got {float(values[0, 0])} at all points of some eps: the loss does not "
-            "read the trained tensors, or is too coarse for eps of this size: give larger ones"
+            f"closure: expected losses that depend on the weights, got {float(values[0, 0])} at all points: the loss does not read the "
+            "trained tensors, or is too coarse for eps of this size: give larger ones"
         )
-    # Rounding: what differences are beside the polynomial, where that is known from larger eps.
-    slope, third, j = first.a, 6 * first.b, first.first
-    smooth = 2 * slope * eps + third * eps**3 / 3
-    error = _rms(odd - smooth)
-    pool = error[max(0, j - _POOLED) : j]
-    error[j:] = pool.square().mean().sqrt() if j else eps[0, 0] * first.apart  # all is well: no more than this
-    unrepeatable = float(clean.std())
-    if unrepeatable > 0.25 * float(error[j]):
+    x = eps / top
+    first, second = _fitted(odd, np.stack((x, x**3), 1)), _fitted(even, np.stack((x**2, x**4), 1))
+    slope, third = first.scales[0] / (2 * top), 3 * first.scales[1] / top**3
+    # Rounding: what differences are beside the polynomials. Where these follow it, it is that of the eps below.
+    own = (first.leverage > 0.5) | (np.arange(len(eps)) >= first.rungs)
+    error = _rms(odd - first.values) / np.sqrt(np.maximum(1 - first.leverage, 0.5))
+    known = np.flatnonzero(~own)
+    for i in np.flatnonzero(own):
+        below = known[known < i][-_POOLED:]
+        error[i] = _rms(error[below]) if len(below) else 2 * eps[i] * slope * first.unsure
+    unrepeatable = float(clean.std(ddof=1))
+    if unrepeatable > 0.25 * error[-1]:
         warn(
             f"closure: its losses at one and the same point differ by {unrepeatable:.2g} (standard deviation), so that it is no "
             "function of the weights alone (does it take a new batch in each call?), or the device's sums are not "
             "reproducible. What is measured as rounding contains that"
         )
-    second = _limit(even / eps.square(), eps.square())
-    curvature, k = (second.a, second.first) if second is not None else (torch.zeros_like(slope), len(ladder))
-    # Where extrapolation has ended, higher orders are seen as they are.
-    far, bend = (torch.arange(len(ladder)) > n + 1 for n in (j, k))
-    third_order = torch.where(far, _rms(odd - 2 * slope * eps), _rms(third * eps**3 / 3))
-    second_order = torch.where(bend, _rms(even) / 2, _rms(curvature * eps**2 / 2))
-    both = torch.cat((plus - clean, minus - clean), 1), torch.cat((slope, -slope))
+    # Bias: by the polynomials where they were fitted, and farther away as it is seen.
+    far, bend = (np.arange(len(eps)) >= fit.rungs for fit in (first, second))
+    third_order = np.where(far, _rms(odd - np.outer(x, first.first)), first.scales[1] * x**3)
+    second_order = np.where(bend, _rms(even), np.hypot(second.scales[0] * x**2, second.scales[1] * x**4)) / 2
     kinds = {
-        "two_sided": (odd, slope, 2 * _rms(slope) * eps[:, 0], third_order),
-        "one_sided": (*both, _rms(slope) * eps[:, 0], torch.hypot(second_order, third_order / 2)),
-    }
-    found: dict[str, list[Differences]] = {}
-    recommended, good = {}, {}
+        "two_sided": (odd, first.first, 2 * slope * eps, third_order),
+        "one_sided": (
+            np.concatenate((plus - clean, minus - clean), 1), np.concatenate((first.first, -first.first)), slope * eps,
+            np.hypot(second_order, third_order / 2),
+        ),
+    }  # fmt: skip
+    found, recommended, good = {}, {}, {}
     for kind, (differences, slopes, signal, bias) in kinds.items():
-        size = _rms(differences)
-        agree = (differences * slopes).mean(1) / (size * _rms(slopes)).clamp_min(1e-300)
-        agree[j:] *= signal[j:] / torch.hypot(signal[j:], error[j:])  # slopes were made of these, with their rounding
-        below = (differences.abs() < error.unsqueeze(1)).double().mean(1)
-        found[kind] = [Differences(*row) for row in torch.stack((size, bias, agree, below), 1).tolist()]
-        progress = signal.square() / (signal.square() + error.square() + bias.square())
-        best, name = int(progress.argmax()), kind.replace("_", "-")
-        poor = [i for i, share in enumerate(progress.tolist()) if share < _GOOD * float(progress[best])]
-        first_good = max((i + 1 for i in poor if i < best), default=0)
-        last_good = min((i - 1 for i in poor if i > best), default=len(ladder) - 1)
+        size, name = _rms(differences), kind.replace("_", "-")
+        seen = (differences * slopes).mean(1) / np.maximum(size * _rms(slopes), 1e-300)
+        progress = signal**2 / (signal**2 + error**2 + bias**2)
+        correlation = np.where(own & ~far, np.sqrt(progress), seen)  # of what slopes were made of, it would be 1
+        below = (np.abs(differences) < error[:, None]).mean(1)
+        found[kind] = [Differences(*map(float, row)) for row in zip(size, bias, correlation, below, strict=True)]
+        best = int(progress.argmax())
+        poor = np.flatnonzero(progress < _GOOD * progress[best])
+        first_good, last_good = max(poor[poor < best], default=-1) + 1, min(poor[poor > best], default=len(eps)) - 1
         recommended[name], good[name] = ladder[best], (ladder[first_good], ladder[last_good])
-    rungs = tuple(map(Rung, ladder, error.tolist(), found["two_sided"], found["one_sided"]))
+    rungs = tuple(map(Rung, ladder, map(float, error), found["two_sided"], found["one_sided"]))
     return Measurement(
-        rungs, recommended, good, float(clean[0]), float(_rms(slope)), float(_rms(curvature)), float(_rms(third)),
-        (ladder[j], ladder[j + 1]), probes, evaluations,
+        rungs, recommended, good, float(clean[0, 0]), float(slope), float(second.scales[0] / top**2), float(third),
+        ladder[first.rungs - 1], probes, evaluations,
     )  # fmt: skip

@@ -37,6 +37,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 import zo_core
 from zo_core import Journal, JournalError
+from zo_core.floor import error_at_eps
 from zo_core.integrations import report, tasks
 from zo_core.integrations.config import FinetuneConfig, stored_config
 from zo_core.integrations.errors import RunError, first_line
@@ -328,12 +329,9 @@ class Run:
         """Measure the forwards' rounding error around eps, once in a run."""
         if self.state.floor is None:
             self.session.model.train(self.config.dropout)
-            ladder = [self.config.eps * 10 ** (half / 2) for half in range(-1, 3)]
             try:
-                found = zo_core.measure(
-                    self.optimizer, self.session.loss_of(0), eps=ladder, probes=2, progress=lambda *_: self.check()
-                )
-                self.state.floor = found.at(self.config.eps).error
+                closure = self.session.loss_of(0)
+                self.state.floor = error_at_eps(self.optimizer, closure, progress=lambda *_: self.check())
             except ValueError:  # losses that are constant or not finite, of which the steps tell
                 self.state.floor = math.nan
         self.optimizer.noise_floor = None if math.isnan(self.state.floor) else self.state.floor

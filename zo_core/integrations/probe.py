@@ -55,13 +55,13 @@ def sides(config: FinetuneConfig) -> str:
 
 def report(found: Measurement, config: FinetuneConfig) -> Group:
     """The table, and what it says for the method."""
-    own, spread = sides(config), {"justify": "right", "no_wrap": True}
+    own = sides(config)
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("\neps", **spread)
-    table.add_column("\nrounding", **spread)
+    heads = [("\neps", ""), ("\nrounding", "")]
     for kind in KINDS:
-        for name in (f"{kind}\nRMS", "\nbias", "\ncorr.", "\nbelow"):
-            table.add_column(name, style="" if kind == own else "dim", **spread)
+        heads += [(text, "" if kind == own else "dim") for text in (f"{kind}\nRMS", "\nbias", "\ncorr.", "\nbelow")]
+    for text, style in heads:
+        table.add_column(text, style=style, justify="right", no_wrap=True)
     for rung in found.rungs:
         cells = [f"{rung.eps:.1e}", f"{rung.error:.1e}"]
         for kind in KINDS:

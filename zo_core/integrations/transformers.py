@@ -16,6 +16,7 @@ from transformers import Trainer, TrainingArguments
 import zo_core
 from zo_core.bindings.warn import warn
 from zo_core.distributed import Parallel
+from zo_core.floor import error_at_eps
 from zo_core.optim.base import ZOOptimizer
 from zo_core.optim.options import Options
 from zo_core.optim.points import Closure
@@ -235,8 +236,7 @@ class ZOMixin(_Trainer):
         """Measure the forwards' rounding error around eps."""
         optimizer = self.zo_optimizer
         try:
-            ladder = [optimizer.eps * 10 ** (half / 2) for half in range(-1, 3)]
-            optimizer.noise_floor = zo_core.measure(optimizer, closure, eps=ladder, probes=2).at(optimizer.eps).error
+            optimizer.noise_floor = error_at_eps(optimizer, closure)
         except ValueError as error:
             warn(f"measure_floor: {error}")
             optimizer.noise_floor = 0.0

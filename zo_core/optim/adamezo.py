@@ -21,7 +21,8 @@ class AdaMeZO(MeZO):
     a step, each counts with its share g / n in both sums. A step takes 2n evaluations and returns the mean of their losses.
 
     z is Gaussian, as published. Where z^2 is 1 (random signs, and factored noise of rank 1) v is one number for all elements
-    of a tensor: the step is then MeZO's with momentum, over the size of its last gradients.
+    of a tensor: the step is then MeZO's with momentum, over the size of its last gradients. With ``scales`` sigma a step is
+    sigma m / (sqrt(v) + 1e-5), v without sigma, so that a scale is also one of the step's length.
 
     Args:
         params: as in ``ZOOptimizer``, and so are all other arguments.

@@ -224,7 +224,7 @@ class ZOOptimizer(Stateful):
             self._versions = versions_of(self._tensors())
         self._count_flat(torch.cat(losses.seen, dim=1))
         if self.noise_floor is not None:
-            self._count_below(losses.differences())
+            self._count_below(losses.differences(), self.noise_floor)
         return found.loss
 
     @contextmanager

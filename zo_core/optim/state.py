@@ -345,9 +345,9 @@ class Stateful(torch.optim.Optimizer):
         below, probes = (0, 0) if self._below is None else self._below.tolist()
         return below, probes
 
-    def _count_below(self, differences: Tensor) -> None:
-        """Count the differences of losses of a step, (n,)."""
-        below = (differences.abs() < self.noise_floor).sum()
+    def _count_below(self, differences: Tensor, floor: float) -> None:
+        """Count the differences of losses of a step, (n,), and those below a floor."""
+        below = (differences.abs() < floor).sum()
         counts = torch.stack((below, torch.full_like(below, len(differences))))
         self._below = counts if self._below is None else self._below + counts
 
