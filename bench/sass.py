@@ -106,6 +106,9 @@ VARIANTS = (
     Variant("rademacher bf16 scaled in factors", Form("rademacher", scale="factors"), 11.5),
     Variant("gaussian bf16 + 8 stochastic, in factors", Form(residual=8, stochastic=True, scale="factors"), 30),
     Variant("gaussian bf16 H update", Form(scale="update", stochastic=True)),
+    Variant(
+        "gaussian bf16 K=10 second moment, + 8 stochastic", Form(k=10, scale="moment", residual=8, stochastic=True)
+    ),
     Variant("rademacher bf16 K=8", Form("rademacher", k=8), 18),
     Variant("rademacher bf16 K=40", Form("rademacher", k=40), 39),
     Variant("rademacher bf16 K=160", Form("rademacher", k=160), 117),

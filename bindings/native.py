@@ -13,7 +13,7 @@ from torch import Tensor
 from ..kernels import reference
 from ..kernels.reference import HESSIAN_RANGE, ROUNDS
 
-ABI_VERSION = 6
+ABI_VERSION = 7
 LIBRARY = Path(__file__).with_name("libzo_core.so")
 CHOICE = os.environ.get("ZO_CORE_BACKEND", "")  # read once, when the library is imported
 ISAS = ("portable", "avx2", "avx512")
@@ -40,6 +40,7 @@ class _PassStruct(ctypes.Structure):
         ("curvature", _ptr),
         ("decay", _ptr),
         ("smoothing", _ptr),
+        ("squares", _ptr),
         ("n_streams", _i64),
         ("hessian_min", _f32),
         ("hessian_max", _f32),
@@ -235,8 +236,8 @@ def run_rows(
 def _run(
     table: int, n: int, streams: Tensor, coeffs: Tensor, seed: int, distribution: str, counters: Tensor,
     decay: Tensor | None = None, update: Tensor | None = None, restore: Tensor | None = None,
-    curvature: Tensor | None = None, smoothing: Tensor | None = None, hessian_min: float = HESSIAN_RANGE[0],
-    hessian_max: float = HESSIAN_RANGE[1], rank: int = 1,
+    curvature: Tensor | None = None, smoothing: Tensor | None = None, squares: Tensor | None = None,
+    hessian_min: float = HESSIAN_RANGE[0], hessian_max: float = HESSIAN_RANGE[1], rank: int = 1,
 ) -> None:  # fmt: skip
     """``zo_run`` on n ``zo_tensor`` structs at this address."""
     kept: list[Tensor] = []  # alive until the call returns
@@ -255,6 +256,7 @@ def _run(
         curvature=pointer(curvature),
         decay=pointer(decay),
         smoothing=pointer(smoothing),
+        squares=pointer(squares),
         n_streams=streams.numel(),
         hessian_min=hessian_min,
         hessian_max=hessian_max,

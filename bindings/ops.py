@@ -12,6 +12,10 @@ n = column_scales[i].numel().
 
     dst = round( (1 - decay) * src  +  s sum_k coeffs[k] z_k )
 
+So may a second moment of the noise, for ``update_`` with Gaussian noise:
+
+    dst = round( (1 - decay) * src  +  sum_k coeffs[k] z_k / (sqrt(sum_k squares[k] z_k^2) + 1e-5) )
+
 ``perturb_rows`` is ``perturb`` of the rows of a matrix that an int64 tensor ``rows`` names (an embedding's
 looked-up ones): row j of dst from row rows[j] of src, coefficients float32 (K, 1); rows are not checked. Arguments,
 for T tensors and K streams, all on the device of the weights:
@@ -24,6 +28,7 @@ for T tensors and K streams, all on the device of the weights:
     update       int64, one element: stream of the stochastic rounding of 16-bit results; None rounds to nearest
     hessians     T tensors H, float32, of the shapes of the weights, or []; ``hessian`` of the whole matrix in perturb_rows
     restore, curvature   float32 (K, T); smoothing float32 (T,); given together, with hessians, float32
+    squares      float32 (K, T), not negative, or None; without hessians, scales and what comes with them
     seed         64-bit run seed as a signed integer (``signed64``)
     distribution "gaussian", "rademacher" or "factored": of a matrix, sums of products of row and column signs
     rank         of factored noise: how many products; 1 with other distributions
@@ -78,7 +83,8 @@ _FACTORED = "int rank=1, int[]? columns=None"
 _SCHEMAS = (
     f"update_(Tensor(a!)[] weights, Tensor(b!)[] hessians, {_COMMON}, Tensor? restore=None, Tensor? curvature=None, "
     f"Tensor? smoothing=None, float hessian_min={HESSIAN_RANGE[0]}, float hessian_max={HESSIAN_RANGE[1]}, "
-    f"Tensor(c!)[]? residuals=None, Tensor[]? row_scales=None, Tensor[]? column_scales=None, {_FACTORED}) -> ()",
+    f"Tensor(c!)[]? residuals=None, Tensor[]? row_scales=None, Tensor[]? column_scales=None, {_FACTORED}, "
+    "Tensor? squares=None) -> ()",
     f"perturb(Tensor[] src, Tensor(a!)[] dst, Tensor[] hessians, {_COMMON}, Tensor[]? residuals=None, "
     f"Tensor[]? row_scales=None, Tensor[]? column_scales=None, {_FACTORED}) -> ()",
     "perturb_rows(Tensor src, Tensor rows, Tensor(a!) dst, int tensor_id, int offset, Tensor streams, Tensor coeffs, *, "
@@ -263,6 +269,7 @@ def _check_pass(
     column_scales: Sequence[Tensor] | None = None,
     rank: int = 1,
     columns: Sequence[int] | None = None,
+    squares: Tensor | None = None,
 ) -> None:
     device, count, k = streams.device, len(src), streams.numel()
     read, written = ("weights", "weights") if in_place else ("src", "dst")
@@ -281,6 +288,7 @@ def _check_pass(
         ("coeffs", coeffs, (k, count)),
         ("restore", restore, (k, count)),
         ("curvature", curvature, (k, count)),
+        ("squares", squares, (k, count)),
         ("decay", decay, (count,)),
         ("smoothing", smoothing, (count,)),
     ):
@@ -306,6 +314,12 @@ def _check_pass(
         raise ValueError(
             f"row_scales, column_scales: expected without hessians, got {len(hessians)} hessians too: the noise of a call is "
             "scaled by one or the other"
+        )
+    if squares is not None and (distribution != "gaussian" or hessians or changes_hessians or row_scales is not None):
+        raise ValueError(
+            f"squares: expected None with distribution {distribution!r}, {len(hessians)} hessians and {len(row_scales or [])} "
+            "row_scales, got a tensor: the second moment takes Gaussian noise without other scales (of signs it is one number, by "
+            "which coeffs can be divided)"
         )
     if not 0 < hessian_min <= hessian_max:
         raise ValueError(f"hessian_min, hessian_max: expected 0 < min <= max, got {hessian_min} and {hessian_max}")

@@ -16,6 +16,7 @@ MAX_RANK = 1024  # of factored noise; a block number has room for 2^16
 # H of a pass that is not told other limits, in every backend: torch leaves out an argument that equals its schema's
 # default when it calls a kernel, so that kernels and schemas must have the same one.
 HESSIAN_RANGE = (1e-8, 1e8)
+MOMENT_FLOOR = 1e-5  # what a pass with squares adds to the root of the second moment, in every backend
 ROUNDS = 7  # of Philox in noise version 1, likewise
 CHUNK = 1 << 20  # elements worked on at once: bounds the temporaries, a multiple of every block
 
@@ -217,6 +218,7 @@ def run_pass(
     restore: Tensor | None = None,
     curvature: Tensor | None = None,
     smoothing: Tensor | None = None,
+    squares: Tensor | None = None,
     hessian_min: float = HESSIAN_RANGE[0],
     hessian_max: float = HESSIAN_RANGE[1],
     residuals: Sequence[Tensor] = (),
@@ -226,7 +228,7 @@ def run_pass(
     columns: Sequence[int] = (),
 ) -> None:
     """The operation of docs/noise.md on a list of tensors; arguments as in ``bindings.ops``, already checked."""
-    if not _finite(coeffs, decay, restore, curvature, smoothing):
+    if not _finite(coeffs, decay, restore, curvature, smoothing, squares):
         counters[0] += 1
         return
     columns = columns or columns_of(src)
@@ -245,7 +247,7 @@ def run_pass(
             hessian = hessians[i].view(-1)[part] if hessians else None
             names = {"tensor_id": tensor_ids[i], "seed": seed}
 
-            noise, back, squares = (torch.zeros_like(weight) for _ in range(3))
+            noise, back, square = (torch.zeros_like(weight) for _ in range(3))
             for k, stream in enumerate(streams.unbind()):
                 key: dict[str, Any] = {"stream": stream, "dtype": torch.float32, **names}
                 if distribution == "factored" and columns[i]:
@@ -257,15 +259,19 @@ def run_pass(
                 noise += coeffs[k, i] * z
                 if restore is not None and curvature is not None:
                     back += restore[k, i] * z
-                    squares += curvature[k, i] * z * z
+                    square += curvature[k, i] * z * z
+                if squares is not None:
+                    square += squares[k, i] * z * z
             base = weight
             if hessian is not None:
                 if smoothing is not None:
                     base = weight + back / hessian.sqrt()
-                    hessian.mul_(1 - smoothing[i] + squares).clamp_(hessian_min, hessian_max)
+                    hessian.mul_(1 - smoothing[i] + square).clamp_(hessian_min, hessian_max)
                 noise = noise / hessian.sqrt()
             elif row_scales:
                 noise = noise * scales_of(row_scales[i], column_scales[i], element)
+            elif squares is not None:
+                noise = noise / (square.sqrt() + MOMENT_FLOOR)
             out = noise + (base if keep is None else keep * base)
 
             limit = torch.finfo(target.dtype).max

@@ -209,6 +209,14 @@ def _hessian(backend: ModuleType, device: torch.device) -> None:
     )  # fmt: skip
 
 
+def _moment(backend: ModuleType, device: torch.device) -> None:
+    coeffs = torch.tensor([0.01, -0.02, 0.01], dtype=torch.float32)
+    _as_the_reference(
+        backend, device, _uniform(ENOUGH, -1.0, 1.0), coeffs=coeffs, squares=torch.ones(3, 1, dtype=torch.float32),
+        distribution="gaussian", bound=1e-4,
+    )  # fmt: skip
+
+
 def _factors(backend: ModuleType, device: torch.device) -> None:
     _as_the_reference(
         backend, device, _uniform(ENOUGH, -1.0, 1.0), coeffs=0.3, bound=1e-6,
@@ -259,6 +267,7 @@ ANSWERS: dict[str, Answer] = {
     "sum of 40 streams": _sum(40),
     "gathered rows": _rows,
     "Hessian": _hessian,
+    "second moment": _moment,
     "scales in two factors": _factors,
     "factored noise": _factored,
     "slice": _slice,

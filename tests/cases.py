@@ -26,7 +26,7 @@ class Case:
 
     ``residual``: bits of the residuals of all tensors but the second, which keeps none; ``mixed``: tensor i has the dtype
     and the residual of MIXED[i]. ``columns``: numbers of columns of scales in two factors, taken in turn, 0 for a vector;
-    ``widths``: the same of factored noise, of ``rank``.
+    ``widths``: the same of factored noise, of ``rank``. ``moment``: noise is divided by the root of its second moment.
     """
 
     distribution: str = "gaussian"
@@ -45,6 +45,7 @@ class Case:
     columns: tuple[int, ...] = ()
     widths: tuple[int, ...] = ()
     rank: int = 1
+    moment: bool = False
 
     def kinds(self) -> list[tuple[torch.dtype, int]]:
         """Dtype and bits of the residual, 0 for none, of each tensor of ``src``."""
@@ -160,6 +161,10 @@ def make(case: Case, device: str = "cpu") -> dict[str, Any]:
             "hessian_min": 0.6,
             "hessian_max": 1.7,
         }
+    if case.moment:
+        options["squares"] = uniform(case.k, count, low=0.5, high=2)
+        if case.bad == "squares":
+            options["squares"][0, -1] = float("inf")
     args = (
         src, dst, hessians, [7 * i + (i == 1) * (2**32 - 9) for i in range(count)], list(case.offsets),
         torch.arange(case.k, device=device) * 3 - 1, coeffs,
@@ -182,7 +187,8 @@ def check(case: Case, backend: Any, noise: float, device: str = "cpu") -> None:
     added = spread * got["args"][6].abs().sum(0)  # most that a tensor can be moved by
     if case.hessian == "update":
         added = added + spread * got["options"]["restore"].abs().sum(0)
-    scale = 2.0 if case.hessian else 4.0 if case.columns else 1.0
+    # With a second moment: an error of z counts by 1 / |z|, which is large for few elements.
+    scale = 2.0 if case.hessian else 4.0 if case.columns else 20.0 if case.moment else 1.0
     moved = noise if case.distribution == "gaussian" else 0.0
     kinds = case.kinds() if case.dst is None else [(case.dst, 0)] * len(case.sizes)
     for i, ((dtype, bits), x, y) in enumerate(zip(kinds, got["args"][1], expected["args"][1], strict=True)):
@@ -275,6 +281,12 @@ def _cases() -> list[Case]:
               for d, k in (("gaussian", 1), ("gaussian", 2), ("rademacher", 1), ("rademacher", 9))]  # fmt: skip
     cases += [Case("gaussian", BF16, bad="weights", columns=(8,)), Case("rademacher", F16, bad="range", columns=(8, 3)),
               Case("gaussian", F32, sizes=(), columns=(8,)), Case("gaussian", BF16, bad="coeffs", columns=(8,))]  # fmt: skip
+
+    cases += [Case("gaussian", t, k=k, moment=True, residual=r, decay=k != 2, stochastic=s) for t, k, r, s in (
+        (F32, 1, 0, False), (F32, 3, 0, False), (BF16, 2, 0, True), (BF16, 3, 8, True), (F16, 10, 16, False))]  # fmt: skip
+    cases += [Case("gaussian", sizes=(2100, 129, 40, 5, 2200, 300, 77), offsets=(2**34 + 1003, 1, 127, 64, 0, 2047, 5), k=4,
+                   mixed=True, stochastic=True, skewed=1, moment=True),
+              Case("gaussian", BF16, bad="weights", moment=True), Case("gaussian", F32, bad="squares", k=2, moment=True)]  # fmt: skip
 
     def factored(*args: Any, **given: Any) -> Case:
         """Narrow rows, a vector, and rows that a backend may cut into blocks; tensors that start and end inside of rows."""

@@ -49,8 +49,9 @@ def test_help_has_examples_groups_and_every_option() -> None:
     }
     assert [name for name in names if f"--{name}" not in text] == []
     assert "zo-core evaluate runs/reviews" in call("evaluate", "--help").output
+    assert "zo-core probe --method mezo" in call("probe", "--help").output
     assert "zo-core replay smollm2 runs/reviews tuned" in call("replay", "--help").output
-    assert all(name in call("--help").output for name in ("finetune", "evaluate", "replay", "doctor"))
+    assert all(name in call("--help").output for name in ("finetune", "probe", "evaluate", "replay", "doctor"))
 
 
 def test_finetune_then_evaluate_then_resume(inputs: list[str], tmp_path: Path) -> None:
@@ -76,6 +77,26 @@ def test_finetune_then_evaluate_then_resume(inputs: list[str], tmp_path: Path) -
     assert result.exit_code == 0, result.output
     assert json.loads((folder / "summary.json").read_text())["steps"] == 8
     assert "this run is finished" in call("finetune", "-o", folder, "--resume").output
+
+
+def test_probe_says_how_large_eps_should_be(inputs: list[str], tmp_path: Path) -> None:
+    options = [*inputs, "--method", "mezo", "--draws", 2, "--least", 1e-3]
+    drawn = tmp_path / "eps.png"
+    result = call("probe", *options, "--plot", drawn)
+    assert result.exit_code == 0, result.output
+    assert "mezo takes two-sided differences: --eps" in result.output and "1.0e-03" in result.output
+    assert drawn.read_bytes().startswith(b"\x89PNG")
+    found = json.loads(call("probe", *options, "--json").stdout)
+    assert [rung["eps"] for rung in found["rungs"]] == pytest.approx([1e-3, 10**-2.5, 1e-2, 10**-1.5, 1e-1])
+    assert found["evaluations"] == 5 * 5 and found["recommended"].keys() == found["good"].keys()
+    assert found["rungs"][0]["two_sided"]["correlation"] > 0.999  # float32
+    for arguments, says in (
+        (["--most", 1e-2], "--most: expected at least 1.5 decades above --least 0.001, got 0.01"),
+        (["--plot", tmp_path / "no" / "eps.png"], "expected a file in a folder that exists"),
+        (["--plot", tmp_path / "eps.nothing"], "cannot be written"),
+    ):
+        result = call("probe", *options, *arguments)
+        assert result.exit_code == 2 and says in result.output, result.output
 
 
 def test_replay_makes_a_run_again_as_a_folder_and_as_a_file(inputs: list[str], tmp_path: Path) -> None:

@@ -75,6 +75,7 @@ PROBE_PARALLEL = {  # with more, with fewer points than ranks, and with numbers 
     "mezo": (zo_core.MeZO, {"lr": 2e-2}),
     "mezo, bfloat16, dropout": (zo_core.MeZO, {"lr": 2e-2, "dtype": torch.bfloat16, "dropout": 0.2}),
     "hizoo": (zo_core.HiZOO, {"lr": 2e-2, "smoothing": 1e-2, "hessian": "factored"}),
+    "adamezo": (zo_core.AdaMeZO, {"lr": 1e-2, "probes": 2, "window": 4}),
 }
 
 
@@ -258,6 +259,7 @@ def differ():
     attempt("names", lambda m: optimizer([*m[0].named_parameters()][:: 1 - 2 * rank], module=m))
     attempt("hidden", lambda m: optimizer([("seed", m[0].weight)], module=m, seed=rank))
     attempt("blocks", blocks)
+    attempt("scales", lambda m: optimizer(m, scales={"4.weight": 1.0 + rank}))
     attempt("lr", lambda m: optimizer(m, lr=1e-3 * (1 + rank)))
     attempt("method", lambda m: optimizer(m) if rank else zo_core.LeZO(m, lr=1e-3, rho=0.0, processes=Parallel()))
     if len(native.isas()) > 1:
@@ -275,6 +277,7 @@ def test_ranks_that_do_not_agree_at_the_start_are_refused_by_name():
         assert said["seed"] == "seed: expected the same in all ranks, got seed of 0 in rank 0; 1 in rank 1"
         assert "tensor 0" in said["names"] and "bias" in said["names"] and "weight" in said["names"]
         assert said["hidden"] == said["seed"] and said["blocks"].startswith("blocks: expected the same in all ranks")
+        assert said["scales"].startswith("scales: expected the same in all ranks, got scales of [] in rank 0; [0.")
         assert "lr of group 0: " in said["lr"] and "0.001 in rank 0; 0.002 in rank 1" in said["lr"]
         assert "LeZO in rank 0; MeZO in rank 1" in said["method"]
         assert "float32 (17, 6) in rank 0" in said["tensors"]

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_lm
@@ -26,7 +27,7 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
-from zo_core import JournalError
+from zo_core import JournalError, calibration, scales
 from zo_core.integrations import finetune as runs
 from zo_core.integrations import tasks
 from zo_core.integrations.config import FinetuneConfig, RunError, resumed_config
@@ -117,6 +118,28 @@ def start(
 # ---- a whole run
 
 
+@pytest.mark.parametrize("method", ["meazo", "bszo"])
+def test_a_run_tells_how_many_differences_are_below_the_forwards_rounding(inputs, tmp_path, method):
+    options = {**inputs, "method": method, "steps": 3, "lr": 1e-4}
+    summary = runs.finetune(FinetuneConfig(**options, output=tmp_path / "one"))
+    lines = [line for line in runs.read_metrics(tmp_path / "one") if line["kind"] == "step"]
+    assert [(line["below_floor"], line["flat"]) for line in lines] == [(0.0, False)] * 3  # float32
+    assert 0 < summary["floor"]["error"] < 1e-5 and summary["floor"]["below"] == 0 and summary["flat_steps"] == 0
+    assert summary["forwards"] == 3 * (2 if method == "meazo" else 3)  # those of the steps
+    runs.finetune(FinetuneConfig(**options, measure_floor=False, output=tmp_path / "other"))
+    assert same(tmp_path / "one", tmp_path / "other")  # measuring changes no bit of a run
+    assert "below_floor" not in runs.read_metrics(tmp_path / "other")[-2]
+
+
+def test_a_run_with_a_floor_resumes_with_it(inputs, tmp_path):
+    options = {**inputs, "steps": 2, "lr": 1e-4, "eps": 1e-6}
+    first = runs.finetune(FinetuneConfig(**options, output=tmp_path))["floor"]
+    again = runs.finetune(FinetuneConfig(**{**options, "steps": 4}, output=tmp_path), resume=True)
+    lines = [line for line in runs.read_metrics(tmp_path) if line["kind"] == "step"]
+    assert again["floor"]["error"] == first["error"] and len(lines) == 4
+    assert again["flat_steps"] == sum(line["flat"] for line in lines)
+
+
 def test_probes_with_batches_of_their_own_take_the_examples_in_order_and_resume(
     inputs: dict[str, object], tmp_path: Path
 ) -> None:
@@ -127,12 +150,48 @@ def test_probes_with_batches_of_their_own_take_the_examples_in_order_and_resume(
     together = plain.batch_of(1)[0].tolist()
     assert [r[-8:] for r in rows] == [r[-8:] for r in together]
     assert [float(f()) for f in session.closures_of(1)] == [float(session.loss_of(3 + k)()) for k in range(3)]
-    assert finetune(whole)["forwards"] == 6 * 3 * 2 + 1  # and the check of the shadow engine
+    assert finetune(whole)["forwards"] == 6 * 3 * 2  # those of the steps alone
     part = FinetuneConfig(**{**options, "steps": 3, "output": tmp_path / "part"})
     finetune(part)
     finetune(resumed_config(part.output, {"steps": 6}), resume=True)
     assert same(whole.output, part.output) and losses(whole.output) == losses(part.output)
     assert "--spread" in whole.command() and "--spread" not in plain.config.command()
+
+
+def test_a_run_measures_its_scales_once_and_goes_on_with_no_others(
+    inputs: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = calibration._measure
+
+    def positive(*args: Any) -> Any:
+        """A random model's traces are negative, which leaves all scales at 1."""
+        return (found := measure(*args))._replace(curvatures=found.curvatures.abs())
+
+    monkeypatch.setattr(calibration, "_measure", positive)
+    options = {**inputs, "keep_best": False, "eval_every": 100, "test_size": 8, "validation_size": 8}
+    whole = FinetuneConfig(**{**options, "calibrate": 34, "steps": 4, "output": tmp_path / "whole"})
+    assert finetune(whole)["forwards"] == 34 + 4 * 2 + 1  # and the check of the shadow engine
+    part = FinetuneConfig(**{**options, "calibrate": 34, "steps": 2, "output": tmp_path / "part"})
+    finetune(part)
+    finetune(resumed_config(part.output, {"steps": 4}), resume=True)
+    assert same(whole.output, part.output) and losses(whole.output) == losses(part.output)
+    replay_model(str(inputs["model"]), whole.output, tmp_path / "again" / "model")
+    assert same(whole.output, tmp_path / "again")
+    path = tmp_path / "scales.json"
+    shutil.copy(whole.output / "scales.json", path)
+    found = scales.load(path)
+    assert len(set(found.values())) > 2
+    given = FinetuneConfig(**{**options, "scales": path, "steps": 4, "output": tmp_path / "given"})
+    finetune(given)
+    assert same(whole.output, given.output) and f"--scales {path}" in given.command()
+    scales.save({**found, next(iter(found)): 3.0}, path)
+    with pytest.raises(RunError, match="scales: expected .* for model.embed_tokens.weight"):
+        finetune(resumed_config(given.output, {"steps": 5}), resume=True)
+    with pytest.raises(ValidationError, match="scales and calibrate exclude each other"):
+        FinetuneConfig(**{**options, "scales": path, "calibrate": 34})
+    path.unlink()
+    with pytest.raises(RunError, match=r"--method mezo: .*scales\.json"):
+        given.optimizer(prepare(given).model)
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +231,7 @@ def test_what_a_run_writes(finished: Path) -> None:
     validations = [line for line in lines if line.get("split") == "validation"]
     assert [line["step"] for line in steps] == list(range(1, 301))
     assert [line["step"] for line in validations] == list(range(0, 301, 50))
-    assert steps[-1]["forwards"] == summary["forwards"] == 300 * 4 * 2 + 1  # the first step has one to compare
+    assert steps[-1]["forwards"] == summary["forwards"] == 300 * 4 * 2
     assert steps[0]["lr"] == 2e-3
     assert steps[-1]["lr"] == pytest.approx(2e-3 / 300)
     best = max(validations, key=lambda line: (line["accuracy"], -line["loss"]))

@@ -7,10 +7,11 @@ ROOT = Path(__file__).parent.parent
 LEVELS = [  # a part of the library imports from the levels above its own, never from its own level or below
     {"kernels"},
     {"bindings"},
-    {"record", "locks", "noise", "scaling", "sharding", "losses"},
+    {"record", "locks", "noise", "scaling", "scales", "sharding", "losses"},
     {"weights", "layers", "arrays"},
     {"engines", "closure", "estimators", "journal", "distributed"},
     {"optim"},
+    {"floor", "calibration"},
     {"zo_core"},  # the public names
     {"integrations"},
     {"cli"},

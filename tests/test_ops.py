@@ -39,6 +39,8 @@ def test_opcheck(distribution):
     hessians = [torch.ones_like(t) for t in args[0]]
     extra = {name: torch.full((2, 2), 0.1) for name in ("restore", "curvature")} | {"smoothing": torch.zeros(2)}
     torch.library.opcheck(zo.update_.default, [args[0], hessians, *args[2:]], full | extra)
+    if distribution == "gaussian":
+        torch.library.opcheck(zo.update_.default, args, full | {"squares": torch.full((2, 2), 0.1)})
     dst = [torch.empty_like(t, dtype=torch.bfloat16) for t in args[0]]
     torch.library.opcheck(zo.perturb.default, [args[0], dst, *args[1:]], full)
     kept = {"residuals": [torch.ones(40, dtype=torch.int8), torch.empty(0, dtype=torch.int16)]}
@@ -100,6 +102,17 @@ WRONG = {
     "hessian shape": ({"hessians": [torch.ones(40), torch.ones(40)]}, ValueError, r"hessians\[1\].*\(41,\).*\(40,\)"),
     "hessian dtype": ({"hessians": [torch.ones(40), torch.ones(41).half()]}, TypeError, r"hessians\[1\].*float16"),
     "part of the hessian form": ({"restore": torch.zeros(2, 2)}, ValueError, r"restore, curvature, smoothing"),
+    "squares of signs": (
+        {"squares": torch.ones(2, 2), "distribution": "rademacher"},
+        ValueError,
+        r"squares: expected None",
+    ),
+    "squares and hessians": (
+        {"squares": torch.ones(2, 2), "hessians": [torch.ones(40), torch.ones(41)]},
+        ValueError,
+        r"squares.*2 hessians",
+    ),
+    "squares of another shape": ({"squares": torch.ones(1, 2)}, ValueError, r"squares: expected shape \(2, 2\)"),
     "too few residuals": (kept(NONE), ValueError, r"residuals: expected 2 tensors as weights has, got 1"),
     "residual dtype": (
         kept(NONE, torch.zeros(41)),

@@ -24,8 +24,18 @@ def python(code: str, **environment: str) -> str:
 
 
 def test_public_names():
-    methods = {"FZOO", "HiZOO", "LeZO", "MeZO", "SPSA", "ZOOptimizer"}
-    assert set(zo_core.__all__) == {*methods, "Journal", "JournalError", "backend_info", "losses", "noise", "replay"}
+    methods = {"AdaMeZO", "BSZO", "FZOO", "HiZOO", "LeZO", "MEAZO", "MeZO", "SPSA", "ZOOptimizer"}
+    functions = {"backend_info", "calibrate", "measure", "replay"}
+    assert set(zo_core.__all__) == {
+        *methods,
+        *functions,
+        "Calibration",
+        "Journal",
+        "JournalError",
+        "losses",
+        "noise",
+        "scales",
+    }
     assert all(hasattr(zo_core, name) for name in zo_core.__all__)
     public = {name for name in vars(zo_core.noise) if not name.startswith("_")}
     assert {"sample", "permutation", "VERSION"} <= public

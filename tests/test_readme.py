@@ -1,4 +1,4 @@
-"""The code in the README and in docs/methods.md runs as it stands there."""
+"""The code in the README, docs/methods.md and docs/eps.md runs as it stands there."""
 
 import re
 from pathlib import Path
@@ -24,7 +24,14 @@ def test_the_methods_page():
         with torch.random.fork_rng():
             exec(code, names := {})
         assert names["opt"].updates == 10
-    assert len(examples) == 2
+    assert len(examples) == 3
+
+
+def test_the_eps_page(capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "eps.md").read_text(encoding="utf-8"), re.S)
+    with torch.random.fork_rng():
+        exec(code, names := {})
+    assert names["found"].evaluations == 153 and "two-sided: best eps" in capsys.readouterr().out
 
 
 def test_every_linked_file_exists():

@@ -91,6 +91,7 @@ FAULTS = {
     ),
     "gathered rows": Faulty(rows=lambda dst: dst.copy_(dst.flip(0))),
     "Hessian": only(lambda job: job.hessians, smoothing=lambda smoothing: 0 * smoothing),
+    "second moment": only(lambda job: "squares" in job.options, squares=lambda squares: 2 * squares),
     "scales in two factors": only(
         lambda job: "row_scales" in job.options, row_scales=lambda scales: [s.roll(1) for s in scales]
     ),

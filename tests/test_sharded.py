@@ -82,18 +82,26 @@ def gathered(model):
     return [(p.full_tensor() if hasattr(p, "full_tensor") else p).detach().float().clone() for p in model.parameters()]
 
 
-METHODS = {"mezo": zo_core.MeZO, "lezo": zo_core.LeZO, "hizoo": zo_core.HiZOO, "fzoo": zo_core.FZOO}
+METHODS = {"mezo": zo_core.MeZO, "lezo": zo_core.LeZO, "hizoo": zo_core.HiZOO, "fzoo": zo_core.FZOO,
+           "adamezo": zo_core.AdaMeZO}  # fmt: skip
 RUNS = {
     "mezo": {"lr": 2e-2, "probes": 2},
-    "lezo": {"method": "lezo", "lr": 2e-2, "rho": 0.5},
+    "lezo": {"method": "lezo", "lr": 2e-2, "rho": 0.5, "calibrate": 30},
     "bfloat16, residuals of 8 bits": {"lr": 2e-2, "dtype": torch.bfloat16},
     "float16, no residuals": {"method": "fzoo", "lr": 1e-2, "dtype": torch.float16, "residual": None, "probes": 3},
     "hizoo": {"method": "hizoo", "lr": 2e-2, "smoothing": 1e-2},
+    "adamezo": {"method": "adamezo", "lr": 3e-3, "window": 4},
+    "hizoo, scales": {
+        "method": "hizoo",
+        "lr": 2e-2,
+        "smoothing": 1e-2,
+        "scales": {"*.1.weight": 2.0, "last.bias": 0.5},
+    },
 }
 
 
-def train(kind, steps, method="mezo", dtype=torch.float32, **options):
-    """Losses and gathered weights."""
+def train(kind, steps, method="mezo", dtype=torch.float32, calibrate=0, **options):
+    """Losses and gathered weights; with scales that are measured first, where ``calibrate`` is a number of evaluations."""
     model = cut(network(dtype), kind)
     parallel = Parallel(check_every=3) if kind else None
     calculates = model if kind in ("", "fsdp") else network(dtype)
@@ -108,7 +116,7 @@ def train(kind, steps, method="mezo", dtype=torch.float32, **options):
         opt = METHODS[method](
             model, engine=None if kind else "inplace", seed=7, processes=parallel, weight_decay=0.1, **options
         )
-        losses = []
+        losses = sorted(zo_core.calibrate(opt, loss, calibrate).values()) if calibrate else []
         for _ in range(steps):
             losses.append(float(opt.step(loss)))
             with torch.no_grad():
@@ -125,7 +133,7 @@ def train_all(kind, steps, names=tuple(RUNS)):
     ("kind", "count", "steps", "names"),
     [
         ("fsdp", 3, 20, tuple(RUNS)),
-        ("columns", 3, 4, ("lezo", "bfloat16, residuals of 8 bits", "hizoo")),
+        ("columns", 3, 4, ("lezo", "bfloat16, residuals of 8 bits", "hizoo, scales")),
         ("rows and columns", 4, 3, ("float16, no residuals",)),
         ("fsdp over rows", 4, 3, ("bfloat16, residuals of 8 bits",)),
     ],

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 import zo_core
+from zo_core import calibration
 from zo_core.distributed import Parallel
 from zo_core.integrations.transformers import ZOTrainer, ZOTrainingArguments
 
@@ -260,6 +261,30 @@ def test_resume_is_bit_exact(tmp_path, method, dtype):
     assert not same(weights(whole.model), weights(make(dtype=dtype)))
 
 
+def test_scales_are_measured_before_the_first_step_alone(tmp_path, monkeypatch):
+    measure = calibration._measure
+
+    def positive(*args):
+        """A random model's traces are negative, which leaves all scales at 1."""
+        return (found := measure(*args))._replace(curvatures=found.curvatures.abs())
+
+    monkeypatch.setattr(calibration, "_measure", positive)
+    options = {"calibrate": 30, "gradient_accumulation_steps": 2, "spread_probes": True, "eps": 1e-3}
+    args = arguments(tmp_path, max_steps=3, save_strategy="steps", save_steps=1, **options)
+    whole = InOrder(make(), args, train_dataset=rows())
+    whole.train()
+    found = whole.zo_optimizer.scales
+    assert (
+        len(set(found.values())) > 2
+        and found["model.layers.0.mlp.up_proj.weight"] == found["model.layers.1.mlp.up_proj.weight"]
+    )
+    part = InOrder(make(), args, train_dataset=rows())
+    part.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert same(weights(whole.model), weights(part.model)) and part.zo_optimizer.scales == found
+    with pytest.raises(ValueError, match="calibrate: expected None, as zo_options has scales"):
+        arguments(tmp_path, calibrate=30, zo_options={"scales": found})
+
+
 def test_callbacks_evaluation_metrics_best_model_and_early_stopping(tmp_path):
     events = []
 
@@ -480,3 +505,17 @@ def test_only_adapters_move_at_their_published_rates_and_resume_bit_for_bit(tmp_
     assert moved == {n for n, p in whole.model.named_parameters() if p.requires_grad}
     part.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert same(weights(whole.model), weights(part.model))
+
+
+def test_the_log_tells_how_many_differences_are_below_the_forwards_rounding(tmp_path):
+    logged = {}
+    for measured in (False, True):
+        model = make()
+        args = arguments(tmp_path, max_steps=3, probes=4, measure_floor=measured, gradient_accumulation_steps=2)
+        trainer = InOrder(model, args, train_dataset=rows())
+        trainer.train()
+        logged[measured] = [x for x in trainer.state.log_history if "loss" in x], weights(model)
+        assert [(x["flat"], x["skipped"]) for x in logged[measured][0]] == [(0, 0)] * 3
+    assert [x["below_floor"] for x in logged[True][0]] == [0.0] * 3  # float32
+    assert 0 < trainer.zo_optimizer.noise_floor < 1e-4 and trainer.zo_optimizer.below_floor == (0, 12)
+    assert not any("below_floor" in x for x in logged[False][0]) and same(logged[True][1], logged[False][1])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 from toys import loss_of
-from twins import TwinFZOO, TwinHiZOO, TwinMeZO, TwinSPSA
+from twins import TwinAdaMeZO, TwinBSZO, TwinFZOO, TwinHiZOO, TwinMEAZO, TwinMeZO, TwinSPSA
 from zo_core.bindings import ops
 
 import zo_core
@@ -27,6 +27,13 @@ METHODS = {  # name: optimizer, twin, the options of both, those of the optimize
     ),
     "fzoo": (zo_core.FZOO, TwinFZOO, {"lr": 2e-2, "probes": 5}, {}, {}),
     "fzoo-r": (zo_core.FZOO, TwinFZOO, {"lr": 2e-2, "probes": 3, "reuse": True}, {}, {}),
+    "adamezo": (
+        zo_core.AdaMeZO, TwinAdaMeZO, {"lr": 1e-2, "probes": 2, "momentum": 0.8, "beta2": 0.5, "window": 3}, {}, {},
+    ),
+    "meazo": (zo_core.MEAZO, TwinMEAZO, {"lr": 2e-2, "probes": 2, "beta": 0.6, "zeta": 0.02}, {}, {}),
+    "bszo": (
+        zo_core.BSZO, TwinBSZO, {"lr": 5e-3, "probes": 3, "prior": 2.0, "noise": 8.0, "alpha": 0.9, "repeats": 2}, {}, {},
+    ),
     "spsa": (zo_core.SPSA, TwinSPSA, {"lr": 3e-2, "probes": 4, "alpha": 0.3, "floor": 0.5}, {}, {}),
 }  # fmt: skip
 
@@ -95,6 +102,8 @@ def take_steps(
     opt = method(params, seed=SEED, eps=eps, **exact, **both, **own, **({"module": model} if groups else {}), **options)
     reference = twin(theirs[:-2] if later else theirs, SEED, opt._own["distribution"])
     reference.decay_vectors = groups or later
+    reference.momentum, reference.window = options.get("momentum", 0.0), options.get("window", 1)
+    reference.scales = options.get("scales")
     sets = layers.tensors_of(list(model.blocks), mine, model) if "rho" in options else ()
     schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda step: 1 / (1 + step))
     for step in range(steps):
@@ -157,6 +166,36 @@ def test_steps_are_the_twin_s_with_half_of_the_blocks_left_out(name, engine):
     take_steps(name, engine=engine, rho=0.5, weight_decay=0.1)
 
 
+@pytest.mark.parametrize(
+    ("name", "engine"),
+    [
+        ("mezo, 2 probes", "shadow"),
+        ("hizoo", "inplace"),
+        ("hizoo-l", "shadow"),
+        ("fzoo-r", "grouped"),
+        ("spsa", "inplace"),
+    ],
+)
+def test_steps_are_the_twin_s_with_momentum_and_blocks_left_out(name, engine):
+    take_steps(name, steps=6, engine=engine, rho=0.5, weight_decay=0.1, momentum=0.8, window=3)
+
+
+def test_momentum_does_not_move_a_tensor_along_probes_from_before_it_was_added():
+    take_steps("mezo", later=True, momentum=0.8, window=4)
+
+
+@pytest.mark.parametrize("distribution", ["gaussian", "rademacher", "factored"])
+def test_adamezo_of_published_defaults_is_the_twin(distribution):
+    model, other = network(), network()
+    opt = zo_core.AdaMeZO(model, lr=1e-2, seed=SEED, distribution=distribution)
+    twin = TwinAdaMeZO(trained(other), SEED, distribution)
+    for _ in range(12):  # more steps than the window has
+        opt.step(loss_of(model))
+        twin.step(loss_of(other), 1e-2, 1e-3)
+    for p, value in zip(trained(model), twin.values, strict=True):
+        assert torch.allclose(p.double(), value, atol=2e-3)
+
+
 @ALL
 def test_steps_are_the_twin_s_in_groups_with_rates_of_their_own(name):
     take_steps(name, groups=True)
@@ -186,6 +225,12 @@ def test_steps_are_the_twin_s_with_a_batch_of_its_own_for_each_probe(name, engin
 @pytest.mark.parametrize("name", ["mezo, 2 probes", "fzoo"])  # with blocks left out, the first is LeZO
 def test_steps_are_the_twin_s_with_a_batch_for_each_probe_and_blocks_left_out(name):
     take_steps(name, spread=True, rho=0.5, weight_decay=0.3, distribution="rademacher")
+
+
+@pytest.mark.parametrize(("name", "engine"), [(name, (*ENGINES, "grouped")[i % 3]) for i, name in enumerate(METHODS)])
+def test_steps_are_the_twin_s_with_a_scale_for_each_tensor(name, engine):
+    scales = [0.3 + 0.35 * (i * 7 % 5) for i in range(len(list(network().parameters())))]
+    take_steps(name, engine=engine, scales=scales, rho=0.25, weight_decay=0.3)
 
 
 @pytest.mark.parametrize("rho", [0.25, 0.5, 0.75])

@@ -15,7 +15,9 @@ class Twin:
         self.params, self.seed, self.distribution, self.stream = [], seed, distribution, 0
         self.values, self.hessians = [], []
         self.left_out = set()  # numbers of tensors that this step does not touch
+        self.scales = None  # sigma of each tensor's probe, 1 unless given
         self.decay_vectors = False  # whether biases and norms decay too
+        self.momentum, self.window, self.past = 0.0, 1, []  # past: this step and those before, the last one first
         self.add(params)
 
     def add(self, params):
@@ -23,11 +25,24 @@ class Twin:
             self.params.append(p)
             self.values.append(p.detach().double().clone())
             self.hessians.append(torch.ones_like(self.values[-1]))
+            for step in self.past:  # which were not about this tensor
+                for _, z in step:
+                    z.append(torch.zeros_like(self.values[-1]))
 
     def z(self, i: int, stream: int) -> Tensor:
         element = torch.arange(self.params[i].numel())
-        noise = reference.DISTRIBUTIONS[self.distribution](element, tensor_id=i, stream=stream, seed=self.seed)
+        key = {"tensor_id": i, "stream": stream, "seed": self.seed}
+        if self.distribution == "factored":
+            key["columns"] = reference.columns_of([self.params[i]])[0]
+        noise = reference.DISTRIBUTIONS[self.distribution](element, **key)
         return noise.view(self.params[i].shape).double() * (i not in self.left_out)
+
+    def sigma(self, i: int) -> float:
+        """The scale of tensor i: all are multiplied by one number, so that the sum of d_i sigma_i^2 is that of d_i."""
+        if self.scales is None:
+            return 1.0
+        d = [p.numel() for p in self.params]
+        return self.scales[i] * (sum(d) / sum(n * x * x for n, x in zip(d, self.scales, strict=True))) ** 0.5
 
     def put(self, values):
         with torch.no_grad():
@@ -37,7 +52,7 @@ class Twin:
     def at(self, loss, c: float, stream: int = 0) -> float:
         self.put(
             [
-                v + c * h**-0.5 * self.z(i, stream)
+                v + c * h**-0.5 * self.sigma(i) * self.z(i, stream)
                 for i, (v, h) in enumerate(zip(self.values, self.hessians, strict=False))
             ]
         )
@@ -59,11 +74,21 @@ class Twin:
         self.put(self.values)
 
     def along(self, coeffs, streams):
-        """sum_k coeffs[k] H^-1/2 z_k of each tensor."""
+        """sum over steps i of the window, this one with i = 0, of momentum^i sum_k coeffs[k] H^-1/2 sigma z_k, of each tensor.
+
+        z_k is 0 in tensors that the step left out.
+        """
+        steps = self.remember(coeffs, streams)
         return [
-            sum(c * h**-0.5 * self.z(i, s) for c, s in zip(coeffs, streams, strict=True))
-            for i, h in enumerate(self.hessians)
+            sum(self.momentum**i * c * h**-0.5 * self.sigma(n) * z[n] for i, step in enumerate(steps) for c, z in step)
+            for n, h in enumerate(self.hessians)
         ]
+
+    def remember(self, coeffs, streams):
+        """Pairs of each coefficient and its noise, all tensors', of the steps of the window."""
+        noise = [[self.z(i, s) for i in range(len(self.params))] for s in streams]
+        self.past = [list(zip(coeffs, noise, strict=True)), *self.past][: self.window]
+        return self.past
 
 
 def each(loss, probes: int) -> list:
@@ -132,4 +157,61 @@ class TwinSPSA(Twin):
             weight = 1 / max((abs(a - 2 * l0 + b) / eps**2) ** alpha, floor)
             coeffs.append(weight * (a - b) / (2 * eps) / probes)
         self.move(self.along(coeffs, streams), lr, weight_decay)
+        return sum(clean) / probes
+
+
+class TwinAdaMeZO(Twin):
+    """m = sum_i beta1^i g_i z_i, v = sum_i beta2^i g_i^2 z_i^2 over the last h steps, theta <- theta - lr m / (sqrt(v) + 1e-5).
+
+    Of n probes a step each is taken with g / n.
+    """
+
+    def step(self, loss, lr, eps, weight_decay=0.0, probes=1, momentum=0.7, beta2=0.9, window=10):
+        self.window = window
+        streams = self.draw(probes)
+        pairs = [(self.at(x, eps, s), self.at(x, -eps, s)) for x, s in zip(each(loss, probes), streams, strict=True)]
+        steps = self.remember([(a - b) / (2 * eps) / probes for a, b in pairs], streams)
+        directions = []
+        for n in range(len(self.params)):
+            m = sum(momentum**i * g * z[n] for i, step in enumerate(steps) for g, z in step)
+            v = sum(beta2**i * g**2 * z[n] ** 2 for i, step in enumerate(steps) for g, z in step)
+            directions.append(self.sigma(n) * m / (v**0.5 + 1e-5))
+        self.move(directions, lr, weight_decay)
+        return sum(a + b for a, b in pairs) / (2 * probes)
+
+
+class TwinMEAZO(Twin):
+    """v = beta v + (1 - beta) g^2, g the mean of the g_k; theta <- theta - lr / (sqrt(v / (1 - beta^t)) + zeta) 1/n sum_k g_k z_k."""
+
+    v, t = 0.0, 0
+
+    def step(self, loss, lr, eps, weight_decay=0.0, probes=1, beta=0.99, zeta=1e-8):
+        streams = self.draw(probes)
+        pairs = [(self.at(x, eps, s), self.at(x, -eps, s)) for x, s in zip(each(loss, probes), streams, strict=True)]
+        gradients = [(a - b) / (2 * eps) for a, b in pairs]
+        self.t += 1
+        self.v = beta * self.v + (1 - beta) * (sum(gradients) / probes) ** 2
+        divisor = (self.v / (1 - beta**self.t)) ** 0.5 + zeta
+        self.move(self.along([g / divisor / probes for g in gradients], streams), lr, weight_decay)
+        return sum(a + b for a, b in pairs) / (2 * probes)
+
+
+class TwinBSZO(Twin):
+    """Kalman's filter in its matrix form: K = S d / (d^T S d + r), m <- m + K (y - d^T m), S <- S - K d^T S, d = e_k."""
+
+    r = None
+
+    def step(self, loss, lr, eps, weight_decay=0.0, probes=2, prior=1.0, noise=1.0, alpha=0.1, repeats=1):
+        streams, clean = self.draw(probes), [self.at(x, 0.0) for x in each(loss, probes)]
+        y = [(self.at(x, eps, s) - l0) / eps for x, l0, s in zip(each(loss, probes), clean, streams, strict=True)]
+        m, covariance = torch.zeros(probes, dtype=torch.float64), torch.eye(probes, dtype=torch.float64) * prior**2
+        self.r = noise**2 if self.r is None else self.r
+        for i in range(probes + repeats):
+            axis = i if i < probes else int(torch.linalg.eigh(covariance).eigenvectors[:, -1].abs().argmax())
+            d = torch.eye(probes, dtype=torch.float64)[axis]
+            self.r = (1 - alpha) * self.r + alpha * float(y[axis] - d @ m) ** 2
+            gain = covariance @ d / (d @ covariance @ d + max(self.r, (0.1 * noise) ** 2))
+            m = m + gain * (y[axis] - d @ m)
+            covariance = covariance - torch.outer(gain, d @ covariance)
+        self.move(self.along(m.tolist(), streams), lr, weight_decay)
         return sum(clean) / probes

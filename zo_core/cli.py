@@ -1,6 +1,6 @@
-"""The command line: `zo-core finetune`, `sweep`, `evaluate`, `replay` and `doctor`.
+"""The command line: `zo-core finetune`, `sweep`, `probe`, `evaluate`, `replay` and `doctor`.
 
-The options of the first three are made from the fields of `FinetuneConfig`, with their names, types, defaults and help.
+The options of the first four are made from the fields of `FinetuneConfig`, with their names, types, defaults and help.
 """
 
 import inspect
@@ -212,6 +212,56 @@ def sweep(
 
     config = FinetuneConfig(**{**options, "steps": steps, "output": output})
     sweeps.sweep(config, tries=tries, eps_too=eps_too, overwrite=overwrite, console=out)
+
+
+@app.command()
+@_with_options("Model", "Data", "Method")
+def probe(
+    ctx: typer.Context,
+    draws: Annotated[int, typer.Option(help="Random directions to measure along.", min=1, rich_help_panel="Probe")] = 8,
+    least: Annotated[float, typer.Option(help="Smallest eps.", min=1e-12, rich_help_panel="Probe")] = 1e-5,
+    most: Annotated[float, typer.Option(help="Largest eps.", max=1e3, rich_help_panel="Probe")] = 1e-1,
+    plot: Annotated[
+        Path | None, typer.Option(help="Also draw it, as a PNG or another format by the name.", rich_help_panel="Probe")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.", rich_help_panel="Probe")] = False,
+    **options: Any,
+) -> None:
+    """Measure how large --eps should be: what differences of losses consist of, by eps.
+
+    On the first batch of a run, for eps in half decades: the RMS of two-sided and
+    one-sided differences of losses; the forward's rounding in them; their bias, from
+    curvature and third order; their correlation with the slopes that they stand for;
+    and how many are below the rounding. A < marks the best eps. Nothing is trained.
+
+    [bold]Examples[/]
+
+      zo-core probe --method mezo
+
+      zo-core probe --model ./my-model --dtype bfloat16 --data mine.csv --plot eps.png
+
+      zo-core probe --draws 16 --least 1e-4 --most 1e-2 --json
+    """
+    from zo_core.integrations import probe as probes
+
+    config = FinetuneConfig(**{**options, "steps": 1})
+    if plot is not None and not plot.absolute().parent.is_dir():
+        raise RunError(f"--plot {str(plot)!r}: expected a file in a folder that exists, got none: create {plot.parent}")
+    with Progress(console=err, transient=True, disable=not err.is_terminal) as bar:
+        task = bar.add_task("starting", total=None)
+        found = probes.probe(
+            config, least=least, most=most, draws=draws, status=lambda text: bar.update(task, description=text),
+            progress=lambda done, of: bar.update(task, completed=done, total=of),
+        )  # fmt: skip
+    if plot is not None:
+        try:
+            probes.plot(plot, found, config)
+        except (ValueError, OSError) as error:
+            raise RunError(f"--plot {str(plot)!r} cannot be written: {error}") from error
+    if as_json:
+        typer.echo(json.dumps(found.to_dict(), indent=2))
+    else:
+        out.print(probes.report(found, config), highlight=False)
 
 
 @app.command()

@@ -27,6 +27,7 @@ class Estimate(NamedTuple):
     loss: Tensor  # of the step, 0-dimensional
     curvature: Tensor | None = None  # (K,); only Hessian scaling asks for it
     carry: Tensor | None = None  # (n,), what the next step is to find in ``self.carry``
+    squares: Tensor | None = None  # (K,), with them each element is divided by sqrt(sum_k squares[k] z_k^2) + 1e-5
 
 
 class Update(NamedTuple):
@@ -37,24 +38,33 @@ class Update(NamedTuple):
     decay: Tensor  # (T,)
     curvature: Tensor | None = None  # (K, T)
     smoothing: Tensor | None = None  # (T,)
+    squares: Tensor | None = None  # (K, T)
 
 
-def update_of(found: Estimate, lr: Tensor, decay: Tensor, trains: Tensor, smoothing: float | None) -> Update:
-    """Theta <- (1 - decay) theta - lr sum_k coeffs[k] z_k, or nothing if the loss or another number is not finite.
+def update_of(
+    found: Estimate, lr: Tensor, decay: Tensor, scales: Tensor, applied: Tensor, smoothing: float | None
+) -> Update:
+    """Theta <- (1 - decay) theta - lr sum_k coeffs[k] sigma z_k, or nothing if the loss or another number is not finite.
 
     Args:
         found: where the step goes.
         lr: float32 (T,), learning rate of each tensor.
         decay: float32 (T,), learning rate times weight decay.
-        trains: bool (1, T), whether the step moves each tensor.
+        scales: float32 (1, T), sigma of each tensor; 0 where the step does not move it.
+        applied: bool (K, T), whether each probe was applied to each tensor.
         smoothing: of the Hessian, or None for no Hessian.
     """
-    scalars = [found.coeffs.float().unsqueeze(1) * -lr, decay.unsqueeze(0)]
+    rows, numbers = {"coeffs": found.coeffs.float().unsqueeze(1) * -lr * scales}, {"decay": decay}
     if smoothing is not None and found.curvature is not None:
-        scalars += [found.curvature.float().unsqueeze(1), torch.full_like(scalars[1], smoothing)]
-    usable = torch.stack([found.loss.isfinite(), *(x.isfinite().all() for x in scalars)]).all()
-    coeffs, decay, *metric = (torch.where(usable & trains, x, 0.0) for x in scalars)
-    return Update(usable, coeffs, decay[0], *([metric[0], metric[1][0]] if metric else []))
+        rows["curvature"] = found.curvature.float().unsqueeze(1)
+        numbers["smoothing"] = torch.full_like(decay, smoothing)
+    if found.squares is not None:
+        rows["squares"] = found.squares.unsqueeze(1)
+    every = [found.loss, *rows.values(), *numbers.values()]
+    usable = torch.stack([x.isfinite().all() for x in every]).all()
+    moves = usable & (scales != 0)
+    rows = {name: torch.where(moves & applied, x, 0.0) for name, x in rows.items()}
+    return Update(usable, **rows, **{name: torch.where(moves[0], x, 0.0) for name, x in numbers.items()})
 
 
 def both_sides(losses: Losses, probes: Sequence[Probe], eps: float) -> tuple[Tensor, Tensor]:
@@ -73,6 +83,12 @@ def second_order(losses: Losses, probes: Sequence[Probe], eps: float) -> tuple[T
     """l0 as of ``one_side``; projected gradients (l+ - l-) / (2 eps) and curvatures |l+ + l- - 2 l0| / eps^2, (n,)."""
     clean, plus, minus = _along(losses, probes, eps, -eps, clean=True)
     return clean, (plus - minus) / (2 * eps), (plus + minus - 2 * clean).abs() / eps**2
+
+
+def kept(carry: Tensor, *start: float) -> Tensor:
+    """What the last step that moved the weights left for this one, (n,), or these n numbers where there was none."""
+    first = torch.tensor(start, dtype=carry.dtype, device=carry.device)
+    return first if len(carry) != len(start) else torch.where(carry.isnan(), first, carry)
 
 
 def _along(losses: Losses, probes: Sequence[Probe], *cs: float, clean: bool = False) -> tuple[Tensor, ...]:

@@ -24,13 +24,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import scaling
+from . import scales, scaling
 from .bindings.warn import warn
 from .kernels.reference import DISTRIBUTIONS, MAX_RANK
 from .locks import lock, unlock
 from .noise import VERSION as NOISE_VERSION
 from .noise import backend_of
-from .record import DTYPES, Identity, Progress, Record, TensorInfo, carried
+from .record import DTYPES, Identity, Past, Progress, Record, TensorInfo, carried
 from .weights import RESIDUALS, ParamSpace, empty_residuals, some
 
 FORMAT_VERSION = 1
@@ -40,7 +40,8 @@ _START = struct.Struct("<8sII")  # magic, format version, bytes of the JSON text
 _FIXED = struct.Struct("<IIQQd")  # flags, K, step, first stream, loss
 _CRC = struct.Struct("<I")
 _CARRY_START = struct.Struct("<II")  # how many numbers, bytes of each
-_MOVED, _STOCHASTIC, _LEFT_OUT, _CURVATURE, _CARRY, _UNKNOWN = (1 << bit for bit in range(6))  # flags
+_COUNT = struct.Struct("<I")
+_MOVED, _STOCHASTIC, _LEFT_OUT, _CURVATURE, _CARRY, _PAST, _SQUARES, _UNKNOWN = (1 << bit for bit in range(8))  # flags
 _FLOATS = np.dtype("<f4")
 _HASHED = 1 << 26  # bytes that are hashed at a time
 # Steps that replay makes in one pass: memory traffic is a small part of the time of 64, and Ctrl-C waits a second for them.
@@ -103,6 +104,7 @@ class Header(Identity):
             found = json.loads(text)
             found["tensors"] = tuple(TensorInfo(n, tuple(s), d, r) for n, s, d, r in found["tensors"])
             found["padding"] = tuple((i, row) for i, row in found.get("padding", ()))
+            found["scales"] = tuple(found.get("scales", ()))
             header = cls(**found)
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise JournalError(f"journal: its header is not one of format {FORMAT_VERSION}: {error}") from None
@@ -124,6 +126,7 @@ class Header(Identity):
             "hessian": header.hessian in ("", *scaling.KINDS),
             "options": isinstance(header.options, dict),
             "tensors": bool(header.tensors) and all(map(_sound, header.tensors)) and kinds == set(range(len(kinds))),
+            "scales": len(header.scales) in (0, len(header.tensors)) and all(map(scales.is_one, header.scales)),
             "padding": all(_has_row(header.tensors, *pair) for pair in header.padding),
             "names": len({t.name for t in header.tensors if isinstance(t.name, str)}) == len(header.tensors),
         }
@@ -147,6 +150,9 @@ class Header(Identity):
             mine = getattr(self, name)
             if name == "tensors" and mine != theirs:
                 _compare_tensors(mine, theirs)
+            if name == "scales" and mine != theirs:
+                differ = scales.compare(mine, theirs, [t.name for t in self.tensors])
+                raise JournalError(f"scales: {differ}: a run keeps the scales that its journal began with")
             if mine != theirs:
                 raise JournalError(f"{name}: expected {mine!r} as in the journal, got {theirs!r}")
 
@@ -200,11 +206,15 @@ def _encode(record: Record, header: Header, chain: int) -> bytes:
     """A record's bytes. ``chain`` is the checksum of what comes before it, which its own checksum continues."""
     flags = _MOVED * record.moved | _STOCHASTIC * record.stochastic
     flags |= _LEFT_OUT * bool(record.left_out) | _CURVATURE * (record.curvature is not None)
-    flags |= _CARRY * (record.carry is not None)
+    flags |= _CARRY * (record.carry is not None) | _PAST * (record.past > 0) | _SQUARES * (record.squares is not None)
     parts = [_FIXED.pack(flags, len(record.coeffs), record.step, record.stream, record.loss)]
     parts += [x.astype(_FLOATS).tobytes() for x in (record.lr, record.decay, record.coeffs)]
     if record.curvature is not None:
         parts.append(np.append(record.curvature, record.smoothing).astype(_FLOATS).tobytes())
+    if record.squares is not None:
+        parts.append(record.squares.astype(_FLOATS).tobytes())
+    if record.past:
+        parts.append(_COUNT.pack(record.past))
     if record.left_out:
         mask = np.zeros(len(header.tensors), dtype=bool)
         mask[list(record.left_out)] = True
@@ -222,8 +232,10 @@ def _decode(data: memoryview, at: int, header: Header, chain: int) -> tuple[Reco
         return None
     flags, k, step, stream, loss = _FIXED.unpack_from(data, at)
     kinds, count = header.kinds, len(header.tensors)
-    floats = 2 * kinds + k + (k + 1) * bool(flags & _CURVATURE)
-    mask_at = at + _FIXED.size + 4 * floats
+    learns, last = (k + 1) * bool(flags & _CURVATURE), k * bool(flags & _SQUARES)
+    floats = 2 * kinds + k + learns + last
+    past_at = at + _FIXED.size + 4 * floats
+    mask_at = past_at + _COUNT.size * bool(flags & _PAST)
     carry_at = end = mask_at + -(-count // 8) * bool(flags & _LEFT_OUT)
     size = width = 0
     if flags & _CARRY and end + _CARRY_START.size <= len(data):
@@ -234,13 +246,14 @@ def _decode(data: memoryview, at: int, header: Header, chain: int) -> tuple[Reco
     if zlib.crc32(data[at:end], chain) != _CRC.unpack_from(data, end)[0] or (flags & _CARRY and width not in (4, 8)):
         return None
     numbers = np.frombuffer(data, _FLOATS, floats, at + _FIXED.size)
-    lr, decay, coeffs, rest = np.split(numbers, (kinds, 2 * kinds, 2 * kinds + k))
+    lr, decay, coeffs, rest, squares = np.split(numbers, np.cumsum((kinds, kinds, k, learns)))
     bits = np.frombuffer(data, np.uint8, -(-count // 8), mask_at) if flags & _LEFT_OUT else np.zeros(0, np.uint8)
     left_out = np.flatnonzero(np.unpackbits(bits, bitorder="little")[:count]).tolist()
     curvature, smoothing = (rest[:-1], float(rest[-1])) if len(rest) else (None, 0.0)
     carry = np.frombuffer(data, f"<f{width}", size, carry_at) if flags & _CARRY else None
+    past = _COUNT.unpack_from(data, past_at)[0] if flags & _PAST else 0
     record = Record(step, stream, coeffs, lr, decay, bool(flags & _MOVED), bool(flags & _STOCHASTIC), loss,
-                    frozenset(left_out), curvature, smoothing, carry)  # fmt: skip
+                    frozenset(left_out), curvature, smoothing, carry, past, squares if last else None)  # fmt: skip
     return record, end + _CRC.size
 
 
@@ -511,6 +524,7 @@ def replay(
         header.hessian or None, [scaling.identity(t, header.hessian) for t in tensors if header.hessian],
         rank=header.rank,
         padding=dict(header.padding),
+        scales=header.scales,
     )  # fmt: skip
     with torch.no_grad():
         _replay(islice(journal, steps), space, header, lambda done: progress(done, steps))
@@ -532,14 +546,35 @@ def _replay(
     """Make steps on the weights. ``progress`` is called with the number of steps that are made, after each pass."""
     stream, made, moved, carry = 0, 0, 0, torch.zeros(0, device=space.counters.device)
     rates = torch.tensor([t.rates for t in header.tensors], device=carry.device)
+    past = Past.none(torch.device("cpu"))
     for together in _passes(records, len(rates), 1 if space.hessian else _STEPS):
-        _pass([r for r in together if r.moved], space, rates)
+        applied = []
         for r in together:
             now = None if r.carry is None else torch.from_numpy(r.carry.copy()).to(carry.device)
             stream, moved, carry = r.stream + len(r.coeffs), moved + r.moved, carried(carry, now, r.moved)
+            past, coeffs = _before(past, r), torch.from_numpy(r.coeffs[r.past :].copy())
+            applied.append(past.applied(len(coeffs), len(rates)))
+            past = past.then(torch.arange(r.stream + r.past, stream), coeffs, r.moved, r.left_out)
+        _pass([(r, mask) for r, mask in zip(together, applied, strict=True) if r.moved], space, rates)
         made += len(together)
         progress(made)
-    return Progress(stream, moved, made - moved, carry)
+    return Progress(stream, moved, made - moved, carry, past)
+
+
+def _before(past: Past, record: Record) -> Past:
+    """The probes of earlier steps that a record goes along. JournalError unless they are those of the steps just before it."""
+    steps = found = 0
+    while found < record.past and steps < len(past.steps):
+        steps += 1
+        found += past.steps[-steps][0]
+    probes = past.last(steps)
+    expected = list(range(record.stream, record.stream + record.past))
+    if record.past > len(record.coeffs) or probes.streams.tolist() != expected:
+        raise JournalError(
+            f"journal: step {record.step} goes along {record.past} probes of earlier steps from number {record.stream} on, which "
+            "are not those of the steps before it: it is damaged"
+        )
+    return probes
 
 
 def _passes(records: Iterable[Record], tensors: int, most: int) -> Iterator[list[Record]]:
@@ -549,6 +584,7 @@ def _passes(records: Iterable[Record], tensors: int, most: int) -> Iterator[list
         if together:
             first, room = together[0], min(most, _COEFFICIENTS // (tensors * max(1, len(record.coeffs))))
             alike = (len(first.coeffs), first.stochastic) == (len(record.coeffs), record.stochastic)
+            alike = alike and first.squares is record.squares is None
             if not alike or len(together) >= room:
                 yield together
                 together = []
@@ -557,11 +593,14 @@ def _passes(records: Iterable[Record], tensors: int, most: int) -> Iterator[list
         yield together
 
 
-def _pass(records: Sequence[Record], space: ParamSpace, rates: Tensor) -> None:
-    """Make steps that move the weights in one pass; with a Hessian there may be only one."""
-    if not records:
+def _pass(steps: Sequence[tuple[Record, Tensor]], space: ParamSpace, rates: Tensor) -> None:
+    """Make steps that move the weights in one pass; with a Hessian or a second moment there may be only one.
+
+    Each comes with a mask, bool (K, T): whether a probe was applied to a tensor in its step.
+    """
+    if not steps:
         return
-    device = rates.device
+    device, records = rates.device, [r for r, _ in steps]
 
     def stacked(rows: list[np.ndarray]) -> Tensor:
         return torch.from_numpy(np.stack(rows)).to(device)
@@ -570,19 +609,22 @@ def _pass(records: Sequence[Record], space: ParamSpace, rates: Tensor) -> None:
     moves = torch.ones(len(records), len(rates), dtype=torch.bool, device=device)
     for row, record in zip(moves, records, strict=True):
         row[list(record.left_out)] = False
-    coeffs = stacked([r.coeffs for r in records]).unsqueeze(2) * -lr[:, None, rates]
-    coeffs, decay = coeffs.where(moves.unsqueeze(1), 0.0), decay[:, rates].where(moves, 0.0)
+    coeffs = stacked([r.coeffs for r in records]).unsqueeze(2) * -lr[:, None, rates] * space.full(1.0)
+    applied = torch.stack([mask for _, mask in steps]).to(device) & moves.unsqueeze(1)
+    coeffs, decay = coeffs.where(applied, 0.0), decay[:, rates].where(moves, 0.0)
     streams = torch.tensor([[r.stream] for r in records], device=device)
     streams = streams + torch.arange(coeffs.shape[1], device=device)
     updates = torch.tensor([r.step for r in records], device=device) if records[0].stochastic else None
-    if not space.hessian:
+    record, more = records[0], dict[str, Tensor]()
+    if space.hessian and record.curvature is not None:
+        more["curvature"] = torch.from_numpy(record.curvature.copy()).to(device).unsqueeze(1) * moves
+        more["smoothing"] = torch.full_like(decay[0], record.smoothing) * moves[0]
+    if record.squares is not None:
+        more["squares"] = torch.from_numpy(record.squares.copy()).to(device).unsqueeze(1).where(applied[0], 0.0)
+    if space.hessian or more:
+        space.update_(list(torch.split(streams[0], 1)), coeffs[0], decay[0], updates, **more)
+    else:
         space.replay_(streams, coeffs, decay, updates)
-        return
-    learns: list[Tensor] = []
-    if (record := records[0]).curvature is not None:
-        learns = [torch.from_numpy(record.curvature.copy()).to(device).unsqueeze(1) * moves,
-                  torch.full_like(decay[0], record.smoothing) * moves[0]]  # fmt: skip
-    space.update_(list(torch.split(streams[0], 1)), coeffs[0], decay[0], updates, None, *learns)
 
 
 def _tensors_of(base: nn.Module | Mapping[str, Tensor] | Sequence[Tensor], header: Header) -> list[Tensor]:

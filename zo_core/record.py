@@ -4,6 +4,7 @@ This file imports none of them, so that imports go one way.
 """
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -36,6 +37,7 @@ class Identity:
     engine: str
     tensors: tuple[TensorInfo, ...]
     padding: tuple[tuple[int, int], ...] = ()  # numbers of tensors, and of each the row that no step changes
+    scales: tuple[float, ...] = ()  # of each tensor's probe; none where all are 1
 
     @property
     def rates(self) -> list[int]:
@@ -45,7 +47,7 @@ class Identity:
 
 
 class Record(NamedTuple):
-    """One step: theta <- (1 - decay) theta - lr sum_k coeffs[k] z(stream + k), with lr and decay of each tensor's group.
+    """One step: theta <- (1 - decay) theta - lr sum_k coeffs[k] sigma z(stream + k), with lr and decay of each tensor's group.
 
     ``step`` counts from 0, skipped steps too, and is the stream of the stochastic rounding. A step that did not move the
     weights (a loss was not finite) is a record like any other, with whatever numbers there were.
@@ -63,6 +65,50 @@ class Record(NamedTuple):
     curvature: np.ndarray | None = None  # float32 (K,), of methods that scale by a Hessian
     smoothing: float = 0.0  # float32, with curvature
     carry: np.ndarray | None = None  # float32 or float64 (n,), what the method keeps for its next step
+    past: int = 0  # how many of the probes, the first ones, are those of the steps before
+    squares: np.ndarray | None = None  # float32 (K,), weights of z_k^2 in the second moment, of methods that have one
+
+
+class Past(NamedTuple):
+    """The probes of the last steps, oldest first, which a later step goes along again (optim/momentum.py)."""
+
+    streams: Tensor  # int64 (P,)
+    coeffs: Tensor  # float32 (P,), of -lr when they were new; zero of a step that did not move the weights
+    steps: list[tuple[int, list[int]]]  # of each step: how many probes it had, and the tensors it left out
+
+    @classmethod
+    def none(cls, device: torch.device) -> "Past":
+        """Before the first step."""
+        return cls(torch.zeros(0, dtype=torch.int64, device=device), torch.zeros(0, device=device), [])
+
+    def last(self, steps: int) -> "Past":
+        """The last so many steps."""
+        kept = self.steps[-steps:] if steps > 0 else []
+        first = len(self.coeffs) - sum(n for n, _ in kept)
+        return Past(self.streams[first:], self.coeffs[first:], kept)
+
+    def then(self, streams: Tensor, coeffs: Tensor, moved: Tensor | bool, left_out: Collection[int]) -> "Past":
+        """And a step with these probes."""
+        coeffs = torch.where(torch.as_tensor(moved), coeffs.float(), 0.0)
+        step = (len(coeffs), sorted(left_out))
+        return Past(torch.cat((self.streams, streams)), torch.cat((self.coeffs, coeffs)), [*self.steps, step])
+
+    def without(self, tensors: Collection[int]) -> "Past":
+        """As if these tensors, of which there are none yet, had been left out."""
+        return self._replace(steps=[(n, [*left_out, *tensors]) for n, left_out in self.steps])
+
+    def applied(self, more: int, tensors: int) -> Tensor:
+        """Bool (P + more, T): whether a probe was applied to a tensor in its step; of ``more`` probes behind these it is true.
+
+        The losses of a step say nothing about what it left out, so that no later step may move that along its probes.
+        """
+        mask = torch.ones(len(self.coeffs) + more, tensors, dtype=torch.bool, device=self.coeffs.device)
+        first = 0
+        for n, left_out in self.steps:
+            if left_out:
+                mask[first : first + n, left_out] = False
+            first += n
+        return mask
 
 
 class Progress(NamedTuple):
@@ -72,6 +118,7 @@ class Progress(NamedTuple):
     updates: int
     skipped: int
     carry: Tensor
+    past: Past
 
 
 class Snapshot(NamedTuple):

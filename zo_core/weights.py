@@ -17,7 +17,7 @@ from torch.autograd.graph import increment_version
 from . import scaling, sharding
 from .bindings import native, ops
 from .bindings.warn import warn
-from .kernels.reference import columns_of
+from .kernels.reference import MOMENT_FLOOR, columns_of
 
 RESIDUALS = {8: torch.int8, 16: torch.int16}  # dtypes, by bits
 _CHUNK = 1 << 20  # weights that are summed at a time for a checksum
@@ -48,9 +48,12 @@ class ParamSpace:
         default_factory=dict
     )  # of embeddings, the row that no pass changes; see ``padding_of``
     pieces: sharding.Pieces | None = None  # where tensors are shards of larger ones; then only ``update_`` is served
+    scales: tuple[float, ...] = ()  # what the coefficients of each tensor are multiplied by; none where all are 1
 
     def __post_init__(self) -> None:
-        """Make what passes need of factored Hessians."""
+        """Make what passes need of factored Hessians, and of scales."""
+        with torch.inference_mode(False):
+            self._sigma = torch.tensor(self.scales, dtype=torch.float32, device=self.counters.device)
         self._scales: dict[str, Any] = {}
         self._rescale()
         self._prepared: tuple[list[Any], Callable[..., None]] = [], lambda *_, **__: None  # see ``_in_place``
@@ -95,10 +98,12 @@ class ParamSpace:
         restore: Tensor | None = None,
         curvature: Tensor | None = None,
         smoothing: Tensor | None = None,
+        squares: Tensor | None = None,
     ) -> None:
         """Theta <- round((1 - decay) (theta + s sum_k restore[k] z_k) + s' sum_k coeffs[k] z_k), one pass, in place.
 
-        s is 1, or H^-1/2 with a Hessian, and s' comes of H' = (1 - smoothing + sum_k curvature[k] z_k^2) H.
+        s is 1, or H^-1/2 with a Hessian, and s' comes of H' = (1 - smoothing + sum_k curvature[k] z_k^2) H. With squares, which
+        take no Hessian and no restore, s' is 1 / (sqrt(sum_k squares[k] z_k^2) + 1e-5).
 
         Args:
             probes: K streams.
@@ -108,8 +113,13 @@ class ParamSpace:
             restore: float32 (K, T).
             curvature: float32 (K, T), with a Hessian only, and with smoothing.
             smoothing: float32 (T,).
+            squares: float32 (K, T).
         """
         more: dict[str, Any] = {}
+        if squares is not None and self.distribution == "gaussian":
+            more = {"squares": squares}
+        elif squares is not None:  # z^2 is 1, so that the second moment is one number for all elements of a tensor
+            coeffs = coeffs / (reduce(torch.add, squares).sqrt() + MOMENT_FLOOR)
         if curvature is not None and self.hessian == "diagonal":
             restore = torch.zeros_like(coeffs) if restore is None else restore
             more = {"restore": restore, "curvature": curvature, "smoothing": smoothing}
@@ -249,7 +259,7 @@ class ParamSpace:
         """As ``perturb``, at P points: out is n tensors (P, *shape), of which [p] is at theta + coeffs[p] z(streams[p]).
 
         Returns:
-            A function of sources, streams, int64 (P,), coeffs, float32 (P,), and counters, int64 (1 + n P,).
+            A function of sources, streams, int64 (P,), coeffs, float32 (P, n), and counters, int64 (1 + n P,).
         """
         n, points = len(which), len(out[0])
         if ops.backend_for(self.counters.device) is not native:
@@ -257,7 +267,7 @@ class ParamSpace:
 
             def one_by_one(sources: Sequence[Tensor], streams: Tensor, coeffs: Tensor, counters: Tensor) -> None:
                 for p, make in enumerate(makes):
-                    make(sources, streams[p : p + 1], coeffs[p].repeat(1, n), counters[: 1 + n])
+                    make(sources, streams[p : p + 1], coeffs[p : p + 1], counters[: 1 + n])
 
             return one_by_one
         every = [(i, source, copy) for i, source, copies in zip(which, sources, out, strict=True) for copy in copies]
@@ -265,7 +275,8 @@ class ParamSpace:
 
         def at_once(sources: Sequence[Tensor], streams: Tensor, coeffs: Tensor, counters: Tensor) -> None:
             each = [source for source in sources for _ in range(points)]
-            make(each, streams, coeffs.diag().repeat(1, n), counters)  # no work for a coefficient of zero
+            own = coeffs.T.diag_embed().transpose(0, 1).flatten(1)  # (P, n P): no work for a coefficient of zero
+            make(each, streams, own, counters)
 
         return at_once
 
@@ -283,8 +294,10 @@ class ParamSpace:
             out.copy_(torch.where((rows == row).unsqueeze(1), source[row].to(out.dtype), out))
 
     def full(self, c: float, leave_out: Collection[int] = ()) -> Tensor:
-        """A row of coefficients: c for every tensor but those left out, float32 (1, T)."""
+        """A row of coefficients: c times its scale for every tensor but those left out, float32 (1, T)."""
         row = torch.full((1, len(self.tensors)), c, dtype=torch.float32, device=self.counters.device)
+        if self.scales:
+            row *= self._sigma
         if leave_out:
             row[0, list(leave_out)] = 0.0
         return row
@@ -302,14 +315,15 @@ class ParamSpace:
     def warn_of_small_eps(self, eps: float) -> None:
         """A warning that names the tensors that are too coarse for probes of this size."""
         small = []
-        for name, p in zip(self.names, self.tensors, strict=True):
+        for name, p, scale in zip(self.names, self.tensors, self.scales or (1.0,) * len(self.tensors), strict=True):
             if p.numel():
                 rms = float(torch.linalg.vector_norm(p, dtype=torch.float32)) / math.sqrt(p.numel())
-                if 0 < rms < math.inf and eps < 2.0 ** math.floor(math.log2(rms)) * torch.finfo(p.dtype).eps:
+                if 0 < rms < math.inf and eps * scale < 2.0 ** math.floor(math.log2(rms)) * torch.finfo(p.dtype).eps:
                     small.append(name)
         if small:
+            scaled = " times its scale" * bool(self.scales)
             warn(
-                f"eps={eps} is less than the spacing of its numbers around the RMS of {some(small)}: such probes are mostly "
+                f"eps={eps}{scaled} is less than the spacing of its numbers around the RMS of {some(small)}: such probes are mostly "
                 "rounding. Use a larger eps or float32 weights.",
             )
 
@@ -367,6 +381,8 @@ def space_of(
         runs = [sharding.runs_of(name, p) for name, p in zip(names, parameters, strict=True)]
         pieces = sharding.Pieces(runs, columns_of(parameters), device)
         own["shards"] = zlib.crc32(str(runs).encode())
+    if "scales" in own:  # a tensor that is new has 1, so that sum d sigma^2 = d stays
+        own["scales"] += (1.0,) * (len(tensors) - len(own["scales"]))
     with torch.inference_mode(False):
         more = torch.zeros(1 + len(tensors) - len(own["counters"]), dtype=torch.int64, device=device)
         counters, residuals, hessians = torch.cat([own["counters"], more]), own["residuals"], own["hessians"]
@@ -397,6 +413,7 @@ def space_of(
         rank=own.get("rank", 1),
         padding=padding or {},
         pieces=pieces,
+        scales=own.get("scales", ()),
     )
     try:
         space.update_([], torch.empty(0, len(tensors), dtype=torch.float32, device=device))

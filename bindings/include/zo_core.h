@@ -8,7 +8,7 @@
  * z_k is the noise of stream k at element `offset + e` of tensor `id`: a pure function, never stored. That of a matrix may
  * be factored: rank^-1/2 times a sum of `rank` products of a sign of the row and a sign of the column.
  * Without a hessian H = H' = 1, or H^-1/2 is given in two factors, row_scale[f / columns] * column_scale[f % columns]
- * with f = offset + e, the index in the full tensor. Sums are float32, the result is rounded once. A bfloat16 or float16
+ * with f = offset + e, the index in the full tensor. With `squares`, H'^-1/2 is 1 / (sqrt(sum_k squares[k] z_k^2) + 1e-5). Sums are float32, the result is rounded once. A bfloat16 or float16
  * src may keep a residual of 8 or 16 bits an element: src above is then the value weight + residual (docs/noise.md), and
  * in place what rounding takes becomes the new residual.
  *
@@ -30,7 +30,7 @@
 extern "C" {
 #endif
 
-#define ZO_ABI_VERSION 6   /* layout of the structs below */
+#define ZO_ABI_VERSION 7   /* layout of the structs below */
 #define ZO_NOISE_VERSION 1 /* docs/noise.md */
 #define ZO_MAX_RANK 1024   /* of factored noise */
 
@@ -68,6 +68,7 @@ typedef struct zo_pass {
   const float *curvature;  /* the same shape, or NULL; only with hessians, which it updates */
   const float *decay;      /* n_tensors, or NULL for 0 */
   const float *smoothing;  /* n_tensors; used with curvature */
+  const float *squares;    /* the shape of coeffs, or NULL; Gaussian, and without hessians and scales */
   int64_t n_streams;
   float hessian_min, hessian_max; /* limits of H', used with curvature: 0 < min <= max; the Python side has 1e-8 and 1e8 */
   int32_t distribution, rounding;

@@ -118,6 +118,8 @@ __attribute__((noinline)) int64_t saturate(vf &out, const vf &weight, float limi
   return count;
 }
 
+constexpr float MOMENT_FLOOR = 1e-5f;  // what is added to the root of the second moment
+
 struct Buffers {  // one thread's scratch; indices count from a multiple of 128 elements
   alignas(64) float coeffs[ZO_TILE], restore[ZO_TILE], curvature[ZO_TILE];
   alignas(64) float block[ZO_ROWS][STRIDE];  // in place of coeffs, of a block
@@ -296,13 +298,19 @@ int64_t run_tile(const zo_pass &pass, const Tile &t) {
   bool empty = true;
   for (int64_t k = 0; k < pass.n_streams; k++) {
     const int64_t at = k * t.n_tensors + t.index;
-    const float c = pass.coeffs[at], r = t.curvature ? pass.restore[at] : 0, q = t.curvature ? pass.curvature[at] : 0;
+    const float c = pass.coeffs[at], r = t.curvature ? pass.restore[at] : 0;
+    const float q = t.curvature ? pass.curvature[at] : t.squares ? pass.squares[at] : 0;
     if (c == 0 && r == 0 && q == 0) continue;
     const Noise key = {pass.seed, t.id, pass.streams[k]};
     if (t.curvature)
       each_z(pass.distribution, e, n, key, [&](int64_t i, vf z) {
         store(buf.coeffs + i, empty ? c * z : load<vf>(buf.coeffs + i) + c * z);
         store(buf.restore + i, empty ? r * z : load<vf>(buf.restore + i) + r * z);
+        store(buf.curvature + i, empty ? q * (z * z) : load<vf>(buf.curvature + i) + q * (z * z));
+      });
+    else if (t.squares)
+      each_z(pass.distribution, e, n, key, [&](int64_t i, vf z) {
+        store(buf.coeffs + i, empty ? c * z : load<vf>(buf.coeffs + i) + c * z);
         store(buf.curvature + i, empty ? q * (z * z) : load<vf>(buf.curvature + i) + q * (z * z));
       });
     else if (empty)
@@ -317,6 +325,9 @@ int64_t run_tile(const zo_pass &pass, const Tile &t) {
     memset(buf.restore, 0, sizeof buf.restore);
     memset(buf.curvature, 0, sizeof buf.curvature);
   }
+  if (t.squares)
+    for (int64_t i = 0; i < n; i += LANES)
+      store(buf.coeffs + i, load<vf>(buf.coeffs + i) / (sqrt(load<vf>(buf.curvature + i)) + splat<vf>(MOMENT_FLOOR)));
   return finish_run(pass, t, buf, buf.coeffs + ((t.offset + t.begin) & 127));
 }
 

@@ -20,6 +20,7 @@ struct Tile {
   uint32_t id;
   int32_t src_dtype, dst_dtype, residual_bits;
   bool stochastic, curvature;  // whether results are rounded with random bits, whether H changes
+  bool squares;                // whether noise is divided by the root of its second moment
   bool block;                  // whether it is one of ZO_ROWS rows and ``width`` columns
   bool past;                   // whether copies go past the caches to memory
   float keep, remain, hessian_min, hessian_max;  // 1 - decay, 1 - smoothing, limits of H

@@ -152,12 +152,12 @@ int check(const zo_pass &p, const zo_tensor *tensors, int64_t n_tensors) {
       p.distribution < ZO_GAUSSIAN || p.distribution > ZO_FACTORED ||
       (p.distribution == ZO_FACTORED && (p.rank < 1 || p.rank > ZO_MAX_RANK || p.curvature)) ||
       (p.rounding != ZO_NEAREST && p.rounding != ZO_STOCHASTIC) || (p.curvature && (!p.restore || !p.smoothing)) ||
-      (p.restore && !p.curvature) || (p.curvature && !(0 < p.hessian_min && p.hessian_min <= p.hessian_max)))
+      (p.restore && !p.curvature) || (p.squares && (p.curvature || p.distribution != ZO_GAUSSIAN)) || (p.curvature && !(0 < p.hessian_min && p.hessian_min <= p.hessian_max)))
     return ZO_BAD_ARGUMENT;
   for (int64_t i = 0; i < n_tensors; i++) {
     const zo_tensor &t = tensors[i];
     if (t.numel < 0 || t.offset < 0 || t.numel > MAX_INDEX || t.offset > MAX_INDEX || !valid_dtype(t.src_dtype) || !valid_dtype(t.dst_dtype) ||
-        (t.numel && (!t.src || !t.dst)) || (p.curvature && t.numel && !t.hessian) ||
+        (t.numel && (!t.src || !t.dst)) || (p.curvature && t.numel && !t.hessian) || (p.squares && (t.hessian || t.column_scale)) ||
         !valid_residual(t) || !valid_scales(t) || wrong_memory(t) || (p.distribution == ZO_FACTORED && !valid_matrix(t)))
       return ZO_BAD_ARGUMENT;
   }
@@ -166,7 +166,7 @@ int check(const zo_pass &p, const zo_tensor *tensors, int64_t n_tensors) {
 
 bool finite(const zo_pass &p, int64_t n_tensors) {
   const int64_t matrix = p.n_streams * n_tensors;
-  return finite(p.coeffs, matrix) && finite(p.restore, matrix) && finite(p.curvature, matrix) &&
+  return finite(p.coeffs, matrix) && finite(p.restore, matrix) && finite(p.curvature, matrix) && finite(p.squares, matrix) &&
          finite(p.decay, n_tensors) && finite(p.curvature ? p.smoothing : nullptr, n_tensors);
 }
 
@@ -216,7 +216,7 @@ int run(const zo_pass *passes, int64_t n_passes, const zo_tensor *tensors, int64
         const zo_pass &p = *step;
         if (!touches(p, t, i, n_tensors)) continue;
         x.stochastic = p.rounding == ZO_STOCHASTIC && t.dst_dtype != ZO_FLOAT32 && !keeps_all;
-        x.curvature = p.curvature != nullptr;
+        x.curvature = p.curvature != nullptr, x.squares = p.squares != nullptr;
         x.keep = 1.0f - (p.decay ? p.decay[i] : 0.0f);
         x.remain = 1.0f - (p.curvature ? p.smoothing[i] : 0.0f);
         x.hessian_min = p.hessian_min, x.hessian_max = p.hessian_max;

@@ -37,7 +37,9 @@ class Place(NamedTuple):
 
 
 class Stream(NamedTuple):
-    """A stream's number, and its coefficients in a tensor: in the noise, in what is taken back before, in the change of H."""
+    """A stream's number, and its coefficients in a tensor: in the noise, in what is taken back before, in the change of H or in the
+    second moment.
+    """
 
     number: Any
     c: Any

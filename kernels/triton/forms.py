@@ -13,7 +13,8 @@ MIN_SUMS = 5  # Rademacher streams from which on their sum is cheaper on the ten
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 DISTRIBUTIONS = ("gaussian", "rademacher", "factored")
-SCALES = ("", "hessian", "update", "factors")  # of the noise: none, 1/sqrt(H), the same while H changes, two factors
+# Of the noise: none, 1/sqrt(H), the same while H changes, two factors, 1 / (root of a second moment of Gaussian noise + 1e-5)
+SCALES = ("", "hessian", "update", "factors", "moment")
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def form_of(
     keeps = in_place and residual > 0
     stochastic = stochastic and dst != torch.float32 and not (keeps and residual == 16)
     sums = (distribution == "rademacher" and scale in ("", "factors") and k >= MIN_SUMS) or distribution == "factored"
-    streams = "one" if k == 1 else "sums" if sums else "few"
+    streams = "one" if k == 1 and scale != "moment" else "sums" if sums else "few"
     return Form(distribution, DTYPES[src], DTYPES[dst], scale, residual, keeps, stochastic, decay, streams)
 
 
@@ -82,7 +83,8 @@ def _forms(scales: tuple[str, ...], in_place: tuple[bool, ...], options: tuple[b
     found: dict[Form, None] = {}
     for distribution, src, dst, scale, residual, same, stochastic, decay, k in calls:
         possible = (src == dst or not same) and not (residual and src == torch.float32)
-        if possible and (scale != "update" or (same and distribution != "factored")):
+        writes = {"update": distribution != "factored", "moment": distribution == "gaussian"}  # only in place
+        if possible and (scale not in writes or (same and writes[scale])):
             found[form_of(distribution, src, dst, scale, residual, same, stochastic, decay, k)] = None
     return list(found)
 

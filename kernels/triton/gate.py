@@ -20,7 +20,7 @@ def _add(at, mask, finite, work):
 
 @kernel(warps=4)
 def gate_kernel(
-    coeffs, restore, curvature, decay, smoothing, go, counters, n_tensors, n_streams, moves, decays, updates
+    coeffs, restore, curvature, decay, smoothing, go, counters, n_tensors, n_streams, moves, decays, updates, moments
 ):
     """go[0]: all scalars are finite. go[1 + i]: the pass has work for tensor i. One program; counts a void pass."""
     finite = tl.full((_BLOCK,), 1, tl.int1)
@@ -34,6 +34,8 @@ def gate_kernel(
             if updates != 0:
                 finite, work = _add(restore + at, mask, finite, work)
                 finite, work = _add(curvature + at, mask, finite, work)
+            if moments != 0:
+                finite, _ = _add(curvature + at, mask, finite, work)
         if decays != 0:
             finite, work = _add(decay + column, mask, finite, work)
         if updates != 0:
@@ -49,7 +51,10 @@ def gate(
     coeffs: Tensor, counters: Tensor, *, moves: bool, decay: Tensor | None = None, restore: Tensor | None = None,
     curvature: Tensor | None = None, smoothing: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """The flags, int32 (1 + T,), that programs of a pass read first. ``moves``: it writes all tensors, even with scalars of 0."""
+    """The flags, int32 (1 + T,), that programs of a pass read first.
+
+    ``moves``: it writes all tensors, even with scalars of 0. ``curvature`` without ``restore``: weights of a second moment.
+    """
     k, count = coeffs.shape
     go = torch.empty(1 + count, dtype=torch.int32, device=coeffs.device)
     unread = coeffs
@@ -57,6 +62,7 @@ def gate(
         gate_kernel, 1, coeffs=coeffs, restore=unread if restore is None else restore,
         curvature=unread if curvature is None else curvature, decay=unread if decay is None else decay,
         smoothing=unread if smoothing is None else smoothing, go=go, counters=counters, n_tensors=count, n_streams=k,
-        moves=int(moves), decays=int(decay is not None), updates=int(curvature is not None),
+        moves=int(moves), decays=int(decay is not None), updates=int(restore is not None),
+        moments=int(curvature is not None and restore is None),
     )  # fmt: skip
     return go

@@ -20,7 +20,7 @@ TYPES = (
     | dict.fromkeys(("coeffs", "restore", "curvature", "decay", "smoothing", "reals", "hessian"), "*fp32")
     | dict.fromkeys(("digits", "src", "dst", "residual"), "*i8")
     | dict.fromkeys(("n", "n_tensors", "n_streams", "n_terms", "n_steps", "n_tiles", "rank"), "i32")
-    | dict.fromkeys(("domain", "moves", "decays", "updates"), "i32")
+    | dict.fromkeys(("domain", "moves", "decays", "updates", "moments"), "i32")
     | dict.fromkeys(("k0", "k1", "tensor_id", "number"), "u32")
     | dict.fromkeys(("first", "skip", "width", "offset", "plane", "row_word", "column_word"), "i64")
     | dict.fromkeys(("row_scale", "column_scale", "columns"), "i64")

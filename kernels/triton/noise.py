@@ -84,7 +84,8 @@ def _log2(x):
 
 
 @triton.jit
-def _sqrt(x):
+def root(x):
+    """sqrt(x), to 1 ulp."""
     return _approximate(x, "sqrt") if assembly() else tl.sqrt(x)
 
 
@@ -92,6 +93,12 @@ def _sqrt(x):
 def rsqrt(x):
     """1 / sqrt(x), to 2 ulp."""
     return _approximate(x, "rsqrt") if assembly() else 1.0 / tl.sqrt(x)
+
+
+@triton.jit
+def inverse(x):
+    """1 / x, to 1 ulp."""
+    return _approximate(x, "rcp") if assembly() else 1.0 / x
 
 
 @triton.jit
@@ -112,7 +119,7 @@ def _box_muller(even, odd):
     """A pair of normals over RADIUS."""
     u = tl.fma(even.to(tl.float32), 2.0**-32, 2.0**-33)
     # |.| for the sign; next to u = 1 it also holds an approximate logarithm on the wrong side of 0. Free in SASS.
-    r = _sqrt(tl.abs(_log2(u)))
+    r = root(tl.abs(_log2(u)))
     phi = odd.to(tl.int32, bitcast=True).to(tl.float32) * 1.4629180792671596e-09  # 2 pi / 2^32; |phi| <= pi
     return r * _cos(phi), r * _sin(phi)
 

@@ -8,7 +8,7 @@ z is made anew from the seed wherever it is needed (noise.py), so a step of MeZO
 stores no noise. A kernel's program works on a run of tiles of one tensor. Tiles start at multiples of 1,024 of the
 *element index*, so the Philox blocks of a tile are the same whatever offset a tensor starts at, and inside a tile their
 numbers never carry into the upper word. Options: weights with residuals (residuals.py), scales of the noise by a Hessian or in
-two factors (places.py), results into another tensor, stochastic rounding (rounding.py).
+two factors (places.py), or by a second moment of the noise itself, results into another tensor, stochastic rounding (rounding.py).
 """
 
 from collections import OrderedDict
@@ -21,13 +21,13 @@ from torch import Tensor
 import triton
 import triton.language as tl
 
-from ..reference import HESSIAN_RANGE
+from ..reference import HESSIAN_RANGE, MOMENT_FLOOR
 from .arguments import Call, Key, Made, Place, Row, Stream, Work
 from .factored import signs_of
 from .forms import Form, pass_forms
 from .gate import gate
 from .launch import kernel, launch, on
-from .noise import halves, rsqrt
+from .noise import halves, inverse, root, rsqrt
 from .places import elements, place_in, scales_of
 from .residuals import join_residual, to_float32
 from .rounding import limit_of, rounded_with_residual, rounding_bits, store_by_definition, within
@@ -39,6 +39,7 @@ from .table import Table, Tensors, table_of
 # 64 to 128 bytes in flight, which with 24 to 32 programs a multiprocessor covers the latency of HBM (Little's law:
 # H100 25 bytes/ns/SM x 700 ns = 18 KB; 32 programs x 32 lanes x 64 bytes = 64 KB).
 WARPS = 1
+FLOOR = tl.constexpr(MOMENT_FLOOR)
 
 
 @kernel(warps=WARPS, forms=pass_forms)
@@ -160,6 +161,8 @@ def _tile(row, start, place, work, call, FORM: tl.constexpr, CAREFUL: tl.constex
         if FORM.factored:  # whose columns may be others
             place = place_in(row.first + start, row.columns, CAREFUL)
         noise = noise * scales_of(row, place, mask, A, B, FORM.neighbours(CAREFUL))
+    elif FORM.scale == "moment":
+        noise = noise * inverse(root(squares) + FLOOR)
     elif FORM.scale != "":
         scale = rsqrt(h)
         if FORM.scale == "update":
@@ -227,16 +230,18 @@ def _run(
     tensors: Tensors, scale: str, made: dict[Any, list[tuple[Form, Table]]], streams: Tensor, coeffs: Tensor, *, seed: int,
     distribution: str, counters: Tensor, decay: Tensor | None = None, update: Tensor | None = None,
     restore: Tensor | None = None, curvature: Tensor | None = None, smoothing: Tensor | None = None,
-    hessian_min: float = HESSIAN_RANGE[0], hessian_max: float = HESSIAN_RANGE[1], rank: int = 1,
+    squares: Tensor | None = None, hessian_min: float = HESSIAN_RANGE[0], hessian_max: float = HESSIAN_RANGE[1], rank: int = 1,
 ) -> None:  # fmt: skip
     """One launch for each kind of tensor, after a small one or two. ``made``: forms and tables so far, by what they depend on."""
     count, k, coeffs = len(tensors.src), streams.numel(), coeffs.contiguous()
-    given = {"decay": decay, "restore": restore, "curvature": curvature, "smoothing": smoothing}
+    weights = curvature if squares is None else squares  # of z^2
+    given = {"decay": decay, "restore": restore, "curvature": weights, "smoothing": smoothing}
     scalars = {name: x.contiguous() for name, x in given.items() if x is not None}
     if not count or (tensors.in_place and not k and not scalars):  # an optimizer has its tensors checked so
         return
     terms = k * rank if distribution == "factored" else k, k
-    options = "update" if curvature is not None else scale, update is not None, decay is not None
+    scale = "update" if curvature is not None else "moment" if squares is not None else scale
+    options = scale, update is not None, decay is not None
     with on(streams.device):
         if (key := (distribution, terms, options, streams.device)) not in made:
             kinds = tensors.kinds(distribution, terms, *options)

@@ -20,6 +20,9 @@ def stream_of(k, column, call, FORM: tl.constexpr):
     if FORM.scale == "update":
         restore, curvature = tl.load(call.restore + at), tl.load(call.curvature + at)
         works = works | (restore != 0) | (curvature != 0)
+    if FORM.scale == "moment":
+        curvature = tl.load(call.curvature + at)
+        works = works | (curvature != 0)
     if FORM.gaussian:
         c, restore, curvature = c * RADIUS, restore * RADIUS, curvature * (RADIUS * RADIUS)
     return Stream(tl.load(call.streams + k).to(tl.uint32), c, restore, curvature, works)
@@ -37,7 +40,8 @@ def _zeros_like(x):
 
 @triton.jit
 def sum_of_streams(like, key, row, place, mask, only, call, B: tl.constexpr, FORM: tl.constexpr, CAREFUL: tl.constexpr):
-    """sum_k c[k] z[k] of a tile of the shape of ``like``, and where H changes also sum_k restore[k] z[k], sum_k curvature[k] z[k]^2.
+    """sum_k c[k] z[k] of a tile of the shape of ``like``, where H changes sum_k restore[k] z[k], and there or with a second moment
+    sum_k curvature[k] z[k]^2.
 
     ``only``: the stream, where the form has one. A careful tile has no sum on the tensor cores, which is of whole tiles.
     """
@@ -60,6 +64,7 @@ def sum_of_streams(like, key, row, place, mask, only, call, B: tl.constexpr, FOR
                     noise = stream.c * z if FORM.streams == "one" else tl.fma(z, stream.c, noise)
                     if FORM.scale == "update":
                         back = tl.fma(z, stream.restore, back)
+                    if FORM.scale == "update" or FORM.scale == "moment":
                         squares = tl.fma(z * z, stream.curvature, squares)
                 else:
                     words = signs(key, stream.number, B)

@@ -85,6 +85,7 @@ KEEP_16, KEEP_8, KEEP_8_RANDOM = (
 JOIN_HALF = Case(SIGNS, F16, F32, k=0, residual=8)
 UPDATE = Case(NORMALS, F32, k=1, hessian="update", decay=True)
 SUMS = Case(SIGNS, F32, sizes=(2300, 40), offsets=(1024, 3), k=13)
+MOMENT = Case(NORMALS, F32, k=2, moment=True)
 FACTORS = Case(SIGNS, BF16, columns=(64, 100))
 PRODUCTS = Case("factored", BF16, BF16, sizes=(2300, 40), offsets=(1003, 7), widths=(320, 3))
 FIVES = Case("factored", F32, sizes=(2300, 40), offsets=(1003, 7), widths=(320, 3), k=4, rank=3)
@@ -130,6 +131,8 @@ MUTANTS = (
     Mutant("a tile that is not whole is taken for one", "passes.py", "tl.minimum(stop, row.end // TILE)", "tl.minimum(stop, (row.end + 1) // TILE)", Case(SIGNS, F32, sizes=(2047,))),
     Mutant("the Hessian has no floor", "passes.py", "call.hessian_min), ", "0.0), ", UPDATE),
     Mutant("curvature is not squared", "streams.py", "tl.fma(z * z, stream.curvature, squares)", "tl.fma(z, stream.curvature, squares)", UPDATE),
+    Mutant("a second moment has no root", "passes.py", "inverse(root(squares) + FLOOR)", "inverse(squares + FLOOR)", MOMENT),
+    Mutant("the gate is open to squares that are not finite", "gate.py", "finite, _ = _add(curvature", "finite, _ = _add(coeffs", Case(NORMALS, F32, k=2, moment=True, bad="squares")),
     Mutant("decay grows", "passes.py", "keep = 1 - tl.load(", "keep = 1 + tl.load(", UPDATE),
     Mutant("rows of factors are too long", "places.py", "(1 << 31) // tl", "(1 << 30) // tl", FACTORS),
     Mutant("rows have the signs of columns", "factored.py", "_programs(ROWS, top", "_programs(COLUMNS, top", PRODUCTS),

@@ -46,6 +46,7 @@ MUTANTS = [
     Mutant("sum of 40 streams", "sums.py", "for step in range(1, made.n_steps):", "for step in range(1, made.n_steps - 1):", None),
     Mutant("gathered rows", "rows.py", "at = offset.to(tl.int64) + source * width", "at = offset.to(tl.int64) + j * width", None),
     Mutant("Hessian", "passes.py", "h * (work.remain + squares)", "h * (1.0 + squares)", None),
+    Mutant("second moment", "passes.py", "inverse(root(squares) + FLOOR)", "inverse(squares + FLOOR)", None),
     Mutant("scales in two factors", "places.py", "return factor * load_columns(", "return load_columns(", None),
     Mutant("factored noise", "factored.py", "word ^= 0xFFFFFFFF", "word ^= 0", None),
     Mutant("slice", "noise.py", "high = (first >> 32).to(tl.uint32) | above",

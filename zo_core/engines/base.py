@@ -35,7 +35,7 @@ class Engine(Protocol):
 
     def update(
         self, probes: Sequence[Probe], coeffs: Tensor, decay: Tensor, update: Tensor | None,
-        curvature: Tensor | None = None, smoothing: Tensor | None = None,
+        curvature: Tensor | None = None, smoothing: Tensor | None = None, squares: Tensor | None = None,
     ) -> None:  # fmt: skip
         """Theta <- (1 - decay) theta + s sum_k coeffs[k] z_k; arguments as in ``ParamSpace.update_``."""
         ...

@@ -29,7 +29,8 @@ class Factors:
             if t.dim() != 2:
                 continue
             place = []
-            for domain, n, column in ((ROWS, len(t), 0), (COLUMNS, columns, 1)):
+            scaled = 1 + len(self.matrices) if space.scales else 1  # column of the coefficients below
+            for domain, n, column in ((ROWS, len(t), scaled), (COLUMNS, columns, 0)):
                 parts.append((domain, i, at, n, column))
                 place.append(slice(at, at + n))
                 at += -(-n // _ALIGNMENT) * _ALIGNMENT
@@ -54,13 +55,14 @@ class Factors:
         self._signs, self._views, self._current = {}, {}, set()
 
     def make(self, streams: Tensor, cs: Tensor) -> None:
-        """Make the signs of all matrices at these points: streams, int64 (P,), and their c, float32 (P,)."""
+        """Make the signs of all matrices at these points: streams, int64 (P,), and the c of each tensor, float32 (P, T)."""
         self._points = len(cs)
         if self._signs and self._points > len(self._signs[torch.float32]):
             self.clear()
         self._current = set()
         signs = self._at_points(torch.float32)
-        coeffs = torch.stack((cs * self._space.rank**-0.5, self._one.expand(len(cs))), 1)
+        of_rows = cs[:, list(self.matrices)] if self._space.scales else cs[:, :1]
+        coeffs = torch.cat((self._one.expand(len(cs), 1), of_rows * self._space.rank**-0.5), 1)
         self._make(signs, streams, coeffs, seed=self._space.seed)
         for i, row in self._space.padding.items():
             signs[..., self.matrices[i][0].start + row] = 0

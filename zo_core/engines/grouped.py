@@ -84,7 +84,10 @@ class GroupedEngine(ShadowEngine):
         self._plans: dict[int, Plan] = {}  # by the number of points
         self._alone = self._plan  # of the shadow engine
         # Of the evaluation that runs:
-        self._streams, self._cs = self._clean, space.full(0)[0, :1]  # of each point: stream and coefficient
+        self._streams, self._cs = (
+            self._clean,
+            space.full(0),
+        )  # of each point: stream, and the coefficient of each tensor
         fold_attention()
 
     # ---- the engine --------------------------------------------------------------------------------------------
@@ -215,7 +218,7 @@ class GroupedEngine(ShadowEngine):
         self._interception.start([*plain, *range(known, len(self._sources))])
         self._streams = torch.cat([self._clean if probe is None else probe for _, probe in points])
         cs = [0.0 if probe is None else c for c, probe in points]
-        self._cs = torch.tensor(cs, dtype=torch.float32, device=self.device)
+        self._cs = torch.tensor(cs, dtype=torch.float32, device=self.device).unsqueeze(1) * self.space.full(1.0)
         if self._factors:
             self._factors.make(self._streams, self._cs)
 
@@ -234,8 +237,10 @@ class GroupedEngine(ShadowEngine):
         """Write theta + c z of these tensors, at all points, where ``make`` was prepared for."""
         if not (lead := self._plan.lead):
             return super()._perturb(make, which, sources)
+        n = len(which)
         with unseen():
-            make(sources, self._streams, self._cs, self._uncounted.new_empty(1 + len(which) * lead[0]))
+            coeffs = self._cs[:, list(which)] if self.space.scales else self._cs[:, :n]
+            make(sources, self._streams, coeffs, self._uncounted.new_empty(1 + n * lead[0]))
 
     # ---- what a read answers -----------------------------------------------------------------------------------
 
@@ -316,7 +321,7 @@ class GroupedEngine(ShadowEngine):
                 out = out.view(-1, *index.shape, source.shape[1])
             else:
                 out = torch.empty(len(self._cs), *index.shape, source.shape[1], dtype=source.dtype, device=self.device)
-                for copy, stream, c in zip(out, torch.split(self._streams, 1), self._cs, strict=True):
+                for copy, stream, c in zip(out, torch.split(self._streams, 1), self._cs[:, i], strict=True):
                     self._look_up(i, index, copy, stream, c.view(1, 1))
         return batched(out, level)
 

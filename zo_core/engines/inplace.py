@@ -43,9 +43,11 @@ class InPlaceEngine(Engine):
 
     def update(
         self, probes: Sequence[Probe], coeffs: Tensor, decay: Tensor, update: Tensor | None,
-        curvature: Tensor | None = None, smoothing: Tensor | None = None,
+        curvature: Tensor | None = None, smoothing: Tensor | None = None, squares: Tensor | None = None,
     ) -> None:  # fmt: skip
-        """Restore and update in one pass; arguments as in ``ParamSpace.update_``."""
+        """Restore and update in one pass, with ``squares`` in two; arguments as in ``ParamSpace.update_``."""
+        if squares is not None:  # which scale all noise of the pass, and what is taken back was added without a scale
+            self.restore()
         back: Tensor | None = None
         if self.at is not None:
             probe, row = self.at
@@ -56,7 +58,7 @@ class InPlaceEngine(Engine):
             back = torch.zeros_like(coeffs)
             back[next(k for k, p in enumerate(probes) if p is probe)] = -row[0]
         with uninterrupted():
-            self.space.update_(probes, coeffs, decay, update, back, curvature, smoothing)
+            self.space.update_(probes, coeffs, decay, update, back, curvature, smoothing, squares)
             self.at = None
 
     def memory(self) -> dict[str, int]:

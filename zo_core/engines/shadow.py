@@ -83,11 +83,11 @@ class ShadowEngine(Engine):
 
     def update(
         self, probes: Sequence[Probe], coeffs: Tensor, decay: Tensor, update: Tensor | None,
-        curvature: Tensor | None = None, smoothing: Tensor | None = None,
+        curvature: Tensor | None = None, smoothing: Tensor | None = None, squares: Tensor | None = None,
     ) -> None:  # fmt: skip
         """Theta <- (1 - decay) theta + s sum_k coeffs[k] z_k in one pass; arguments as in ``ParamSpace.update_``."""
         with uninterrupted():
-            self.space.update_(probes, coeffs, decay, update, None, curvature, smoothing)
+            self.space.update_(probes, coeffs, decay, update, None, curvature, smoothing, squares)
 
     def restore(self) -> None:
         """End an evaluation, wherever it was left: parameters are theta again."""
@@ -149,7 +149,8 @@ class ShadowEngine(Engine):
     def _perturb(self, make: Callable[..., None], which: Sequence[int], sources: list[Tensor]) -> None:
         """Write theta + c z of these tensors where ``make`` was prepared for."""
         n = len(which)
-        coeffs = self._row[:, :n] if self._left_out.isdisjoint(which) else self._coeffs[:, list(which)]
+        alike = not self.space.scales and self._left_out.isdisjoint(which)
+        coeffs = self._row[:, :n] if alike else self._coeffs[:, list(which)]
         make(sources, self._probe, coeffs, self._uncounted[: 1 + n])
 
     def _refuse_writes(self) -> None:
@@ -208,7 +209,7 @@ class ShadowEngine(Engine):
         """Rows of matrix i of theta + c z, as an embedding returns them: (*index.shape, columns)."""
         source = self._sources[i]
         out = torch.empty(*index.shape, source.shape[1], dtype=source.dtype, device=source.device)
-        self._look_up(i, index, out, self._probe, self._row[:, :1])
+        self._look_up(i, index, out, self._probe, self._coeffs[:, i : i + 1])
         return out
 
     def _look_up(self, i: int, index: Tensor, out: Tensor, probe: Probe, c: Tensor) -> None:

@@ -28,7 +28,12 @@ class Method(NamedTuple):
 _MEZO = {"lr": 3e-5, "probes": 1, "distribution": "rademacher", "eval_every": 100}
 _HIZOO = {"lr": 3e-5, "probes": 1, "distribution": "gaussian", "eval_every": 60, "smoothing": 1e-6}
 _FZOO = {"lr": 2e-3, "probes": 8, "distribution": "rademacher", "eval_every": 20}
+_MEAZO = {"lr": 2e-4, "probes": 1, "distribution": "rademacher", "eval_every": 100, "beta": 0.99}
+_BSZO = {"lr": 2e-5, "probes": 2, "distribution": "gaussian", "eval_every": 60}
 _SPSA = {"lr": 4e-4, "probes": 4, "distribution": "rademacher", "eval_every": 20, "alpha": 0.1}
+_ADAMEZO = {
+    "lr": 2e-4, "probes": 1, "distribution": "gaussian", "eval_every": 100, "momentum": 0.7, "beta2": 0.9,
+}  # fmt: skip
 METHODS = {
     "mezo": Method("MeZO", {}, _MEZO),
     "lezo": Method("LeZO", {}, {**_MEZO, "rho": 0.75}),
@@ -37,7 +42,12 @@ METHODS = {
     "fzoo": Method("FZOO", {}, _FZOO),
     "fzoo-r": Method("FZOO", {"reuse": True}, {**_FZOO, "probes": 4}),
     "spsa": Method("SPSA", {}, _SPSA),
+    "adamezo": Method("AdaMeZO", {}, _ADAMEZO),
+    "meazo": Method("MEAZO", {}, _MEAZO),
+    "bszo": Method("BSZO", {}, _BSZO),
 }
+
+OF_SOME = ("smoothing", "alpha", "beta", "beta2")  # options that only the methods with a default for them have
 
 
 def _defaults(option: str) -> str:
@@ -116,7 +126,7 @@ class FinetuneConfig(BaseModel):
     test_size: float = _option(0.2, "Data", "Size of the test part: a number of examples, or a fraction below 1.", gt=0)
     split_seed: int = _option(0, "Data", "Seed of the division of the data into parts.", ge=0, lt=2**63)
 
-    method: Literal["mezo", "lezo", "hizoo", "hizoo-l", "fzoo", "fzoo-r", "spsa"] = _option(
+    method: Literal["mezo", "lezo", "hizoo", "hizoo-l", "fzoo", "fzoo-r", "spsa", "adamezo", "meazo", "bszo"] = _option(
         "fzoo", "Method", "Zeroth-order method."
     )
     lr: float = _option(None, "Method", f"Learning rate. Default: {_defaults('lr')}.", gt=0)
@@ -134,11 +144,33 @@ class FinetuneConfig(BaseModel):
     rho: float = _option(
         0.0, "Method", "Fraction of the transformer blocks that a step leaves out. Default for lezo: 0.75.", ge=0, lt=1
     )
+    momentum: float = _option(
+        0.0,
+        "Method",
+        "Decay a step of the estimates of earlier steps, along which a step goes again. Default for adamezo: 0.7.",
+        ge=0,
+        lt=1,
+    )
+    window: int = _option(10, "Method", "Steps that momentum reaches back, this one included.", ge=1, le=1024)
+    beta2: float | None = _option(
+        None, "Method", f"Decay of the second moment. Default: {_defaults('beta2')}.", ge=0, lt=1
+    )
     smoothing: float | None = _option(
         None, "Method", f"How fast the Hessian is learned. Default: {_defaults('smoothing')}.", ge=0, le=1
     )
     alpha: float | None = _option(
         None, "Method", f"Power of the curvature that a probe is divided by. Default: {_defaults('alpha')}.", ge=0, le=1
+    )
+    beta: float | None = _option(
+        None, "Method", f"How much of the second moment a step keeps. Default: {_defaults('beta')}.", ge=0, lt=1
+    )
+    scales: Path | None = _option(
+        None,
+        "Method",
+        "File of a scale for each tensor's probe, by name: zo_core.scales.save writes one, and so does a run.",
+    )
+    calibrate: int | None = _option(
+        None, "Method", "Measure such scales in this many forwards, say 48, before the first step.", ge=14
     )
     residual: Literal["none", "8", "16"] = _option(
         "8", "Method", "Extra bits for each 16-bit weight, so that small updates are not rounded away."
@@ -167,6 +199,11 @@ class FinetuneConfig(BaseModel):
     )
     eval_every: int = _option(None, "Run", f"Steps between validations. Default: {_defaults('eval_every')}.", ge=1)
     save_every: float = _option(5.0, "Run", "Minutes between checkpoints.", ge=0)
+    measure_floor: bool = _option(
+        True,
+        "Run",
+        "Measure the forwards' rounding before the first step (20 forwards), and report how many differences of losses are smaller.",
+    )
     keep_best: bool = _option(
         True, "Run", "Save and test the weights with the best validation accuracy, not the last ones."
     )
@@ -179,6 +216,11 @@ class FinetuneConfig(BaseModel):
         path = Path(value).expanduser()
         known = value in names("model") or value in names("dataset")
         return str(path.resolve()) if not known and path.exists() else value
+
+    @field_validator("scales")
+    @classmethod
+    def _absolute_path(cls, value: Path | None) -> Path | None:
+        return value if value is None else value.expanduser().resolve()
 
     @field_validator("validation_size", "test_size")
     @classmethod
@@ -196,10 +238,12 @@ class FinetuneConfig(BaseModel):
         chosen = values.get("method", cls.model_fields["method"].default)
         if (method := METHODS.get(chosen)) is None:
             return values
-        for name in ("smoothing", "alpha"):
+        for name in OF_SOME:
             if values.get(name) is not None and name not in method.defaults:
                 takers = [m for m, known in METHODS.items() if name in known.defaults]
                 raise ValueError(f"{name} is an option of {', '.join(takers)}; {chosen} has none")
+        if values.get("scales") is not None and values.get("calibrate") is not None:
+            raise ValueError("scales and calibrate exclude each other: give a file of scales, or have them measured")
         return {**values, **{k: v for k, v in method.defaults.items() if values.get(k) is None}}
 
     @model_validator(mode="before")
@@ -210,16 +254,21 @@ class FinetuneConfig(BaseModel):
             return {**values, "time_budget": "8m"}
         return values
 
+    def optimizer_class(self) -> type[zo_core.ZOOptimizer]:
+        """The class of the method."""
+        found: type[zo_core.ZOOptimizer] = getattr(zo_core, METHODS[self.method].optimizer)
+        return found
+
     def optimizer(self, model: nn.Module) -> zo_core.ZOOptimizer:
         """The optimizer of the trainable parameters of a model. RunError if it refuses an option."""
         method = METHODS[self.method]
         own = ["lr", "eps", "weight_decay", "probes", "seed", "distribution", "rank", "rho", "engine", "points_at_once"]
-        own += [name for name in ("smoothing", "alpha") if name in method.defaults]
+        own += ["momentum", "window", "scales"] + [name for name in OF_SOME if name in method.defaults]
         options: dict[str, Any] = {name: getattr(self, name) for name in own}
         options["residual"] = None if self.residual == "none" else int(self.residual)
         try:
-            optimizer: zo_core.ZOOptimizer = getattr(zo_core, method.optimizer)(model, **options, **method.fixed)
-        except (ValueError, TypeError) as error:
+            optimizer = self.optimizer_class()(model, **options, **method.fixed)
+        except (ValueError, TypeError, OSError) as error:
             raise RunError(f"--method {self.method}: {error}") from error
         return optimizer
 
@@ -281,7 +330,7 @@ def resumed_config(folder: Path, given: Mapping[str, Any]) -> FinetuneConfig:
     """
     before = stored_config(folder)
     same_method = given.get("method", before.method) == before.method  # another one may refuse the stored options
-    now = stored_config(folder, given if same_method else {"method": given["method"], "smoothing": None, "alpha": None})
+    now = stored_config(folder, given if same_method else {"method": given["method"], **dict.fromkeys(OF_SOME)})
     for name in [name for name in (given if same_method else ["method"]) if name not in CAN_CHANGE]:
         was, got = getattr(before, name), getattr(now, name)
         if name == "labels":

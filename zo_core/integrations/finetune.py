@@ -5,6 +5,7 @@
     config.json     its options
     metrics.jsonl   a line for each step and for each evaluation
     journal.zoj     what `zo-core replay` needs to compute the weights of any step again
+    scales.json     the scale of each tensor's probe, where the run has some
     checkpoint/     what --resume starts from: state.pt (optimizer, counters) and the weights that it names
     model/          the tuned model and its tokenizer, as transformers saves them
     summary.json    the results          plot.png   loss and accuracy over the run
@@ -44,7 +45,16 @@ from zo_core.integrations.session import Session, prepare
 from zo_core.integrations.tasks import Evaluation
 
 SKIPS_IN_A_ROW = 20  # steps with a non-finite loss after which a run gives up
-OUR_FILES = ("config.json", "metrics.jsonl", "journal.zoj", "summary.json", "plot.png", "checkpoint", "model")
+OUR_FILES = (
+    "config.json",
+    "metrics.jsonl",
+    "journal.zoj",
+    "scales.json",
+    "summary.json",
+    "plot.png",
+    "checkpoint",
+    "model",
+)
 
 
 class RunInterrupted(Exception):
@@ -72,6 +82,7 @@ class State:
     before: dict[str, Any] | None = None  # results on the test part before the first step
     before_correct: list[bool] = field(default_factory=list)
     metrics_bytes: int = 0
+    floor: float | None = None  # rounding error of a difference of two losses; NaN where it could not be measured
     data: str = ""  # SHA-256 of the encoded data; "" in checkpoints of older versions, which have none
 
 
@@ -117,6 +128,7 @@ class Run:
         self.state, self.signum = State(data=session.facts["sha256"]), 0
         self.folder, self.checkpoint = config.output, config.output / "checkpoint"
         self.optimizer = config.optimizer(session.model)
+        self.below = (0, 0)  # ``below_floor`` of the optimizer after the last step
         if config.dropout:  # only dropout uses torch's global generator, whose state is in checkpoints for that reason
             torch.set_rng_state(torch.Generator().manual_seed(config.seed).get_state())
 
@@ -158,12 +170,24 @@ class Run:
         if resume:
             self._load_checkpoint()
             read_metrics(self.folder, self.state.metrics_bytes)
+        elif self.config.calibrate:
+            self._calibrate(self.config.calibrate)
         self.optimizer.journal = self._journal()  # before all other files, as it fails if another run has it open
         write_json(self.folder / "config.json", self.config.model_dump(mode="json", exclude={"output"}))
+        if set(self.optimizer.scales.values()) != {1.0}:
+            zo_core.scales.save(self.optimizer.scales, self.folder / "scales.json")
         self.metrics = open(self.folder / "metrics.jsonl", "ab")  # noqa: SIM115 - open for the whole run
         self.metrics.truncate(self.state.metrics_bytes)
         self.metrics.seek(0, os.SEEK_END)
         self.saved_at = time.monotonic()
+
+    def _calibrate(self, evaluations: int) -> None:
+        """Measure scales, before there is a journal, which begins with them. It counts as training."""
+        start = time.perf_counter()
+        found = self.session.calibrate(self.optimizer, evaluations)
+        self.state.forwards += found.evaluations
+        self.state.seconds += time.perf_counter() - start
+        self.console.print(report.scales_table(found))
 
     def _load_checkpoint(self) -> None:
         try:
@@ -270,7 +294,7 @@ class Run:
     def step(self) -> float:
         """One optimizer step; returns its loss."""
         config, state = self.config, self.state
-        start, forwards = time.perf_counter(), 0
+        start, forwards, flat = time.perf_counter(), 0, self.optimizer.flat
         for group in self.optimizer.param_groups:
             group["lr"] = config.lr_at(config.progress(state.step, state.seconds))
         lr = self.optimizer.param_groups[0]["lr"]
@@ -287,8 +311,32 @@ class Run:
         state.step += 1
         state.seconds += took
         state.forwards += forwards
-        self.log("step", loss=loss, lr=lr, skipped=self.optimizer.skipped)
+        counts: dict[str, Any] = {"skipped": self.optimizer.skipped, "flat": self.optimizer.flat > flat}
+        if self.optimizer.noise_floor is not None:
+            counts["below_floor"] = self._share_below()
+        self.log("step", loss=loss, lr=lr, **counts)
         return loss
+
+    def _share_below(self) -> float:
+        """The share of the last step's probes whose difference of losses is smaller than the forwards' rounding error."""
+        below, probes = self.optimizer.below_floor
+        new = below - self.below[0], probes - self.below[1]
+        self.below = below, probes
+        return new[0] / max(1, new[1])
+
+    def measure_floor(self) -> None:
+        """Measure the forwards' rounding error around eps, once in a run."""
+        if self.state.floor is None:
+            self.session.model.train(self.config.dropout)
+            ladder = [self.config.eps * 10 ** (half / 2) for half in range(-1, 3)]
+            try:
+                found = zo_core.measure(
+                    self.optimizer, self.session.loss_of(0), eps=ladder, probes=2, progress=lambda *_: self.check()
+                )
+                self.state.floor = found.at(self.config.eps).error
+            except ValueError:  # losses that are constant or not finite, of which the steps tell
+                self.state.floor = math.nan
+        self.optimizer.noise_floor = None if math.isnan(self.state.floor) else self.state.floor
 
     def train(self) -> None:
         """Make steps and validate until the budget is used up.
@@ -299,6 +347,8 @@ class Run:
         """
         config, state, optimizer = self.config, self.state, self.optimizer
         losses, bad = [], 0
+        if config.measure_floor and config.progress(state.step, state.seconds) < 1:
+            self.measure_floor()
         with _progress(self.console) as bar:
             task = bar.add_task("", total=1.0, step="-", loss="-", accuracy="-", rate="-", left="-")
             while True:
@@ -363,6 +413,8 @@ class Run:
             "config": config.model_dump(mode="json", exclude={"output"}),
             "steps": state.step,
             "skipped_steps": self.optimizer.skipped,
+            "flat_steps": sum(line.get("flat", False) for line in steps),
+            "floor": {"error": self.optimizer.noise_floor, "below": _mean([line.get("below_floor") for line in steps])},
             "forwards": state.forwards,
             "selected_step": chosen,
             "selected_by": "validation accuracy" if config.keep_best else "last step",

@@ -13,6 +13,7 @@ import torch
 from rich.table import Table
 
 import zo_core
+from zo_core import Calibration
 from zo_core.bindings import cuda, native
 from zo_core.integrations import assets
 
@@ -175,6 +176,19 @@ def _seconds_on_top(axes: Any, forwards: Sequence[float], seconds: Sequence[floa
 def clock(seconds: float) -> str:
     """Minutes and seconds."""
     return f"{max(0, round(seconds)) // 60}:{max(0, round(seconds)) % 60:02d}"
+
+
+def scales_table(found: Calibration) -> Table:
+    """What a calibration has measured, and the scales that follow, for the console."""
+    table = Table("kind", "weights", "slope²", "curvature", "scale")
+    table.title = f"scales from {found.evaluations} forwards; rounding of a loss {found.noise:.1e}"
+    for kind in found.kinds:
+        slope, curvature = (
+            f"{kind.slope2:.3g} ± {kind.slope2_error:.2g}",
+            f"{kind.curvature:.3g} ± {kind.curvature_error:.2g}",
+        )
+        table.add_row(kind.name, f"{kind.weights:,}", slope, curvature, f"{kind.scale:.3f}")
+    return table
 
 
 def summary_table(summary: dict[str, Any]) -> Table:

@@ -11,12 +11,15 @@ from typing import Any, NamedTuple
 
 import torch
 
+import zo_core
 from zo_core.integrations import tasks
 from zo_core.integrations.assets import fetch, names
 from zo_core.integrations.config import FinetuneConfig
 from zo_core.integrations.errors import RunError, first_line
 from zo_core.integrations.tasks import Encoded, Prompter, Scorer
 from zo_core.weights import some
+
+_BATCHES = 8  # that a calibration takes in turn
 
 
 class Session(NamedTuple):
@@ -44,6 +47,14 @@ class Session(NamedTuple):
         """A step's closures: one, or with ``spread`` one for each probe; batches follow one another in the data's order."""
         n = self.config.probes if self.config.spread else 1
         return [self.loss_of(step * n + k) for k in range(n)]
+
+    def calibrate(self, optimizer: zo_core.ZOOptimizer, evaluations: int) -> zo_core.Calibration:
+        """Give an optimizer scales that are measured on the first batches. RunError if that does not work."""
+        self.model.train(self.config.dropout)
+        try:
+            return zo_core.calibrate(optimizer, [self.loss_of(k) for k in range(_BATCHES)], evaluations)
+        except ValueError as error:
+            raise RunError(f"--calibrate: {error}") from error
 
 
 def prepare(

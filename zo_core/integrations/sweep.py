@@ -101,7 +101,10 @@ class Sweep:
         self.session, self.console, self.path = session, console, session.config.output / "sweep.json"
         self.start = {name: t.clone() for name, t in session.model.state_dict().items()}
         config = session.config
-        config.optimizer(session.model)  # raises if the method refuses an option, before the first trial
+        optimizer = config.optimizer(session.model)  # raises if the method refuses an option, before the first trial
+        if config.calibrate:
+            session.calibrate(optimizer, config.calibrate)
+        self.scales = optimizer.scales
         about = config.model_dump(mode="json", exclude={"output"})
         about["data_sha256"] = session.facts["sha256"]
         self.kept = read_sweep(self.path) or Kept(config=about)
@@ -138,6 +141,7 @@ class Sweep:
             optimizer = config.optimizer(session.model)
         except RunError as error:  # the value is out of the method's range
             return seen, str(error)
+        optimizer.scales = self.scales
         with Progress(console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
             task = bar.add_task(f"lr {config.lr:g}, eps {config.eps:g}", total=steps)
             for step in range(steps):

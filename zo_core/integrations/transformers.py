@@ -54,6 +54,10 @@ class ZOArguments(_Arguments):
         engine: "shadow", "grouped" (docs/engines.md), "inplace" or None; see ``ZOOptimizer``.
         spread_probes: whether the micro-batches of an accumulation window are those of the probes, one each, in place of
             one batch for all; then ``probes``, of each process, is ``gradient_accumulation_steps`` or None.
+        measure_floor: whether to measure the forwards' rounding before the first step (20 evaluations), and log as
+            ``below_floor`` which share of the probes' differences of losses were smaller.
+        calibrate: measure a scale for each tensor's probe in this many evaluations, say 48, of the first step's batch, before that
+            step; see ``zo_core.calibrate``. Scales that are known are ``scales`` of ``zo_options``.
         zo_options: other options of the method, as a dict or its JSON. The seed of the noise is ``seed`` unless given here.
 
     Raises:
@@ -71,6 +75,8 @@ class ZOArguments(_Arguments):
     residual: int | None = 8
     engine: str | None = None
     spread_probes: bool = False
+    measure_floor: bool = False
+    calibrate: int | None = None
     zo_options: dict[str, Any] | str | None = None
 
     def __post_init__(self) -> None:
@@ -88,6 +94,8 @@ class ZOArguments(_Arguments):
             raise ValueError(
                 f"zo_options: expected options of {self.zo_method} that are no fields, {own}, got {wrong[0]!r}"
             )
+        if self.calibrate is not None and "scales" in (self.zo_options or {}):
+            raise ValueError("calibrate: expected None, as zo_options has scales: give one of them")
         super().__post_init__()  # type: ignore[no-untyped-call]
         for name, why in _REFUSED.items():
             if value := getattr(self, name, None):
@@ -211,11 +219,36 @@ class ZOMixin(_Trainer):
                 )
             return torch.stack(losses).float().sum() * weight
 
-        if not self.args.spread_probes:
-            return self.zo_optimizer.step(partial(loss_of, window))
-        n, m = self.args.gradient_accumulation_steps, len(window)  # m < n at the end of an epoch
-        weights = [n / len(range(k % m, n, m)) for k in range(n)]  # so that their mean is Trainer's loss of the window
-        return self.zo_optimizer.step([partial(loss_of, [window[k % m]], weights[k]) for k in range(n)])
+        closure: Closure | list[Closure] = partial(loss_of, window)
+        if self.args.spread_probes:
+            n, m = self.args.gradient_accumulation_steps, len(window)  # m < n at the end of an epoch
+            weights = [n / len(range(k % m, n, m)) for k in range(n)]  # their mean is then Trainer's loss of the window
+            closure = [partial(loss_of, [window[k % m]], weights[k]) for k in range(n)]
+        optimizer = self.zo_optimizer
+        if self.args.calibrate and not optimizer._steps:
+            zo_core.calibrate(optimizer, closure, self.args.calibrate)
+        if self.args.measure_floor and optimizer.noise_floor is None:
+            self._measure_floor(partial(loss_of, window))
+        return optimizer.step(closure)
+
+    def _measure_floor(self, closure: Closure) -> None:
+        """Measure the forwards' rounding error around eps."""
+        optimizer = self.zo_optimizer
+        try:
+            ladder = [optimizer.eps * 10 ** (half / 2) for half in range(-1, 3)]
+            optimizer.noise_floor = zo_core.measure(optimizer, closure, eps=ladder, probes=2).at(optimizer.eps).error
+        except ValueError as error:
+            warn(f"measure_floor: {error}")
+            optimizer.noise_floor = 0.0
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As Trainer's, with the numbers of steps that were skipped and whose losses were all the same, and ``below_floor``."""
+        if "loss" in logs and isinstance(optimizer := self.zo_optimizer, ZOOptimizer):
+            logs |= {"skipped": optimizer.skipped, "flat": optimizer.flat}
+            below, probes = optimizer.below_floor
+            if probes:
+                logs["below_floor"] = below / probes
+        super().log(logs, *args, **kwargs)
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> None:
         """None: there are no gradients."""

@@ -2,7 +2,8 @@
 
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from numbers import Integral
 from typing import Any, ClassVar
 
@@ -18,8 +19,10 @@ from ..estimators import Estimate, Losses, update_of
 from ..journal import Journal
 from ..noise import backend_of
 from ..record import Snapshot, carried
+from ..scales import Scales
 from ..weights import ParamSpace, Probe, padding_of, space_of, versions_of
 from . import report, state
+from .momentum import with_past
 from .options import Params, Shared, check_choices, check_group, named_params, rates_of
 from .points import Closure, StepLosses
 from .state import Stateful, refuse_meta
@@ -45,6 +48,10 @@ class ZOOptimizer(Stateful):
             anew between steps, in ``param_groups[0]``.
         blocks: those blocks, or the dotted name of the list that has them; None: the largest ``nn.ModuleList``.
         hessian: "diagonal" or "factored", to scale probes by H^-1/2; see ``HiZOO``. For methods that measure curvature.
+        momentum: beta in [0, 1). A step goes along the estimates of the last ``window`` steps, that of i steps ago times
+            beta^i, as torch's SGD does with its momentum (no factor 1 - beta): steps are up to (1 - beta^window) /
+            (1 - beta) times as long, which lr has to allow for. 0 is none. It may be set anew between steps, as ``window``.
+        window: h, the number of these steps; noise is made again, so no tensor is kept, and the update makes h times as much.
         stochastic_rounding: whether updates round stochastically (unbiased), not to nearest, where they round to 16
             bits or to the 24 of a weight with an 8-bit residual.
         residual: low-order bits, 8 or 16, that each 16-bit weight keeps in a tensor of this optimizer (1 or 2 bytes a
@@ -58,6 +65,11 @@ class ZOOptimizer(Stateful):
             and the processor has a use for.
         module: the module whose forwards use the tensors, where ``params`` is not that module itself.
         processes: how the processes of ``torch.distributed`` share a step (docs/distributed.md); None: each is alone.
+        scales: sigma of each tensor's probe: a step evaluates at theta +- eps sigma z and moves along sigma z. Numbers by name
+            or by pattern such as "*.v_proj.weight" (the first that matches counts, other tensors have 1), the path of a file
+            of these (``zo_core.scales``), or one number for each tensor. ``zo_core.calibrate`` measures some.
+        normalize_scales: multiply them by one number, so that probes keep their length: sum_t d_t sigma_t^2 = d, where tensor
+            t has d_t of the d weights. False takes them as they are.
         method: further options of the method, each a ``Shared`` of its class.
 
     Raises:
@@ -67,12 +79,16 @@ class ZOOptimizer(Stateful):
     """
 
     journal: Journal | None = None  # where each step leaves a record, if set
-    _default: ClassVar[dict[str, Any]] = {"probes": 1, "distribution": "gaussian", "rho": 0.0, "hessian": None}
+    _default: ClassVar[dict[str, Any]] = {
+        "probes": 1, "distribution": "gaussian", "rho": 0.0, "hessian": None, "momentum": 0.0, "window": 10,
+    }  # fmt: skip
     _measures_curvature = False  # whether estimates have a curvature, which Hessian scaling needs
+    one_sided = False  # whether differences are l(theta + eps z) - l(theta), not l(theta + eps z) - l(theta - eps z)
 
     eps = Shared(1e-30, 1e30)  # the range in which float32 arithmetic neither overflows nor underflows
     probes = Shared(1, 1 << 20, Integral)
     rho = Shared(0.0, math.nextafter(1.0, 0.0))
+    momentum, window = Shared(0.0, math.nextafter(1.0, 0.0)), Shared(1, 1 << 10, Integral)
 
     _shared: ClassVar[tuple[Shared, ...]] = ()
     _units: Sequence[Any] = ()  # parts of the module that FSDP2 gathers
@@ -94,16 +110,23 @@ class ZOOptimizer(Stateful):
         rho: float | None = None,
         blocks: layers.Blocks | None = None,
         hessian: str | None = None,
+        momentum: float | None = None,
+        window: int | None = None,
         stochastic_rounding: bool = True,
         residual: int | None = 8,
         engine: str | None = None,
         points_at_once: int | None = None,
         module: nn.Module | None = None,
         processes: Parallel | None = None,
+        scales: Scales | None = None,
+        normalize_scales: bool = True,
         method: Mapping[str, float] | None = None,
     ) -> None:
         given: dict[str, Any] = {"probes": probes, "distribution": distribution, "rho": rho, "hessian": hessian}
-        probes, distribution, rho, hessian = (v if v is not None else self._default[k] for k, v in given.items())
+        given |= {"momentum": momentum, "window": window}
+        probes, distribution, rho, hessian, momentum, window = (
+            v if v is not None else self._default[k] for k, v in given.items()
+        )
         check_choices(
             seed=seed, distribution=distribution, rank=rank, residual=residual, engine=engine, hessian=hessian,
             points_at_once=points_at_once,
@@ -121,7 +144,7 @@ class ZOOptimizer(Stateful):
         if engine in engines.NEED_MODULE and self.module is None:
             raise ValueError(f"engine: {engine!r} needs the module whose forwards use the tensors: pass module=")
         groups = named_params(params)
-        shared = {"eps": eps, "probes": probes, "rho": rho, **(method or {})}
+        shared = {"eps": eps, "probes": probes, "rho": rho, "momentum": momentum, "window": window, **(method or {})}
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "decay_vectors": True, **shared})
         in_place = self.module is None or is_sharded(self._parameters(), self.module)
         self.engine = engine or ("inplace" if in_place else "shadow")
@@ -130,6 +153,7 @@ class ZOOptimizer(Stateful):
         self._own = state.new(
             type(self).__name__, operator.index(seed), distribution, int(rank), residual, hessian, device
         )
+        self._set_scales(scales, normalize_scales)
         self._check_tensors()
         self._prepare()
 
@@ -199,7 +223,44 @@ class ZOOptimizer(Stateful):
             sharding.reshard(self._units)
             self._versions = versions_of(self._tensors())
         self._count_flat(torch.cat(losses.seen, dim=1))
+        if self.noise_floor is not None:
+            self._count_below(losses.differences())
         return found.loss
+
+    @contextmanager
+    def trial(self, closure: Closure) -> Iterator[StepLosses]:
+        """Losses at any points, without a step: within the block they are what ``estimate`` gets.
+
+        Afterwards weights, state, torch's generators and buffers are as they were, to the bit. Probes are for the caller to
+        choose, as numbers of streams; ``draw`` gives those of the next step. Processes that share a step must do the same.
+        """
+        engine, closures, left_out = self._begin(closure)
+        own, rows, small = self._own, engine.rows, ("stream", "counters")
+        before = [(own[name], own[name].clone()) for name in small]
+        in_place = engine.space if isinstance(engine, InPlaceEngine) else None
+        if in_place is not None:  # it goes back to the weights by arithmetic, which rounds
+            kept = (*in_place.tensors, *in_place.residuals)
+            before += [(t.detach(), t.detach().to("cpu", copy=True)) for t in kept]
+        written = in_place if in_place is not None and not in_place.pieces else None
+        evaluation = Evaluation(closures[0], own["stream"].device, self._units, self._buffers, written)
+        self._stepping = True
+        try:
+            with torch.no_grad():
+                yield StepLosses(
+                    engine, evaluation, closures, not callable(closure), left_out, self._exchange, self._steps
+                )
+        finally:
+            self._stepping = False
+            with uninterrupted(), torch.no_grad():
+                engine.restore()
+                engine.rows = rows
+                for tensor, value in before:
+                    tensor.copy_(value)
+                evaluation.rewind()
+                self._buffers.put_back()
+            forget_casts()
+            sharding.reshard(self._units)
+            self._versions = versions_of(self._tensors())
 
     def _begin(self, closure: object) -> tuple[Engine, Sequence[Closure], set[int]]:
         """A step's engine, closures, and tensors that it leaves out, when all that can be checked before it has been."""
@@ -247,26 +308,34 @@ class ZOOptimizer(Stateful):
 
     def _move(self, engine: Engine, found: Estimate, left_out: set[int]) -> Tensor:
         """Write the step's record, move the weights and count the step. Returns whether it moved them, bool (1,)."""
-        own = self._own
+        own, new = self._own, found
         smoothing = self.param_groups[0]["smoothing"] if own["hessian"] else None
         lr, decay = rates_of(self.param_groups, own["stream"].device)
-        update = update_of(found, lr, decay, engine.space.full(1.0, left_out).bool(), smoothing)
+        past = own["past"].last(self._remembered)
+        found = with_past(new, past, self.momentum, self.param_groups[0].get("beta2"))
+        scales = engine.space.full(1.0, left_out)
+        update = update_of(found, lr, decay, scales, past.applied(len(new.probes), scales.shape[1]), smoothing)
         number = own["updates"] + own["skipped"]  # the step's number, which is its stream of the stochastic rounding
         if self.journal is not None:  # before the weights move: without its record a step does not happen
             identity = self._identity()
             record = report.record_of(
                 identity, number, found, update, lr, decay, stochastic=self.stochastic_rounding, left_out=left_out,
-                smoothing=smoothing or 0.0,
+                smoothing=smoothing or 0.0, past=len(past.coeffs),
             )  # fmt: skip
             self.journal.write_step(identity, record)
         rounding = number if self.stochastic_rounding else None
-        engine.update(found.probes, update.coeffs, update.decay, rounding, update.curvature, update.smoothing)
+        engine.update(
+            found.probes, update.coeffs, update.decay, rounding, update.curvature, update.smoothing, update.squares
+        )
         own["updates"] += update.usable
         own["skipped"] += ~update.usable
         own["steps"] += 1
         if engine.rows:
             own["rows"] = engine.rows
         own["carry"] = carried(own["carry"], found.carry, update.usable)
+        if self._remembered:
+            past = past.then(torch.cat([past.streams[:0], *new.probes]), new.coeffs, update.usable, left_out)
+        own["past"] = past.last(self._remembered)
         return update.usable
 
     def _left_out(self) -> set[int]:
@@ -305,6 +374,8 @@ class ZOOptimizer(Stateful):
                 self._check_processes(self._own["hessian"])
                 self._engine = self._of_module = None
                 self._prepare()
+                count = len(self._names())
+                self._own["past"] = self._own["past"].without(range(count - len(group["params"]), count))
         except BaseException:
             self.param_groups.pop()
             raise

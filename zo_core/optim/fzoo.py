@@ -32,6 +32,7 @@ class FZOO(ZOOptimizer):
     """
 
     _default: ClassVar[dict[str, Any]] = {**ZOOptimizer._default, "distribution": "rademacher", "probes": 8}
+    one_sided = True
     probes = Shared(2, 1 << 20, Integral)
     reuse = Shared(0, 1, Integral)
 

@@ -14,6 +14,7 @@ from ..bindings import ops
 from ..distributed import Parallel
 from ..engines import ENGINES
 from ..kernels.reference import DISTRIBUTIONS
+from ..scales import Scales
 
 Params = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 
@@ -30,12 +31,16 @@ class Options(TypedDict, total=False):
     rho: float | None
     blocks: layers.Blocks | None
     hessian: str | None
+    momentum: float | None
+    window: int | None
     stochastic_rounding: bool
     residual: int | None
     engine: str | None
     points_at_once: int | None
     module: nn.Module | None
     processes: Parallel | None
+    scales: Scales | None
+    normalize_scales: bool
 
 
 class Shared:

@@ -9,7 +9,7 @@ from ..closure import Evaluation
 from ..distributed import Exchange
 from ..engines.base import Engine
 from ..engines.inplace import InPlaceEngine
-from ..weights import Point
+from ..weights import Point, Probe
 
 Closure = Callable[[], Tensor | float]
 
@@ -34,6 +34,7 @@ class StepLosses:
         self.engine, self.evaluation, self.closures, self.spread = engine, evaluation, closures, spread
         self.left_out, self.exchange, self.number = left_out, exchange, number
         self.seen: list[Tensor] = []  # what each call returned
+        self._asked: list[Sequence[Sequence[Point]]] = []  # and the points that it was for
         self._before = 0  # calls of the closures when the evaluation of these points began
 
     def __call__(self, sets: Sequence[Sequence[Point]]) -> Tensor:
@@ -44,7 +45,23 @@ class StepLosses:
         else:
             found = self.exchange.losses(self._evaluate, self._pass_by, shared, self.number)
         self.seen.append(found.view(len(sets), -1))
+        self._asked.append(sets)
         return self.seen[-1]
+
+    def differences(self) -> Tensor:
+        """Differences of losses, (n,): for each probe between its two sides, or between the one and theta."""
+        found = []
+        for sets, losses in zip(self._asked, self.seen, strict=True):
+            for points, row in zip(sets, losses, strict=True):
+                places: dict[Probe | None, list[int]] = {}
+                for place, (_, probe) in enumerate(points):
+                    places.setdefault(probe, []).append(place)
+                clean = places.pop(None, [])[:1]
+                pairs = [pair for own in places.values() if len(pair := (*own, *clean)[:2]) == 2]
+                if pairs:
+                    one, other = torch.tensor(pairs, device=row.device).unbind(1)
+                    found.append(row[one] - row[other])
+        return torch.cat(found) if found else torch.empty(0, device=self.evaluation.device)
 
     def _evaluate(self, sets: Sequence[Sequence[Point]]) -> Tensor:
         """Losses at all points of these sets, (n,)."""

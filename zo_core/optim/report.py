@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..estimators import Estimate, Update
 from ..journal import JournalError
-from ..record import DTYPES, Identity, Record, TensorInfo
+from ..record import DTYPES, Identity, Past, Record, TensorInfo
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -31,7 +31,7 @@ def identity_of(
     return Identity(
         method=own["method"], seed=own["seed"], distribution=own["distribution"], rank=own.get("rank", 1),
         residual=own["residual"] or 0, hessian=own["hessian"] or "", engine=engine, tensors=tuple(tensors),
-        padding=tuple(padding.items()),
+        padding=tuple(padding.items()), scales=own.get("scales", ()),
     )  # fmt: skip
 
 
@@ -48,15 +48,21 @@ def options_of(groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def facts_of(own: Mapping[str, Any], names: Sequence[str], parameters: Sequence[Tensor]) -> dict[str, Any]:
     """The parts of the state and the properties of the tensors, apart from their values, that must be the same in all processes."""
     facts = {k: own[k] for k in ("seed", "distribution", "residual", "hessian")} | {"rank": own.get("rank", 1)}
-    facts |= {k: own[k].tolist() for k in ("stream", "updates", "skipped", "carry")}
+    facts |= {k: own[k].tolist() for k in ("stream", "updates", "skipped", "carry")} | {"past": past_of(own["past"])}
+    facts["scales"] = own.get("scales", ())
     for i, (name, p) in enumerate(zip(names, parameters, strict=True)):
         facts[f"tensor {i}"] = f"{name}, {str(p.dtype).removeprefix('torch.')} {tuple(p.shape)}"
     return facts
 
 
+def past_of(past: Past) -> dict[str, Any]:
+    """Past probes as lists of numbers."""
+    return {"streams": past.streams.tolist(), "coeffs": past.coeffs.tolist(), "steps": past.steps}
+
+
 def record_of(
     identity: Identity, step: Tensor, found: Estimate, update: Update, lr: Tensor, decay: Tensor, *, stochastic: bool,
-    left_out: Collection[int], smoothing: float,
+    left_out: Collection[int], smoothing: float, past: int = 0,
 ) -> Record:  # fmt: skip
     """The record of a step. The host waits for the device.
 
@@ -70,6 +76,7 @@ def record_of(
         stochastic: whether it rounds stochastically.
         left_out: numbers of the tensors that the step leaves out.
         smoothing: of the Hessian, if the step has a curvature.
+        past: how many of the probes, the first ones, are those of the steps before.
 
     Raises:
         JournalError: the probes' streams are not one after the other.
@@ -83,5 +90,6 @@ def record_of(
         int(step), streams[0], found.coeffs.float().cpu().numpy(), rates[0], rates[1], bool(update.usable), stochastic,
         float(found.loss), frozenset(left_out),
         None if curvature is None else curvature.float().cpu().numpy(), 0.0 if curvature is None else smoothing,
-        None if found.carry is None else found.carry.cpu().numpy(),
+        None if found.carry is None else found.carry.cpu().numpy(), past,
+        None if found.squares is None else found.squares.cpu().numpy(),
     )  # fmt: skip

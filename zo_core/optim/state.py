@@ -17,9 +17,10 @@ from .. import layers, sharding
 from ..bindings.warn import warn
 from ..distributed import Exchange, Parallel
 from ..engines.base import Engine, uninterrupted
-from ..record import Identity, Progress
+from ..record import Identity, Past, Progress
+from ..scales import Scales, compare, resolve
 from ..weights import ParamSpace, check_absent, clear_residuals, hashes_of, inside, is_other, some, versions_of
-from .report import identity_of
+from .report import identity_of, past_of
 
 _FLAT = 10  # steps in a row with the same losses at all points that are worth a warning
 KEY = "zo"  # of what belongs to the optimizer as a whole, in the entry of its first parameter
@@ -42,7 +43,7 @@ def new(
         return {
             "seed": seed, "distribution": distribution, "residual": residual, "residuals": [], "hashes": [],
             "hessian": hessian, "hessians": [], "steps": 0, "carry": torch.zeros(0, device=device), "shards": 0,
-            "method": method, **numbers, **({"rank": rank} if distribution == "factored" else {}),
+            "method": method, "past": Past.none(device), **numbers, **({"rank": rank} if distribution == "factored" else {}),
         }  # fmt: skip
 
 
@@ -52,13 +53,15 @@ def on(device: torch.device, own: Any, copy: bool = False) -> Any:
         return {name: on(device, x, copy) for name, x in own.items()}
     if isinstance(own, list):
         return [on(device, x, copy) for x in own]
+    if isinstance(own, Past):
+        return Past(on(device, own.streams, copy), on(device, own.coeffs, copy), own.steps)
     return own.to(device, copy=copy) if isinstance(own, Tensor) else own
 
 
 _LISTS = {"residuals": "residual", "hessians": "hessian", "hashes": "hash"}  # by tensor, and a tensor's own
 
 
-_LATER = ("rows", "padding")  # that a new optimizer's state does not have yet
+_LATER = ("rows", "padding", "scales")  # that a new optimizer's state does not have yet
 
 
 class ByParameter(defaultdict[Any, Any]):
@@ -88,8 +91,8 @@ def entries(own: Mapping[str, Any], parameters: Sequence[Tensor]) -> list[dict[s
             if "hessian" in entry:
                 entry["hessian"] = [sharding.like(p, h) for h in entry["hessian"]]
     text = {"dtype": str(own["carry"].dtype).removeprefix("torch."), "values": own["carry"].tolist()}
-    text |= {k: own[k] for k in _LATER if k in own}
-    out[0][KEY] = {k: v for k, v in own.items() if k not in (*_LISTS, *_LATER)} | {"carry": json.dumps(text)}
+    text |= {"past": past_of(own["past"])} | {k: own[k] for k in _LATER if k in own}
+    out[0][KEY] = {k: v for k, v in own.items() if k not in (*_LISTS, *_LATER, "past")} | {"carry": json.dumps(text)}
     return out
 
 
@@ -101,7 +104,7 @@ def of_entries(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """
     found = state_dict.get("state", {})
     if isinstance(old := found.get(KEY), dict):
-        return old
+        return old | {"past": Past.none(torch.device("cpu"))}
     names = [name for group in state_dict.get("param_groups", ()) for name in group["params"]]
     given = [found.get(name, {}) for name in names]  # torch may leave out empty ones
     if not given or not isinstance(given[0].get(KEY), dict):
@@ -110,11 +113,33 @@ def of_entries(state_dict: Mapping[str, Any]) -> dict[str, Any]:
             f"of {some([str(name) for name in found]) or 'no parameter'}"
         )
     own: dict[str, Any] = given[0][KEY] | {many: [e[one] for e in given if one in e] for many, one in _LISTS.items()}
+    own["past"] = Past.none(torch.device("cpu"))
     if isinstance(own.get("carry"), str):
         text = json.loads(own["carry"])
         own["carry"] = torch.tensor(text["values"], dtype=getattr(torch, text["dtype"]), device="cpu")
+        if "past" in text:  # not in states of earlier versions
+            own["past"] = _past_from(text["past"], len(given))
         own |= {k: text[k] for k in _LATER if k in text}
+        own |= {"scales": tuple(own["scales"])} if "scales" in own else {}
     return own
+
+
+def _past_from(saved: Any, tensors: int) -> Past:
+    """The inverse of ``past_of``, for so many tensors; ValueError where there is none."""
+    try:
+        steps = [(int(n), [int(i) for i in left_out]) for n, left_out in saved["steps"]]
+        coeffs = torch.tensor(saved["coeffs"], dtype=torch.float32, device="cpu")
+        past = Past(torch.tensor(saved["streams"], dtype=torch.int64, device="cpu"), coeffs, steps)
+        sizes = len(past.streams), len(coeffs), sum(n for n, _ in steps)
+        right = len(set(sizes)) == 1 and all(n >= 0 and set(left) <= set(range(tensors)) for n, left in steps)
+    except (TypeError, KeyError, ValueError, RuntimeError):
+        right = False
+    if not right:
+        raise ValueError(
+            "state_dict: expected as many streams as coefficients of past probes, and as the steps have that they are of, got "
+            f"{str(saved)[:200]}: it is damaged"
+        )
+    return past
 
 
 def shards_of(saved: Mapping[str, Any], parameters: Sequence[Tensor], shards: int) -> dict[str, Any]:
@@ -200,6 +225,8 @@ class Stateful(torch.optim.Optimizer):
     _stepping = False
     _flat: Tensor | None = None  # int64 (2,): steps whose losses were all the same, and how many of the last steps
     _warned_of_flat_steps = False
+    noise_floor: float | None = None  # the forward's rounding error in a difference of two losses, where it is known
+    _below: Tensor | None = None  # int64 (2,): probes whose difference was smaller than that, and all of them
     _of_module: set[int] | None = None  # numbers of the tensors that the module had at the last step
     _versions: list[tuple[object, ...]] | None = (
         None  # of the tensors after the last step; None since a state was loaded
@@ -310,8 +337,46 @@ class Stateful(torch.optim.Optimizer):
             )
 
     @property
+    def below_floor(self) -> tuple[int, int]:
+        """Probes of this object's steps whose difference of losses was below ``noise_floor``, and all that were counted (waits for the device).
+
+        They are counted while ``noise_floor`` is a number, such as the ``error`` of one eps that ``zo_core.measure`` found.
+        """
+        below, probes = (0, 0) if self._below is None else self._below.tolist()
+        return below, probes
+
+    def _count_below(self, differences: Tensor) -> None:
+        """Count the differences of losses of a step, (n,)."""
+        below = (differences.abs() < self.noise_floor).sum()
+        counts = torch.stack((below, torch.full_like(below, len(differences))))
+        self._below = counts if self._below is None else self._below + counts
+
+    @property
     def _steps(self) -> int:
         return int(self._own["steps"])
+
+    @property
+    def scales(self) -> dict[str, float]:
+        """Sigma of each tensor's probe, by name.
+
+        They may be set anew, as the option ``scales`` takes them; a journal that began with others then refuses the next step.
+        """
+        return dict(zip(names := self._names(), self._own.get("scales") or (1.0,) * len(names), strict=True))
+
+    @scales.setter
+    def scales(self, value: Scales | None) -> None:
+        if self._stepping:
+            raise RuntimeError("scales: set from inside the closure, in the middle of a step")
+        self._set_scales(value, normalize=True)
+
+    def _set_scales(self, given: Scales | None, normalize: bool) -> None:
+        others = [] if self.module is None else [n for n, _ in self.module.named_parameters(remove_duplicate=False)]
+        found = resolve(given, self._names(), [p.numel() for p in self._parameters()], others, normalize)
+        self._own.pop("scales", None)
+        self._own |= {"scales": found} if found else {}
+        self._engine = None
+        if self._exchange is not None:
+            self._exchange.compared = False
 
     @property
     def saturated(self) -> dict[str, int]:
@@ -365,13 +430,19 @@ class Stateful(torch.optim.Optimizer):
 
         def take(_: object, given: dict[str, Any]) -> dict[str, Any]:
             found = of_entries(given)
+            if (mine := self._own.get("scales")) and (differ := compare(mine, found.get("scales", ()), self._names())):
+                raise ValueError(
+                    f"state_dict: scales: {differ}: make the optimizer with the scales of the run that goes on, or without "
+                    "scales=, so that it takes those of the state"
+                )
             if "residuals" in found and "hessians" in found:
                 found = shards_of(found, self._parameters(), self._own["shards"])
             check_saved(found, self._own)
             if "padding" in self._own:  # an earlier version, or a model without ``padding_idx``, trained these rows
                 found = {"padding": False} | found
             saved.update({**{name: found[name] for name in self._own if name in found}, **found})
-            return {**given, "state": {}}  # torch would cast all of it to the dtype of the weights
+            groups = [{**self.defaults, **group} for group in given["param_groups"]]  # options newer than the state
+            return given | {"state": {}, "param_groups": groups}  # torch would cast a state to the dtype of the weights
 
         def put(_: object) -> None:
             with torch.inference_mode(False):
@@ -416,11 +487,18 @@ class Stateful(torch.optim.Optimizer):
     def _space(self) -> ParamSpace:
         raise NotImplementedError
 
+    @property
+    def _remembered(self) -> int:
+        """The number of steps whose probes the next step goes along again."""
+        first = self.param_groups[0]
+        return int(first["window"]) - 1 if first["momentum"] or first.get("beta2") else 0
+
     def _catch_up(self, play: Callable[[ParamSpace], Progress], steps: int) -> None:
         """Take steps that ``play`` makes again."""
         space, own = self._space(), self._own
         with uninterrupted(), torch.no_grad():
-            stream, updates, skipped, own["carry"] = play(space)
+            stream, updates, skipped, own["carry"], past = play(space)
+            own["past"] = on(space.counters.device, past.last(self._remembered))
             for name, value in (("stream", stream), ("updates", updates), ("skipped", skipped)):
                 own[name].fill_(value)
             own["steps"] = steps
