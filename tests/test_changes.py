@@ -457,11 +457,12 @@ def test_torch_s_distributed_checkpoint_saves_an_optimizer_that_goes_on_bit_for_
     dcp.state_dict.set_state_dict(
         loaded, other, model_state_dict=found["model"], optim_state_dict=found["opt"], options=kinds
     )
-    states = [sorted((k, str(x)) for k, x in of_entries(o.state_dict()).items()) for o in (opt, other)]
-    assert states[0] == states[1]
-    for _ in range(3):
-        assert opt.step(loss_of(model)) == other.step(loss_of(loaded))
-    assert same(model, loaded) and str(opt.state_dict()) == str(other.state_dict())
+    for _ in range(2):
+        states = [o.state_dict() for o in (opt, other)]
+        kept = [sorted((k, str(x)) for k, x in of_entries(state).items()) for state in states]
+        assert kept[0] == kept[1] and states[0]["param_groups"] == states[1]["param_groups"] and same(model, loaded)
+        for _ in range(3):
+            assert opt.step(loss_of(model)) == other.step(loss_of(loaded))
 
 
 @ENGINES
