@@ -564,7 +564,7 @@ def many_probes(bench: Bench) -> None:
                 row[engine] = bench.time(step, 0.8) | {"memory": bench.peak(step)}
                 serving: Any = opt._engine
                 if engine == "grouped":
-                    row[engine] |= {"alone": serving.alone, "at_once": min(1 + probes, serving._at_once())}
+                    row[engine] |= {"fallback": serving.fallback, "at_once": min(1 + probes, serving._at_once())}
                 del opt, step, serving
             del loss  # which keeps the model
             bench.result["probes"].append(row)
@@ -572,7 +572,7 @@ def many_probes(bench: Bench) -> None:
             say(
                 f"  {name:<11} {size:>3}x{length:<4} {probes:>3} probes  forwards {row['forwards']:8.1f} ms  shadow {shadow:8.1f}"
                 f"  grouped {grouped:8.1f} ({shadow / grouped:.2f}x; {grouped / row['forwards']:.2f} of forwards)"
-                + f"  {row['grouped']['at_once']} at once {row['grouped']['alone'] or ''}"
+                + f"  {row['grouped']['at_once']} at once {row['grouped']['fallback'] or ''}"
             )
         del model
         if not bench.smoke:

@@ -57,7 +57,7 @@ def gate(model: Any, loss: Callable[[], Tensor], options: dict[str, Any]) -> flo
         serving = optimizer(model, engine, 2, options)._prepare()
         with torch.no_grad():
             found[engine] = serving.evaluate_all(loss, points)
-        if left := getattr(serving, "alone", None):
+        if left := getattr(serving, "fallback", None):
             raise SystemExit(f"correctness gate: the grouped engine does not serve this model: {left}")
     apart = float((found["grouped"] - found["shadow"]).abs().max())
     most = 1e-5 if {p.dtype for p in model.parameters()} == {torch.float32} and not options["autocast"] else 1e-1

@@ -171,8 +171,9 @@ def _quiet(threads: int) -> None:
 class Study:
     """The JSON where runs are kept, and the processes that make those that are not there."""
 
-    def __init__(self, path: Path, workers: int) -> None:
-        self.path, self.runs, self.lock = path, load(path).get("runs", []), threading.Lock()
+    def __init__(self, path: Path, workers: int, run: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+        self.run, self.path, self.lock = run, path, threading.Lock()
+        self.runs = load(path).get("runs", [])
         self.pool = ProcessPoolExecutor(
             workers,
             multiprocessing.get_context("spawn"),
@@ -186,7 +187,7 @@ class Study:
             known: dict[str, Any] | None = next((r for r in self.runs if r["job"] == job), None)
         if known is not None:
             return known
-        found = {"job": job, **self.pool.submit(run, job).result()}
+        found = {"job": job, **self.pool.submit(self.run, job).result()}
         with self.lock:
             self.runs.append(found)
             keep(self.path, machine=machine(), runs=self.runs)
@@ -439,7 +440,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("bench/results/methods.json"))
     parser.add_argument("--plot", type=Path, default=Path("docs/methods.png"))
     args = parser.parse_args()
-    parts, study = args.part or PARTS, Study(args.json, args.workers)
+    parts, study = args.part or PARTS, Study(args.json, args.workers, run)
     if "memory" in parts:
         known = load(args.json).get("memory", {})
         wanted = [name for name in args.methods if args.part or name not in known]

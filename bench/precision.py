@@ -28,6 +28,7 @@ from zo_core.integrations import report as report_of_run
 from zo_core.integrations import tasks
 from zo_core.integrations.config import FinetuneConfig
 from zo_core.integrations.session import Session, prepare
+from zo_core.weights import Update
 
 from . import published
 from .harness import console, keep, load, machine, report
@@ -112,7 +113,7 @@ def our_steps(
     """As ``published_steps``, through the engine."""
     optimizer = way.optimizer(layers, lr=0.0, eps=EPS)
     engine, rates = optimizer._prepare(), torch.tensor([lrs], dtype=torch.float64)
-    none = torch.zeros(len(lrs))
+    none, usable = torch.zeros(len(lrs)), torch.ones((), dtype=torch.bool)
 
     def closure() -> Tensor:
         return torch.stack([p.sum() for p in layers.parameters()]).sum()
@@ -121,7 +122,9 @@ def our_steps(
         (probe,) = optimizer.draw(1)
         for c in (EPS, -EPS):
             engine.evaluate(closure, c, probe)
-        engine.update([probe], (-g * rates).float(), none, torch.tensor([k]) if way.stochastic else None)
+        engine.update(
+            [probe], Update(usable, (-g * rates).float(), none), torch.tensor([k]) if way.stochastic else None
+        )
 
     return step, engine.space.residuals
 

@@ -148,19 +148,40 @@ def spsa(plus: Array, minus: Array, clean: Array, eps: float) -> Array:
 
 @dataclass(frozen=True)
 class Estimator:
-    """How coefficients come of losses, for how many probes, of how many examples, and whether each probe has its own."""
+    """How coefficients come of losses, for how many probes, of how many examples, and whether each probe has its own.
+
+    With a pool, the examples of a step are chosen among so many, whose clean losses are evaluated first.
+    """
 
     rule: Callable[[Array, Array, Array, float], Array]
     probes: int
     examples: int
     own: bool = False
+    pool: int = 0
+
+    @property
+    def two_sided(self) -> bool:
+        """Whether it evaluates at theta - eps z too."""
+        return self.rule in (central, spsa)
 
     @property
     def forwards(self) -> int:
-        """Forwards of one example that a step takes."""
-        sides = 2 if self.rule in (central, spsa) else 1
+        """Forwards of one example that a step takes; those of the pool are the clean losses too."""
+        sides = 2 if self.two_sided else 1
         clean = 0 if self.rule is central else self.probes if self.own else 1
-        return (sides * self.probes + clean) * self.examples
+        return sides * self.probes * self.examples + max(clean * self.examples, self.pool)
+
+    def drawn(self, clean: Array, rng: np.random.Generator, draws: int) -> tuple[Array, Array]:
+        """The examples that the probes of each draw see, and their weights, (draws, 1 or probes, examples)."""
+        sets = self.probes if self.own else 1
+        count = self.pool or sets * self.examples
+        seen = rng.permuted(np.tile(np.arange(len(clean)), (draws, 1)), axis=1)[:, :count]
+        if not self.pool:
+            seen = seen.reshape(draws, sets, self.examples)
+            return seen, np.ones(seen.shape)
+        chosen = [choose(1 - np.exp(-clean[some]), self.examples, rng) for some in seen]
+        places, weights = (np.stack(x) for x in zip(*chosen, strict=True))
+        return np.take_along_axis(seen, places, 1)[:, None], weights[:, None]
 
 
 BASE = "MeZO, 1 probe of 16"
@@ -179,7 +200,30 @@ ESTIMATORS = {
     "FZOO, 32 probes of the same 16": Estimator(fzoo, 32, 16),
     "FZOO, 32 probes of the same 2": Estimator(fzoo, 32, 2),
     "1.5-SPSA, 4 probes of the same 16": Estimator(spsa, 4, 16),
+    "one-sided, 16 probes of the same 4": Estimator(one_sided, 16, 4),
+    "one-sided, 32 probes of the same 2": Estimator(one_sided, 32, 2),
+    "one-sided, 32 probes of the same 4": Estimator(one_sided, 32, 4),
+    "one-sided, 8 probes of 4 among 16": Estimator(one_sided, 8, 4, pool=16),
+    "one-sided, 16 probes of 4 among 16": Estimator(one_sided, 16, 4, pool=16),
+    "one-sided, 32 probes of 2 among 8": Estimator(one_sided, 32, 2, pool=8),
+    "one-sided, 32 probes of 2 among 16": Estimator(one_sided, 32, 2, pool=16),
+    "one-sided, 32 probes of 4 among 16": Estimator(one_sided, 32, 4, pool=16),
+    "FZOO, 16 probes of the same 4": Estimator(fzoo, 16, 4),
+    "FZOO, 16 probes of 4 among 16": Estimator(fzoo, 16, 4, pool=16),
+    "FZOO, 32 probes of 2 among 16": Estimator(fzoo, 32, 2, pool=16),
+    "MeZO, 1 probe of 4 among 16": Estimator(central, 1, 4, pool=16),
 }
+
+
+def choose(scores: Array, n: int, rng: np.random.Generator) -> tuple[Array, Array]:
+    """Places of n examples, each drawn as often as its share of the scores says, and weights that leave means unbiased.
+
+    Systematic sampling: n points at equal distances, with one random start, on the line that the scores divide.
+    """
+    share = scores / scores.sum()
+    ends = np.cumsum(share)
+    places = np.searchsorted(ends / ends[-1], (np.arange(n) + rng.random()) / n, side="right")
+    return places, 1 / (len(scores) * share[places])
 
 
 def merit(e: Estimator, m: dict[str, Array], eps: float, rng: np.random.Generator, draws: int) -> tuple[float, float]:
@@ -192,13 +236,18 @@ def merit(e: Estimator, m: dict[str, Array], eps: float, rng: np.random.Generato
         rng: chooses probes and examples, without repetition inside of a draw.
         draws: how many.
     """
-    count, examples = m["plus"].shape
-    which = rng.permuted(np.tile(np.arange(count), (draws, 1)), axis=1)[:, : e.probes]
-    sets = e.probes if e.own else 1
-    seen = rng.permuted(np.tile(np.arange(examples), (draws, 1)), axis=1)[:, : sets * e.examples]
-    seen = np.broadcast_to(seen.reshape(draws, sets, e.examples), (draws, e.probes, e.examples))
-    coeffs = e.rule(m["plus"][which[..., None], seen], m["minus"][which[..., None], seen], m["clean"][seen], eps)
-    slope = (coeffs * m["slope"][which]).sum(1).mean() * m["norm"] / (m["slope"] ** 2).mean()
+    which = rng.permuted(np.tile(np.arange(len(m["plus"])), (draws, 1)), axis=1)[:, : e.probes]
+    sign = rng.choice((-1, 1), which.shape)  # -z is as likely as z
+    seen, weights = e.drawn(m["clean"], rng, draws)
+    sides = m["plus"][which[..., None], seen], m["minus"][which[..., None], seen]
+    plus, minus = (weights * np.where(sign[..., None] > 0, *pair) for pair in (sides, sides[::-1]))
+    clean = weights * m["clean"][seen]
+    coeffs = e.rule(plus, minus, clean, eps)
+    # The mean of a difference over the examples of a draw is on average that over all examples: a control variate.
+    drawn = (plus - (minus if e.two_sided else clean)).mean(2)
+    every = sign * ((m["plus"] - m["minus"]).mean(1) / (1 if e.two_sided else 2))[which]
+    steady = coeffs - (drawn - every) * (coeffs * drawn).sum() / (drawn**2).sum()
+    slope = (steady * sign * m["slope"][which]).sum(1).mean() * m["norm"] / (m["slope"] ** 2).mean()
     square = (coeffs**2 * m["square"][which]).sum(1).mean()
     curvature = ((m["plus"] + m["minus"] - 2 * m["clean"]).mean(1) / (eps**2 * m["square"])).mean()
     best = slope / (curvature * square)

@@ -1,4 +1,4 @@
-"""``torch.ops.zo_core.*``: schemas, checks, fakes and dispatch, the boundary of every frontend and backend.
+"""``torch.ops.zo_core.*``: schemas, checks, fakes and dispatch.
 
 All ops write into tensors they are given. One pass computes, for tensor i and each of its elements,
 
@@ -405,7 +405,7 @@ def _say_once(text: str) -> None:
 
 
 def backend_for(device: torch.device) -> ModuleType:
-    """The module whose ``run_pass``, ``run_rows`` and ``philox_`` serve tensors on this device.
+    """The module whose ``run_pass``, ``run_rows``, ``philox_`` and ``signs_`` serve tensors on this device.
 
     The CPU takes the native library and CUDA the Triton kernels, where they are there and right (``bindings.cuda``); all else
     takes the torch reference, and so does everything where ``ZO_CORE_BACKEND=reference`` says so.

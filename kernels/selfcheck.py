@@ -27,7 +27,7 @@ def run(backend: ModuleType, device: torch.device) -> dict[str, str]:
     """Compute all answers, and return what is wrong: the name of the answer and what differed, or what was raised.
 
     Args:
-        backend: a module with ``run_pass``, ``run_rows`` and ``philox_``.
+        backend: a module with ``run_pass``, ``run_rows``, ``philox_`` and ``signs_``.
         device: where its tensors are.
 
     Raises:

@@ -42,7 +42,7 @@ def both(model, loss, where, leave_out=(), **options):
     """Losses of the grouped engine, which must have served them itself, and of the shadow engine."""
     opts = [optimizer(model, engine, **options) for engine in ("grouped", "shadow")]
     found = [losses(opt, loss, where, leave_out) for opt in opts]
-    assert opts[0]._engine.alone is None
+    assert opts[0]._engine.fallback is None
     return found
 
 
@@ -125,7 +125,7 @@ def test_losses_of_16_bit_weights_with_residuals(noise, dtype):
         for r in opt._prepare().space.residuals:
             r.fill_(100)
     found, expected = (losses(opt, loss, points(2e-2, 4e-2)) for opt in opts)
-    assert opts[0]._engine.alone is None and torch.allclose(found, expected, rtol=1e-2)
+    assert opts[0]._engine.fallback is None and torch.allclose(found, expected, rtol=1e-2)
 
 
 METHODS = {
@@ -222,7 +222,7 @@ def test_a_frozen_matrix_is_multiplied_once_for_all_points_and_may_be_written():
     losses(opt, loss, points(1e-2))
     with torch.profiler.profile(record_shapes=True) as profile:
         found = losses(opt, loss, points(1e-2, 2e-2))
-    assert opt._engine.alone is None and torch.allclose(found, expected, rtol=0, atol=1e-5)
+    assert opt._engine.fallback is None and torch.allclose(found, expected, rtol=0, atol=1e-5)
     shapes = [e.input_shapes for e in profile.events() if e.name in ("aten::bmm", "aten::baddbmm")]
     assert shapes and not any(50 in shape for call in shapes for shape in call)
     assert type(head) is nn.Parameter and torch.equal(head[0], torch.ones(8))
@@ -264,7 +264,7 @@ def test_an_exception_at_any_module_boundary_leaves_every_bit(distribution):
         assert unchanged(model, before) and torch._C._functorch.maybe_current_level() is None
     stop[0] = None
     opt.step(loss)
-    assert not unchanged(model, before) and opt.updates == 1 and opt._engine.alone is None
+    assert not unchanged(model, before) and opt.updates == 1 and opt._engine.fallback is None
 
 
 @pytest.mark.parametrize("where", ["_perturb", "_begin_at", "_fill", "restore", "product"])
@@ -297,7 +297,7 @@ def test_a_signal_anywhere_in_a_step_is_all_or_nothing(monkeypatch, where):
     engine.restore()
     assert unchanged(model, before) and torch._C._functorch.maybe_current_level() is None
     opt.step(loss)
-    assert opt.updates == 1 and engine.alone is None
+    assert opt.updates == 1 and engine.fallback is None
 
 
 def test_out_of_memory_halves_the_points_once_with_a_note():
@@ -330,7 +330,7 @@ def test_a_loss_that_is_not_finite_skips_the_step():
     moved = bits(model)
     assert not unchanged(model, before)
     opt.step(lambda: (model(x).sum() - 1e9).sqrt())
-    assert unchanged(model, moved) and opt.skipped == 1 and opt._engine.alone is None
+    assert unchanged(model, moved) and opt.skipped == 1 and opt._engine.fallback is None
 
 
 def test_writing_a_weight_in_the_closure_is_refused():
@@ -473,7 +473,7 @@ def train(parallel):
     model = network()
     opt = zo_core.FZOO(model, lr=1e-2, engine="grouped", distribution="factored", probes=5, processes=parallel)
     found = [float(opt.step(loss_of(model))) for _ in range(4)]
-    return found, bits(model), opt._engine.alone
+    return found, bits(model), opt._engine.fallback
 
 
 def test_processes_evaluate_their_shares_of_the_points():

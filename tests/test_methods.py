@@ -164,7 +164,7 @@ def test_weights_read_past_their_modules_are_found_though_the_first_step_leaves_
     opt = zo_core.MeZO(model, lr=0.0, rho=0.75)
     with pytest.warns(UserWarning, match="read elsewhere"):
         opt.step(loss)
-    held = {opt._engine.space.names[i] for i in opt._engine._exchanged}
+    held = {opt._engine.space.names[i] for i in opt._engine._swapped}
     assert held == {f"blocks.{i}.1.weight" for i in range(4)}
 
 

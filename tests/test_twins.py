@@ -27,6 +27,7 @@ METHODS = {  # name: optimizer, twin, the options of both, those of the optimize
     ),
     "fzoo": (zo_core.FZOO, TwinFZOO, {"lr": 2e-2, "probes": 5}, {}, {}),
     "fzoo-r": (zo_core.FZOO, TwinFZOO, {"lr": 2e-2, "probes": 3, "reuse": True}, {}, {}),
+    "fzoo, mean deviation": (zo_core.FZOO, TwinFZOO, {"lr": 2e-2, "probes": 3, "beta": 0.6}, {}, {}),
     "adamezo": (
         zo_core.AdaMeZO, TwinAdaMeZO, {"lr": 1e-2, "probes": 2, "momentum": 0.8, "beta2": 0.5, "window": 3}, {}, {},
     ),

@@ -128,12 +128,14 @@ class TwinHiZOO(Twin):
 class TwinFZOO(Twin):
     """theta <- theta - lr / (N s) sum_i (l_i - l0) u_i, s the unbiased standard deviation of the l_i.
 
-    With a loss for each probe, l0 is of each too, and s is the standard deviation of the l_i - l0.
+    With a loss for each probe, l0 is of each too, and s is the standard deviation of the l_i - l0. With beta s^2 is a mean over
+    all steps, in which a step counts beta times as much as the next.
     """
 
     before = ()
+    variances = ()
 
-    def step(self, loss, lr, eps, weight_decay=0.0, probes=8, reuse=False):
+    def step(self, loss, lr, eps, weight_decay=0.0, probes=8, reuse=False, beta=0.0):
         streams, clean = self.draw(probes), [self.at(x, 0.0) for x in each(loss, probes)]
         side = [self.at(x, eps, s) for x, s in zip(each(loss, probes), streams, strict=True)]
         rises = [x - l0 for x, l0 in zip(side, clean, strict=True)]
@@ -141,7 +143,9 @@ class TwinFZOO(Twin):
         among = [*now, *self.before] if reuse else now
         self.before = now
         mean = sum(among) / len(among)
-        s = (sum((x - mean) ** 2 for x in among) / (len(among) - 1)) ** 0.5
+        self.variances = [*self.variances, sum((x - mean) ** 2 for x in among) / (len(among) - 1)]
+        powers = [beta**i for i in reversed(range(len(self.variances)))]
+        s = (sum(p * v for p, v in zip(powers, self.variances, strict=True)) / sum(powers)) ** 0.5
         self.move(self.along([x / (probes * s) for x in rises], streams), lr, weight_decay)
         return sum(clean) / probes
 

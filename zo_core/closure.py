@@ -97,14 +97,14 @@ def _is_watched(b: Tensor) -> bool:
 class Buffers:
     """The ordinary buffers of a module, which have the same values at the start of every evaluation of a step.
 
-    The first step copies all buffers, to find out which of them a forward writes, and so does the next step after a module
-    was switched between training and evaluation. Other steps copy only the buffers that were written before. Where all are
+    The first step copies all buffers, to find out which of them a forward writes, and so do others until one is done, and the
+    next step after a module was switched between training and evaluation. Other steps copy only the buffers that were written before. Where all are
     copied, their values are compared as well, as torch's batch norm writes its statistics without a change of ``_version``.
     """
 
     def __init__(self, module: nn.Module | None) -> None:
         self.module = module
-        self.mode: list[bool] | None = None  # of all modules, when all buffers were copied
+        self.mode: list[bool] | None = None  # of all modules, in the last step that was done
         self.moving = set[tuple[int, str]]()  # those that a forward has written
         self.saved: list[_Saved] = []
         self.all = False  # whether all are saved
@@ -112,8 +112,7 @@ class Buffers:
     def begin(self) -> None:
         """Save the values of the buffers that a closure may write."""
         modules = modules_of(self.module)
-        before, self.mode = self.mode, [m.training for m in modules]
-        self.saved, self.all = [], before != self.mode
+        self.saved, self.all = [], self.mode != [m.training for m in modules]
         for m in modules if self.all or self.moving else ():
             for name, b in m._buffers.items():
                 if b is not None and _is_watched(b) and (self.all or (id(m._buffers), name) in self.moving):
@@ -140,7 +139,7 @@ class Buffers:
             now = s.owner.get(s.name)
             if s.key in self.moving and now is not None and (now.shape, now.dtype) == (s.value.shape, s.value.dtype):
                 now.copy_(torch.where(moved.to(now.device), now, s.value))
-        self.saved = []
+        self.saved, self.mode = [], [m.training for m in modules_of(self.module)]
 
 
 def scalar(loss: object, device: torch.device) -> Tensor:

@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .weights import Point, Probe
+from .weights import Point, Probe, Update
 
 
 class Losses(Protocol):
@@ -28,17 +28,6 @@ class Estimate(NamedTuple):
     curvature: Tensor | None = None  # (K,); only Hessian scaling asks for it
     carry: Tensor | None = None  # (n,), what the next step is to find in ``self.carry``
     squares: Tensor | None = None  # (K,), with them each element is divided by sqrt(sum_k squares[k] z_k^2) + 1e-5
-
-
-class Update(NamedTuple):
-    """An estimate as one pass over T tensors, with K probes; all zero where the step must not move the weights."""
-
-    usable: Tensor  # bool, (): whether every number of the step is finite
-    coeffs: Tensor  # (K, T)
-    decay: Tensor  # (T,)
-    curvature: Tensor | None = None  # (K, T)
-    smoothing: Tensor | None = None  # (T,)
-    squares: Tensor | None = None  # (K, T)
 
 
 def update_of(

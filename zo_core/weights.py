@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import reduce
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,17 @@ _CHUNK = 1 << 20  # weights that are summed at a time for a checksum
 
 Probe = Tensor  # int64 (1,): a stream number, on the device of the weights; a probe is known by its identity
 Point = tuple[float, Probe | None]  # (c, probe) is theta + c z(probe); (0.0, None) is theta itself
+
+
+class Update(NamedTuple):
+    """What a step's pass does to T tensors along K probes; see ``ParamSpace.update_``. All zero where the step must not move the weights."""
+
+    usable: Tensor  # bool, (): whether every number of the step is finite
+    coeffs: Tensor  # (K, T)
+    decay: Tensor  # (T,)
+    curvature: Tensor | None = None  # (K, T)
+    smoothing: Tensor | None = None  # (T,)
+    squares: Tensor | None = None  # (K, T)
 
 
 def some(names: Sequence[str], most: int = 3) -> str:
@@ -54,16 +65,16 @@ class ParamSpace:
         """Make what passes need of factored Hessians, and of scales."""
         with torch.inference_mode(False):
             self._sigma = torch.tensor(self.scales, dtype=torch.float32, device=self.counters.device)
-        self._scales: dict[str, Any] = {}
-        self._rescale()
+        self._hessian_arguments: dict[str, Any] = {}
+        self._refresh_hessian_arguments()
         self._prepared: tuple[list[Any], Callable[..., None]] = [], lambda *_, **__: None  # see ``_in_place``
 
-    def _rescale(self) -> None:
+    def _refresh_hessian_arguments(self) -> None:
         with torch.inference_mode(False):
             scales = scaling.of_passes(self.hessians, self.hessian) if self.hessian else {}
-        for name, old in self._scales.items():  # where passes that are prepared look for them
+        for name, old in self._hessian_arguments.items():  # where passes that are prepared look for them
             scales[name] = [a.copy_(b) for a, b in zip(old, scales[name], strict=True)]
-        self._scales = scales
+        self._hessian_arguments = scales
 
     @contextmanager
     def _written(self) -> Iterator[list[Tensor]]:
@@ -130,7 +141,7 @@ class ParamSpace:
             for old, new in zip(self.hessians, learned, strict=True):
                 for a, b in zip(old, new, strict=True):
                     a.copy_(b)
-            self._rescale()
+            self._refresh_hessian_arguments()
         elif restore is not None:
             coeffs = coeffs + (1 - decay if decay is not None else 1) * restore
         streams = torch.cat(list(probes)) if probes else torch.empty(0, dtype=torch.int64, device=coeffs.device)
@@ -138,16 +149,16 @@ class ParamSpace:
         scalars |= {"streams": streams, **more}
         with self._written() as tensors:
             if self.pieces is not None:
-                scalars |= {"hessians": [], **self._scales, **self._noise()}
+                scalars |= {"hessians": [], **self._hessian_arguments, **self._noise()}
                 self.pieces.update_(tensors, residuals=self.residuals or None, **scalars)
                 return
             self._in_place(tensors)(tensors, **scalars, **self._noise() | {"seed": self.seed})
-            written = (*tensors, *self.residuals, *self._scales.get("hessians", ()))
+            written = (*tensors, *self.residuals, *self._hessian_arguments.get("hessians", ()))
             increment_version([t for t in written if not t.is_inference()])
 
     def _in_place(self, tensors: Sequence[Tensor]) -> Callable[..., None]:
         """The pass that writes these tensors: prepared once, as long as all of its tensors stay where they are."""
-        beside = {"hessians": [], **self._scales}
+        beside = {"hessians": [], **self._hessian_arguments}
         kept = [(t.data_ptr(), t.numel(), t.dtype) for t in (*tensors, *self.residuals, *chain(*beside.values()))]
         if kept != self._prepared[0]:
             device, ids = self.counters.device, list(range(len(tensors)))
@@ -229,7 +240,10 @@ class ParamSpace:
             int64 (1 + n,).
         """
         residuals = [self.residuals[i] for i in which] if self.residuals else []
-        scales = {"hessians": [], **{name: [scale[i] for i in which] for name, scale in self._scales.items()}}
+        scales = {
+            "hessians": [],
+            **{name: [scale[i] for i in which] for name, scale in self._hessian_arguments.items()},
+        }
         device = self.counters.device
         beside = {"tensor_ids": which, "offsets": [], "residuals": residuals, **scales}
         still = [(n, row) for n, i in enumerate(which) if (row := self.padding.get(i)) is not None]
@@ -285,7 +299,7 @@ class ParamSpace:
     ) -> None:
         """As ``perturb``, of the rows (int64, (n,)) of one matrix, into the n rows of ``out``; rows are not checked."""
         residual = self.residuals[i] if self.residuals and self.residuals[i].numel() else None
-        scales = {name.removesuffix("s"): scale[i] for name, scale in self._scales.items()}
+        scales = {name.removesuffix("s"): scale[i] for name, scale in self._hessian_arguments.items()}
         ops.backend_for(probe.device).run_rows(  # what torch.ops.zo_core.perturb_rows calls when it has checked all of this
             source.contiguous(), rows, out, i, 0, probe, coeffs, counters=counters, residual=residual, seed=self.seed,
             distribution=self.distribution, rank=self.rank, **scales,

@@ -12,7 +12,7 @@ two factors (places.py), or by a second moment of the noise itself, results into
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -195,16 +195,13 @@ def _tile(row, start, place, work, call, FORM: tl.constexpr, CAREFUL: tl.constex
 
 def prepare(
     src: Sequence[Tensor], dst: Sequence[Tensor], hessians: Sequence[Tensor], tensor_ids: Sequence[int],
-    offsets: Sequence[int], *, residuals: Sequence[Tensor] = (), row_scales: Sequence[Tensor] = (),
-    column_scales: Sequence[Tensor] = (), columns: Sequence[int] = (),
-) -> "partial[None]":  # fmt: skip
+    offsets: Sequence[int], **beside: Sequence[Any],
+) -> Callable[..., None]:  # fmt: skip
     """The pass of ``bindings.ops`` on these tensors, already checked, as a function of its scalars.
 
     It keeps no tensor alive: they are to stay where they are for as long as it is called.
     """
-    given = src, dst, hessians, tensor_ids, offsets, residuals, row_scales, column_scales, columns
-    scale = "factors" if row_scales else "hessian" if hessians else ""
-    return partial(_run, Tensors.of(*given), scale, {})
+    return partial(_run, *_described(src, dst, hessians, tensor_ids, offsets, **beside), {})
 
 
 def run_pass(
@@ -212,18 +209,28 @@ def run_pass(
     offsets: Sequence[int], streams: Tensor, coeffs: Tensor, *, residuals: Sequence[Tensor] = (),
     row_scales: Sequence[Tensor] = (), column_scales: Sequence[Tensor] = (), columns: Sequence[int] = (), **scalars: Any,
 ) -> None:  # fmt: skip
-    """The pass of ``bindings.ops``, arguments already checked; what it prepares is kept for the next call on these tensors."""
+    """The pass of ``bindings.ops``, arguments already checked; tables are kept for the next call on these tensors."""
     beside: dict[str, Any] = {"residuals": residuals, "row_scales": row_scales, "column_scales": column_scales}
-    run = prepare(src, dst, hessians, tensor_ids, offsets, columns=columns, **beside)
-    run = _prepared.setdefault(run.args[:2], run)
-    _prepared.move_to_end(run.args[:2])
+    key = _described(src, dst, hessians, tensor_ids, offsets, columns=columns, **beside)
+    made = _prepared.setdefault(key, {})
+    _prepared.move_to_end(key)
     if len(_prepared) > PREPARED:
         _prepared.popitem(last=False)
-    run(streams=streams, coeffs=coeffs, **scalars)
+    _run(*key, made, streams, coeffs, **scalars)
 
 
-PREPARED = 64  # passes that are kept: each has a table, of 120 bytes a tensor and 8 a run of tiles
-_prepared: OrderedDict[Any, "partial[None]"] = OrderedDict()
+PREPARED = 64  # calls whose tables are kept: each has 120 bytes a tensor and 8 a run of tiles
+_prepared: OrderedDict[tuple[Tensors, str], dict[Any, list[tuple[Form, Table]]]] = OrderedDict()
+
+
+def _described(
+    src: Sequence[Tensor], dst: Sequence[Tensor], hessians: Sequence[Tensor], tensor_ids: Sequence[int],
+    offsets: Sequence[int], *, residuals: Sequence[Tensor] = (), row_scales: Sequence[Tensor] = (),
+    column_scales: Sequence[Tensor] = (), columns: Sequence[int] = (),
+) -> tuple[Tensors, str]:  # fmt: skip
+    """All that the tables of these tensors depend on, and the form of their Hessians."""
+    scale = "factors" if row_scales else "hessian" if hessians else ""
+    return Tensors.of(src, dst, hessians, tensor_ids, offsets, residuals, row_scales, column_scales, columns), scale
 
 
 def _run(

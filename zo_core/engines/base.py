@@ -2,30 +2,32 @@
 
 import signal
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..weights import ParamSpace, Point, Probe
+from ..weights import ParamSpace, Point, Probe, Update
 
 _SIGNALS = tuple(map(int, signal.valid_signals()))
 
 
-class Engine(Protocol):
+class Engine(ABC):
     """How a perturbation reaches a forward pass."""
 
+    writes_weights: ClassVar[bool] = False  # whether weights are not theta while the closure runs
     space: ParamSpace
     rows: int = 0  # of the largest product so far, in engines that choose by it; saved with the optimizer
 
+    @abstractmethod
     def evaluate(
         self, closure: Callable[[], Tensor], c: float, probe: Probe | None, leave_out: Collection[int] = ()
     ) -> Tensor:
         """The closure's result at theta + c z(probe), z = 0 in tensors left out; at theta without a probe."""
-        ...
 
     def evaluate_all(
         self, closure: Callable[[], Tensor], points: Sequence[Point], leave_out: Collection[int] = ()
@@ -33,20 +35,17 @@ class Engine(Protocol):
         """The closure's results at all of these points, (n,): here one call of it after the other."""
         return torch.stack([self.evaluate(closure, c, probe, leave_out) for c, probe in points])
 
-    def update(
-        self, probes: Sequence[Probe], coeffs: Tensor, decay: Tensor, update: Tensor | None,
-        curvature: Tensor | None = None, smoothing: Tensor | None = None, squares: Tensor | None = None,
-    ) -> None:  # fmt: skip
-        """Theta <- (1 - decay) theta + s sum_k coeffs[k] z_k; arguments as in ``ParamSpace.update_``."""
-        ...
+    @abstractmethod
+    def update(self, probes: Sequence[Probe], update: Update, rounding: Tensor | None) -> None:
+        """Move the weights, from theta; ``rounding`` is the stream of the stochastic rounding, None rounds to nearest."""
 
+    @abstractmethod
     def restore(self) -> None:
         """Give the weights their values theta again, whatever evaluation was interrupted."""
-        ...
 
+    @abstractmethod
     def memory(self) -> dict[str, int]:
         """Bytes that this engine holds beside the weights, the most so far."""
-        ...
 
 
 @contextmanager

@@ -66,7 +66,7 @@ class GroupedEngine(ShadowEngine):
     def __init__(self, space: ParamSpace, module: nn.Module, points_at_once: int | None = None) -> None:
         super().__init__(space, module)
         self.points_at_once = points_at_once
-        self.alone: str | None = None  # why the shadow engine evaluates, where it does
+        self.fallback: str | None = None  # why the shadow engine evaluates, where it does
         self._known = False  # whether losses were compared
         self._most: int | None = None  # points at once that memory was found to hold
         self._widest = 0  # bytes of the largest product so far, of one point
@@ -82,7 +82,7 @@ class GroupedEngine(ShadowEngine):
         self._module_bytes = sum(p.numel() * p.itemsize for p in module.parameters())  # sparse ones have no nbytes
         self._interception = Interception(space, self, self._frozen)
         self._plans: dict[int, Plan] = {}  # by the number of points
-        self._alone = self._plan  # of the shadow engine
+        self._shadow_plan = self._plan  # of the shadow engine
         # Of the evaluation that runs:
         self._streams, self._cs = (
             self._clean,
@@ -97,7 +97,7 @@ class GroupedEngine(ShadowEngine):
     ) -> Tensor:
         """The closure's results at all of these points, (n,)."""
         why = ""
-        if self.alone is None:
+        if self.fallback is None:
             try:
                 if self._known or self._agrees(closure, points[:2], leave_out):
                     return self._in_chunks(closure, points, leave_out)
@@ -113,7 +113,7 @@ class GroupedEngine(ShadowEngine):
     def restore(self) -> None:
         """End an evaluation, wherever it was left: parameters are theta again."""
         super().restore()
-        self._interception.level, self._plan = None, self._alone
+        self._interception.level, self._plan = None, self._shadow_plan
 
     def memory(self) -> dict[str, int]:
         """As the shadow engine's, and bytes of the signs of factored matrices, the most so far."""
@@ -127,7 +127,7 @@ class GroupedEngine(ShadowEngine):
 
     def _leave(self, reason: str) -> None:
         """Leave all further evaluations to the shadow engine."""
-        self.alone = reason
+        self.fallback = reason
         self._clear()
         warn(
             f"engine='grouped': the closure cannot be evaluated at several points at once: {reason}. The shadow engine "
@@ -140,23 +140,23 @@ class GroupedEngine(ShadowEngine):
             rows = self.rows
             grouped = self._at(closure, points, leave_out)
             self.rows = rows or self.rows  # a run that goes on from its state goes on as if it had not been interrupted
-            alone = super().evaluate_all(closure, points, leave_out)
+            singly = super().evaluate_all(closure, points, leave_out)
             if not (why := self._elsewhere()) and getattr(getattr(closure, "buffers", None), "moving", False):
                 why = "its modules write their buffers"
-            elif not why and alone.isfinite().all():
-                most = max(_ROUNDING.get(dtype, 0.0) for dtype in {torch.float32, *self._alone.dtypes.values()})
-                apart, size = (grouped - alone).abs(), alone.abs() + (alone - alone[0]).abs()
+            elif not why and singly.isfinite().all():
+                most = max(_ROUNDING.get(dtype, 0.0) for dtype in {torch.float32, *self._shadow_plan.dtypes.values()})
+                apart, size = (grouped - singly).abs(), singly.abs() + (singly - singly[0]).abs()
                 self._known = bool((apart <= most * size + 1e-7).all())
                 if not self._known:
-                    why = f"its losses are {grouped.tolist()} then, and {alone.tolist()} at one point at a time"
+                    why = f"its losses are {grouped.tolist()} then, and {singly.tolist()} at one point at a time"
         self._scratch.buffers.clear()  # the shadow engine's copies of matrices, which may not be needed again
         if why:
             self._leave(why)
         return self._known
 
     def _elsewhere(self) -> str:
-        """What of the module is not read by torch's functions, which alone answer for several points."""
-        if self._exchanged or self._regions:
+        """Why several points cannot be evaluated at once where the module's parameters are read by other code than torch's functions."""
+        if self._swapped or self._regions:
             return "parameters are read by compiled or scripted code, by an extension or as a class of their own"
         return ""
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Sequence
 import torch
 from torch import Tensor
 
-from ..weights import ParamSpace, Probe
+from ..weights import ParamSpace, Probe, Update
 from .base import Engine, uninterrupted
 
 
@@ -16,6 +16,8 @@ class InPlaceEngine(Engine):
     -eps z, and restore and update together. Going back rounds, in the precision of the weights and their residuals:
     float32 returns to within an ulp, 16-bit weights without a residual drift (docs/precision.md).
     """
+
+    writes_weights = True
 
     def __init__(self, space: ParamSpace) -> None:
         self.space = space
@@ -41,12 +43,12 @@ class InPlaceEngine(Engine):
                 self.space.update_([p for p, _ in steps], torch.cat([row for _, row in steps]))
             self.at = to
 
-    def update(
-        self, probes: Sequence[Probe], coeffs: Tensor, decay: Tensor, update: Tensor | None,
-        curvature: Tensor | None = None, smoothing: Tensor | None = None, squares: Tensor | None = None,
-    ) -> None:  # fmt: skip
-        """Restore and update in one pass, with ``squares`` in two; arguments as in ``ParamSpace.update_``."""
-        if squares is not None:  # which scale all noise of the pass, and what is taken back was added without a scale
+    def update(self, probes: Sequence[Probe], update: Update, rounding: Tensor | None) -> None:
+        """Restore theta and move it in one pass, with ``squares`` in two."""
+        coeffs, curvature = update.coeffs, update.curvature
+        if (
+            update.squares is not None
+        ):  # which scale all noise of the pass, and what is taken back was added without a scale
             self.restore()
         back: Tensor | None = None
         if self.at is not None:
@@ -58,7 +60,9 @@ class InPlaceEngine(Engine):
             back = torch.zeros_like(coeffs)
             back[next(k for k, p in enumerate(probes) if p is probe)] = -row[0]
         with uninterrupted():
-            self.space.update_(probes, coeffs, decay, update, back, curvature, smoothing, squares)
+            self.space.update_(
+                probes, coeffs, update.decay, rounding, back, curvature, update.smoothing, update.squares
+            )
             self.at = None
 
     def memory(self) -> dict[str, int]:

@@ -1,11 +1,11 @@
 """Interception: for the time of an evaluation, parameters give torch functions other values than their own.
 
 Trainable tensors get another class while an evaluation runs. torch then hands every function that is called with one of
-them to that class, which sorts the call into one of four kinds (``_asks``):
+them to that class, which sorts the call by what it asks for (``_asks``):
 
 - a question *about* the tensor (its shape, device, ``requires_grad``) is answered by the parameter itself;
 - a *read* of its values gets what the engine says they are, ``Values.read``;
-- a read of its *address* does too, and those values stay where they are until the evaluation ends;
+- its *address* or *data* are those of such values, which stay where they are until the evaluation ends;
 - a *write* is refused, and so are compiled code and transforms of ``torch.func``, which do not come by here each time.
 """
 
@@ -89,7 +89,7 @@ def _asks(func: Callable[..., Any]) -> str:
 
 
 def _map(x: Any, kind: type, f: Callable[[Any], Any]) -> Any:
-    """X with f of each object of this class inside lists, tuples and dicts."""
+    """The same structure of lists, tuples and dicts, with ``f`` applied to each object of this class."""
     if type(x) is kind:
         return f(x)
     if isinstance(x, (tuple, list)):
@@ -136,7 +136,7 @@ class Interception:
                 p.__class__ = self._class
 
     def call(self, func: Callable[..., Any], asks: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Func of these arguments, with values in the places of parameters; RuntimeError for what cannot be served."""
+        """Call a torch function with values in the places of parameters; RuntimeError for what cannot be served."""
         if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() != self.level:
             self._refuse_transforms(args, kwargs)
         written = args[:1] if asks == "write" else kwargs.get("out")

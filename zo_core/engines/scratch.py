@@ -57,7 +57,8 @@ class Buffer:
         places, found = [(t.data_ptr(), t.shape, t.stride()) for t in sources], self.layouts.get(group)
         if found is None or found.places != places or [*found.copies] != keys:
             copies, at = dict[Key, Tensor](), 0
-            found = self.layouts.pop(group, None) and None  # its tensors must not be counted below
+            found = None
+            self.layouts.pop(group, None)  # whose tensors must not be counted below
             with torch.inference_mode(False):
                 for key, source in zip(keys, sources, strict=True):
                     end = at + math.prod(lead) * source.numel() * key[1].itemsize

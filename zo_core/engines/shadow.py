@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..bindings.warn import warn
-from ..weights import ParamSpace, Probe, laid_out, some
+from ..weights import ParamSpace, Probe, Update, laid_out, some
 from .base import Engine, uninterrupted
 from .intercept import UNTRACEABLE, WRITTEN, Interception, refuse_nested
 from .scratch import Key, Scratch, aligned
@@ -47,7 +47,7 @@ class ShadowEngine(Engine):
         self._interception, self._scratch = Interception(space, self), Scratch(self.device)
         self._lock = threading.RLock()  # modules may run in threads of their own
         self._looked_up: set[int] = set()  # embeddings of which rows were read
-        self._exchanged: dict[int, Tensor] = {}  # copies that parameters are exchanged for in whole evaluations
+        self._swapped: dict[int, Tensor] = {}  # copies that parameters are exchanged for in whole evaluations
         self._checks = _CHECKS  # comparisons that may still be made
         self._result: Tensor | None = None  # of the last one
         with torch.inference_mode(False):
@@ -66,7 +66,7 @@ class ShadowEngine(Engine):
         scripted = [m for m in module.modules() if isinstance(m, torch.jit.ScriptModule)]
         elsewhere = {self._numbers.get(id(p)) for m in scripted for p in m.parameters()} - {None}
         subclasses = {i for i, p in enumerate(space.tensors) if type(p) not in (nn.Parameter, Tensor)}
-        self._exchange(sorted(subclasses.union(elsewhere)))  # type: ignore[arg-type]
+        self._swap(sorted(subclasses.union(elsewhere)))  # type: ignore[arg-type]
 
     # ---- the engine --------------------------------------------------------------------------------------------
 
@@ -81,13 +81,10 @@ class ShadowEngine(Engine):
                 return result
         return run(leave_out)
 
-    def update(
-        self, probes: Sequence[Probe], coeffs: Tensor, decay: Tensor, update: Tensor | None,
-        curvature: Tensor | None = None, smoothing: Tensor | None = None, squares: Tensor | None = None,
-    ) -> None:  # fmt: skip
-        """Theta <- (1 - decay) theta + s sum_k coeffs[k] z_k in one pass; arguments as in ``ParamSpace.update_``."""
-        with uninterrupted():
-            self.space.update_(probes, coeffs, decay, update, None, curvature, smoothing, squares)
+    def update(self, probes: Sequence[Probe], update: Update, rounding: Tensor | None) -> None:
+        """Move the weights in one pass."""
+        u = update
+        self.space.update_(probes, u.coeffs, u.decay, rounding, None, u.curvature, u.smoothing, u.squares)
 
     def restore(self) -> None:
         """End an evaluation, wherever it was left: parameters are theta again."""
@@ -102,7 +99,7 @@ class ShadowEngine(Engine):
 
     def memory(self) -> dict[str, int]:
         """Bytes of scratch, the most so far, and of the copies that parameters are exchanged for in whole evaluations."""
-        return {"scratch": self._scratch.peak, "held": sum(t.nbytes for t in self._exchanged.values())}
+        return {"scratch": self._scratch.peak, "held": sum(t.nbytes for t in self._swapped.values())}
 
     # ---- one evaluation ----------------------------------------------------------------------------------------
 
@@ -132,12 +129,12 @@ class ShadowEngine(Engine):
         self._probe, self._left_out = probe, frozenset(leave_out)
         self._row = self.space.full(c)
         self._coeffs = self.space.full(c, leave_out) if leave_out else self._row
-        if which := [i for i in self._exchanged if i not in self._left_out]:
-            copies, sources = [self._exchanged[i] for i in which], [self._sources[i] for i in which]
+        if which := [i for i in self._swapped if i not in self._left_out]:
+            copies, sources = [self._swapped[i] for i in which], [self._sources[i] for i in which]
             self._perturb(self.space.perturb(which, sources, copies), which, sources)
             for i, copy in zip(which, copies, strict=True):
                 tensors[i].data = copy
-        elsewhere = {*self._exchanged, *self._left_out}
+        elsewhere = {*self._swapped, *self._left_out}
         intercepted = [i for i in range(len(tensors)) if i not in elsewhere]
         if hide:
             self._hide(intercepted)
@@ -164,8 +161,8 @@ class ShadowEngine(Engine):
     def read(self, i: int, dtype: torch.dtype | None = None, keep: bool = False) -> Tensor:
         """Tensor i of theta + c z, in this dtype or its own; ``keep``: at an address that is its until the evaluation ends."""
         with self._lock:
-            # A leaf with requires_grad, no view: matmul then folds a batch into rows, as it does for parameters. Made for
-            # each read, as that one of them is alive is what keeps its buffer from being written again.
+            # A leaf with requires_grad and no view, so that matmul folds a batch into rows, as it does for parameters. Each
+            # read makes one of its own: a buffer is written again when no tensor that was made of it is alive.
             copy = self._copy((i, dtype or self._sources[i].dtype)).detach().requires_grad_()
             if keep:
                 self._kept.append(copy)
@@ -228,28 +225,28 @@ class ShadowEngine(Engine):
 
     def _call_region(self, region: Region, *args: Any, **kwargs: Any) -> Any:
         """Call a compiled module, whose parameters' data are perturbed copies meanwhile."""
-        which = [i for i in region.tensors if i not in self._exchanged]
+        which = [i for i in region.tensors if i not in self._swapped]
         keys, buffer = [(i, self._sources[i].dtype) for i in which], self._scratch.holding(region.owner)
         with self._lock:
             copies = buffer.layouts[region.owner].copies if buffer else self._fill(region.owner, keys)
-        with self._interception.without(which), exchanged([self.space.tensors[i] for i in which], copies.values()):
+        with self._interception.without(which), swapped([self.space.tensors[i] for i in which], copies.values()):
             return region.code(*args, **kwargs)
 
     def _serve_compiled(self) -> bool:
         """Prepare for compiled code that was met, by new regions or by exchanging all parameters. False if both were done before."""
         regions, before = compiled_regions(self.module, self._numbers), [r.owner for r in self._regions]
         self._regions, new = regions, [r for r in regions if r.owner not in before]
-        rest = [i for i in range(len(self.space.tensors)) if i not in self._exchanged]
+        rest = [i for i in range(len(self.space.tensors)) if i not in self._swapped]
         if not new:
-            self._exchange(rest)
+            self._swap(rest)
         return bool(new or rest)
 
-    def _exchange(self, which: Sequence[int]) -> None:
+    def _swap(self, which: Sequence[int]) -> None:
         """Exchange these for copies in each evaluation from now on."""
         if which:
             with torch.inference_mode(False):
-                self._exchanged |= {i: torch.empty_like(self.space.tensors[i].data) for i in which}
-            size = sum(self._exchanged[i].nbytes for i in which)
+                self._swapped |= {i: torch.empty_like(self.space.tensors[i].data) for i in which}
+            size = sum(self._swapped[i].nbytes for i in which)
             warn(
                 f"{some([self.space.names[i] for i in which], 5)}: read elsewhere than by torch's functions (compiled or "
                 "scripted code, an extension). They are exchanged for perturbed copies during each evaluation, which takes "
@@ -279,13 +276,13 @@ class ShadowEngine(Engine):
             return False
         self._checks, self._result = self._checks - 1, result
         seen = {*self._plan.dtypes, *self._looked_up, *(i for r in self._regions for i in r.tensors)}
-        rest = [i for i in range(len(self.space.tensors)) if i not in self._exchanged]
+        rest = [i for i in range(len(self.space.tensors)) if i not in self._swapped]
         found = False
         for which in ([i for i in rest if i not in seen], [i for i in rest if i in seen]):
             if which:
                 if not self._shows(run, result):
                     break
-                self._exchange(which)
+                self._swap(which)
                 found, result = True, run()
         return found
 
@@ -305,7 +302,7 @@ class ShadowEngine(Engine):
 
 
 @contextmanager
-def exchanged(parameters: Sequence[Tensor], data: Iterable[Tensor]) -> Iterator[None]:
+def swapped(parameters: Sequence[Tensor], data: Iterable[Tensor]) -> Iterator[None]:
     """The parameters have other data meanwhile."""
     before: list[tuple[Tensor, Tensor]] = []
     try:

@@ -113,6 +113,12 @@ ASSETS = {
         "product-review sentences with |mean rating| >= 1, Hutto & Gilbert, ICWSM 2014, MIT",
         functools.partial(_rated_texts, member="hutto_ICWSM_2014/amazonReviewSnippets_GroundTruth.txt"),
     ),
+    "tweets": Asset(
+        "dataset",
+        "vaderSentiment",
+        "tweets with |mean rating| >= 1, Hutto & Gilbert, ICWSM 2014, MIT",
+        functools.partial(_rated_texts, member="hutto_ICWSM_2014/tweets_GroundTruth.txt"),
+    ),
 }
 
 

@@ -11,24 +11,24 @@ import torch
 from torch import Tensor, nn
 
 from .. import engines, layers, sharding
-from ..closure import Buffers, Evaluation, forget_casts
-from ..distributed import Exchange, Parallel, check, is_sharded
+from ..closure import Buffers, Evaluation
+from ..distributed import Exchange, Parallel, is_sharded
 from ..engines.base import Engine, uninterrupted
-from ..engines.inplace import InPlaceEngine
 from ..estimators import Estimate, Losses, update_of
 from ..journal import Journal
 from ..noise import backend_of
 from ..record import Snapshot, carried
 from ..scales import Scales
-from ..weights import ParamSpace, Probe, padding_of, space_of, versions_of
-from . import report, state
+from ..weights import Probe
+from . import records, state
+from .attempt import Attempt
 from .momentum import with_past
 from .options import Params, Shared, check_choices, check_group, named_params, rates_of
-from .points import Closure, StepLosses
-from .state import Stateful, refuse_meta
+from .points import Closure, StepLosses, closures_of
+from .tensors import Tensors
 
 
-class ZOOptimizer(Stateful):
+class ZOOptimizer(Tensors):
     """Base of the methods; a method says in ``estimate`` where to evaluate and what to step along.
 
     Args:
@@ -59,8 +59,8 @@ class ZOOptimizer(Stateful):
             float32 weights keep none. docs/precision.md says what each costs and saves.
         engine: "shadow" perturbs what modules read and never writes a weight to probe it; "grouped" does so at all
             points of a step in one call of the closure; "inplace" writes the weights, for closures that are arbitrary
-            functions of them, and for sharded ones (DTensors). None: shadow where a module is known and no weight is
-            sharded. docs/engines.md says which to take.
+            functions of them, and for sharded ones (DTensors). None: where a module is known and no weight is sharded, grouped
+            for factored probes and shadow for others; otherwise in place. docs/engines.md says what each costs.
         points_at_once: at how many points the grouped engine evaluates at once, at most; None: as many as memory holds
             and the processor has a use for.
         module: the module whose forwards use the tensors, where ``params`` is not that module itself.
@@ -90,11 +90,7 @@ class ZOOptimizer(Stateful):
     rho = Shared(0.0, math.nextafter(1.0, 0.0))
     momentum, window = Shared(0.0, math.nextafter(1.0, 0.0)), Shared(1, 1 << 10, Integral)
 
-    _shared: ClassVar[tuple[Shared, ...]] = ()
-    _units: Sequence[Any] = ()  # parts of the module that FSDP2 gathers
-    _blocks: Sequence[set[int]] = ()
     _buffers = Buffers(None)  # of the module
-    _made_for: list[tuple[object, ...]] | None = None  # the value of ``_layout_of`` for which the engine was made
 
     def __init__(
         self,
@@ -147,7 +143,8 @@ class ZOOptimizer(Stateful):
         shared = {"eps": eps, "probes": probes, "rho": rho, "momentum": momentum, "window": window, **(method or {})}
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "decay_vectors": True, **shared})
         in_place = self.module is None or is_sharded(self._parameters(), self.module)
-        self.engine = engine or ("inplace" if in_place else "shadow")
+        best = "grouped" if distribution == "factored" else "shadow"
+        self.engine = engine or ("inplace" if in_place else best)
         self._check_processes(hessian)
         device = self._tensors()[0].device
         self._own = state.new(
@@ -198,30 +195,12 @@ class ZOOptimizer(Stateful):
             TypeError, ValueError: no function, another number of them than of probes, or the closure returned no scalar.
             Exception: whatever the closure raises; the weights and this optimizer are put back first.
         """
-        engine, closures, left_out = self._begin(closure)
-        stream, spread = self._own["stream"].clone(), not callable(closure)
-        in_place = engine.space if isinstance(engine, InPlaceEngine) and not engine.space.pieces else None
-        evaluation = Evaluation(closures[0], stream.device, self._units, self._buffers, in_place)
-        losses = StepLosses(engine, evaluation, closures, spread, left_out, self._exchange, self._steps)
-        done, self._stepping = False, True
-        try:
+        attempt = self._begin(closure)
+        with attempt as losses:
             found = self.estimate(losses)
             with uninterrupted():  # the record, the weights and the counts change together
-                self._buffers.end(self._move(engine, found, left_out))
-                done = True
-        except BaseException:  # all of the step or nothing: a signal held back until it was done changes nothing
-            if not done:
-                with uninterrupted():
-                    engine.restore()
-                    self._own["stream"].copy_(stream)
-                    evaluation.rewind()
-                    self._buffers.put_back()
-            raise
-        finally:
-            self._stepping = False
-            forget_casts()
-            sharding.reshard(self._units)
-            self._versions = versions_of(self._tensors())
+                self._buffers.end(self._move(attempt.engine, found, losses.left_out))
+                attempt.done = True
         self._count_flat(torch.cat(losses.seen, dim=1))
         if self.noise_floor is not None:
             self._count_below(losses.differences(), self.noise_floor)
@@ -234,43 +213,18 @@ class ZOOptimizer(Stateful):
         Afterwards weights, state, torch's generators and buffers are as they were, to the bit. Probes are for the caller to
         choose, as numbers of streams; ``draw`` gives those of the next step. Processes that share a step must do the same.
         """
-        engine, closures, left_out = self._begin(closure)
-        own, rows, small = self._own, engine.rows, ("stream", "counters")
-        before = [(own[name], own[name].clone()) for name in small]
-        in_place = engine.space if isinstance(engine, InPlaceEngine) else None
-        if in_place is not None:  # it goes back to the weights by arithmetic, which rounds
-            kept = (*in_place.tensors, *in_place.residuals)
-            before += [(t.detach(), t.detach().to("cpu", copy=True)) for t in kept]
-        written = in_place if in_place is not None and not in_place.pieces else None
-        evaluation = Evaluation(closures[0], own["stream"].device, self._units, self._buffers, written)
-        self._stepping = True
-        try:
-            with torch.no_grad():
-                yield StepLosses(
-                    engine, evaluation, closures, not callable(closure), left_out, self._exchange, self._steps
-                )
-        finally:
-            self._stepping = False
-            with uninterrupted(), torch.no_grad():
-                engine.restore()
-                engine.rows = rows
-                for tensor, value in before:
-                    tensor.copy_(value)
-                evaluation.rewind()
-                self._buffers.put_back()
-            forget_casts()
-            sharding.reshard(self._units)
-            self._versions = versions_of(self._tensors())
+        with torch.no_grad(), self._begin(closure, exact=True) as losses:
+            yield losses
 
-    def _begin(self, closure: object) -> tuple[Engine, Sequence[Closure], set[int]]:
-        """A step's engine, closures, and tensors that it leaves out, when all that can be checked before it has been."""
+    def _begin(self, closure: object, exact: bool = False) -> Attempt:
+        """Check all that can be checked before a step, and return what evaluates its losses."""
         if self._stepping:
             raise RuntimeError("step: called from inside its own closure, where the weights are perturbed")
         if not isinstance(self.journal, Journal | None):
             raise TypeError(f"journal: expected Journal.create(path, optimizer), got {self.journal!r}")
         for i, group in enumerate(self.param_groups):
             check_group(group, () if i else self._shared)
-        closures = [closure] if callable(closure) else self._closures(closure)
+        closures = closures_of(closure, self.probes, self.processes.grid()[1] if self.processes is not None else 1)
         sharding.reshard(self._units)  # while weights are gathered, the module has other parameters
         frozen = self._check_tensors()
         if self._buffers.module is not self.module:
@@ -278,143 +232,44 @@ class ZOOptimizer(Stateful):
         engine = self._prepare()
         if (exchange := self._joined()) is not None:
             options = {"closures": "one" if callable(closure) else "one for each probe"}
-            exchange.start(self._steps, options | report.options_of(self.param_groups), self._snapshot)
-        return engine, closures, self._left_out() | frozen
-
-    def _closures(self, given: object) -> Sequence[Closure]:
-        """Closures of a step that has one for each probe; TypeError, ValueError unless they are."""
-        if not isinstance(given, list | tuple):
-            raise TypeError(
-                f"closure: expected a function that returns the loss, or a list of them, one for each probe, got {given!r}"
-            )
-        for i, closure in enumerate(given):
-            if not callable(closure):
-                raise TypeError(f"closure {i}: expected a function that returns the loss, got {closure!r}")
-        shares = self.processes.grid()[1] if self.processes is not None else 1
-        if self.probes % shares:
-            raise ValueError(
-                f"probes: expected a multiple of {shares}, as so many processes share them and each probe has a closure of its "
-                f"own, got {self.probes}"
-            )
-        if len(given) != self.probes // shares:
-            which = f"one for each of the {self.probes} probes" + f" that are this process's, 1/{shares} of them" * (
-                shares > 1
-            )
-            raise ValueError(
-                f"closure: expected {self.probes // shares} functions, {which}, got {len(given)}: give as many, or one function "
-                "for all probes"
-            )
-        return given
+            exchange.start(self._steps, options | records.options_of(self.param_groups), self._snapshot)
+        written = engine.space if engine.writes_weights and not engine.space.pieces else None
+        evaluation = Evaluation(closures[0], self._own["stream"].device, self._units, self._buffers, written)
+        spread, left_out = not callable(closure), self._left_out() | frozen
+        return Attempt(self, StepLosses(engine, evaluation, closures, spread, left_out, exchange, self._steps), exact)
 
     def _move(self, engine: Engine, found: Estimate, left_out: set[int]) -> Tensor:
-        """Write the step's record, move the weights and count the step. Returns whether it moved them, bool (1,)."""
-        own, new = self._own, found
+        """Write the step's record, move the weights and count the step. Returns whether it moved them, bool, 0-dimensional."""
+        own, past = self._own, self._own["past"].last(self._remembered)
         smoothing = self.param_groups[0]["smoothing"] if own["hessian"] else None
         lr, decay = rates_of(self.param_groups, own["stream"].device)
-        past = own["past"].last(self._remembered)
-        found = with_past(new, past, self.momentum, self.param_groups[0].get("beta2"))
+        along = with_past(found, past, self.momentum, self.param_groups[0].get("beta2"))
         scales = engine.space.full(1.0, left_out)
-        update = update_of(found, lr, decay, scales, past.applied(len(new.probes), scales.shape[1]), smoothing)
+        update = update_of(along, lr, decay, scales, past.applied(len(found.probes), scales.shape[1]), smoothing)
         number = own["updates"] + own["skipped"]  # the step's number, which is its stream of the stochastic rounding
+        if self._remembered:
+            streams = torch.cat([past.streams.new_empty(0), *found.probes])
+            remembered = past.then(streams, found.coeffs, update.usable, left_out).last(self._remembered)
+        else:
+            remembered = past
+        after = {
+            "updates": own["updates"] + update.usable,
+            "skipped": own["skipped"] + ~update.usable,
+            "steps": own["steps"] + 1,
+            "carry": carried(own["carry"], found.carry, update.usable),
+            "past": remembered,
+            **({"rows": engine.rows} if engine.rows else {}),
+        }
         if self.journal is not None:  # before the weights move: without its record a step does not happen
             identity = self._identity()
-            record = report.record_of(
-                identity, number, found, update, lr, decay, stochastic=self.stochastic_rounding, left_out=left_out,
+            record = records.record_of(
+                identity, number, along, update, lr, decay, stochastic=self.stochastic_rounding, left_out=left_out,
                 smoothing=smoothing or 0.0, past=len(past.coeffs),
             )  # fmt: skip
             self.journal.write_step(identity, record)
-        rounding = number if self.stochastic_rounding else None
-        engine.update(
-            found.probes, update.coeffs, update.decay, rounding, update.curvature, update.smoothing, update.squares
-        )
-        own["updates"] += update.usable
-        own["skipped"] += ~update.usable
-        own["steps"] += 1
-        if engine.rows:
-            own["rows"] = engine.rows
-        own["carry"] = carried(own["carry"], found.carry, update.usable)
-        if self._remembered:
-            past = past.then(torch.cat([past.streams[:0], *new.probes]), new.coeffs, update.usable, left_out)
-        own["past"] = past.last(self._remembered)
+        engine.update(along.probes, update, number if self.stochastic_rounding else None)
+        own |= after
         return update.usable
-
-    def _left_out(self) -> set[int]:
-        """Numbers of the tensors that this step leaves out."""
-        if (self.rho or self.blocks is not None) and not self._blocks:
-            found = layers.find_blocks(self.module, self.blocks)
-            self._blocks = layers.tensors_of(found, self._parameters(), self.module)
-        return layers.left_out(self._blocks, self.rho, seed=self.seed, step=self._steps)
-
-    # ---- the tensors -------------------------------------------------------------------------------------------
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's, without frozen tensors. The tensors' ids in the noise continue those of the groups before."""
-        self._refuse_inside("add_param_group")
-        given = param_group["params"]
-        given = [given] if isinstance(given, Tensor) else list(given)
-        for p in given:
-            if not isinstance(p[1] if isinstance(p, tuple) and len(p) == 2 else p, Tensor):
-                raise TypeError(f"params: expected tensors or (name, tensor) pairs, got {p!r}")
-        keep = [p for p in given if (p[1] if isinstance(p, tuple) else p).requires_grad]
-        if not keep:
-            raise ValueError(f"params: expected tensors with requires_grad=True to train, got {len(given)} frozen ones")
-        refuse_meta(p if isinstance(p, tuple) else (f"tensor {i}", p) for i, p in enumerate(keep))
-        if self.param_groups and "param_names" in self.param_groups[0] and not isinstance(keep[0], tuple):
-            names = {id(p): name for name, p in self.module.named_parameters()} if self.module is not None else {}
-            start = f"group {len(self.param_groups)} tensor "
-            keep = [(names.get(id(p), f"{start}{j}"), p) for j, p in enumerate(keep)]
-        super().add_param_group({**param_group, "params": keep})
-        group = self.param_groups[-1]
-        try:
-            check_group(group, self._shared)
-            for name in (option.name for option in self._shared):
-                if group[name] != (first := self.param_groups[0][name]):
-                    raise ValueError(f"{name}: expected {first} as in the first group, got {group[name]}")
-            if len(self.param_groups) > 1 and self._own:
-                self._check_processes(self._own["hessian"])
-                self._engine = self._of_module = None
-                self._prepare()
-                count = len(self._names())
-                self._own["past"] = self._own["past"].without(range(count - len(group["params"]), count))
-        except BaseException:
-            self.param_groups.pop()
-            raise
-
-    def _check_processes(self, hessian: str | None) -> None:
-        check(self.processes, self._names(), self._parameters(), self.module, self.engine, hessian)
-
-    def _prepare(self) -> Engine:
-        """The engine for the tensors as they are now, a new one if they have changed; the checks write no tensor."""
-        sharding.reshard(self._units)
-        tensors = self._tensors()
-        if self._own["stream"].device != (device := tensors[0].device):  # the model has moved
-            self._own = state.on(device, self._own)
-            self._engine, self._versions = None, versions_of(tensors)
-        if self._own["residuals"]:
-            self._clear_residuals()
-        if self._engine is None or self._layout_of(tensors) != self._made_for:
-            self._units = sharding.units(self.module)
-            sharding.reshard(self._units)
-            parameters = self._parameters()
-            rows = padding_of(self.module, parameters)
-            if rows and not self._own.setdefault("padding", True):
-                rows = {}  # as in the run that this one continues
-            space = space_of(self._names(), parameters, self._own, rows)
-            self._blocks = ()
-            self._left_out()
-            space.warn_of_small_eps(self.eps)
-            self._engine = engines.make(self.engine, space, self.module, self.points_at_once)
-            self._engine.rows = self._own.get("rows", 0)
-            self._versions, self._made_for = versions_of(space.tensors), self._layout_of(space.tensors)
-        return self._engine
-
-    def _layout_of(self, tensors: Sequence[Tensor]) -> list[tuple[object, ...]]:
-        """What an engine depends on: which tensors there are, and where the memory of shards is. A change needs a new engine."""
-        pairs = zip(tensors, self._parameters(), strict=True)
-        return [(id(p), t.dtype, t.shape, t.device, None if t is p else t.data_ptr()) for t, p in pairs]
-
-    def _space(self) -> ParamSpace:
-        return self._prepare().space
 
     # ---- other processes ---------------------------------------------------------------------------------------
 
@@ -442,6 +297,6 @@ class ZOOptimizer(Stateful):
     def _snapshot(self) -> Snapshot:
         facts = {k: getattr(self, k) for k in ("stochastic_rounding", "engine")} | {"processes": str(self.processes)}
         facts |= {"method": type(self).__name__, "backend": backend_of(self._own["stream"].device)}
-        facts |= {**report.options_of(self.param_groups), "blocks": [sorted(block) for block in self._blocks]}
-        facts |= report.facts_of(self._own, self._names(), self._parameters())
+        facts |= {**records.options_of(self.param_groups), "blocks": [sorted(block) for block in self._blocks]}
+        facts |= records.facts_of(self._own, self._names(), self._parameters())
         return Snapshot(facts, self._names(), self._space().checksums())

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Unpack
 import torch
 from torch import Tensor
 
-from ..estimators import Estimate, Losses, one_side
+from ..estimators import Estimate, Losses, kept, one_side
 from .base import ZOOptimizer
 from .options import Options, Params, Shared
 
@@ -20,11 +20,16 @@ class FZOO(ZOOptimizer):
     finite number is skipped and counted. With a closure for each probe there is an l_0 of each, so 2n evaluations, and s
     is the standard deviation of the l_i - l_0,i: that of the l_i would be mostly the difference between batches.
 
+    As each step has the same length, a batch of few examples that are all easy moves the weights as far as one whose gradient is
+    large. With ``beta`` s^2 is the mean of the steps' variances, s_t^2 = (beta v + (1 - beta) var_t) / (1 - beta^t), so that steps
+    are in proportion to their batches' gradients again; it is not in the paper.
+
     Args:
         params: as in ``ZOOptimizer``, and so are all other arguments.
         lr: learning rate.
         reuse: FZOO-R: s over this step's losses and those of the step before, so that half as many probes serve. Give all
             steps one closure, or all of them a list.
+        beta: how much of the variance before a step is kept, in [0, 1); 0 is FZOO as published. Not with ``reuse``.
         options: of ``ZOOptimizer``; ``probes`` at least 2.
 
     Raises:
@@ -34,10 +39,16 @@ class FZOO(ZOOptimizer):
     _default: ClassVar[dict[str, Any]] = {**ZOOptimizer._default, "distribution": "rademacher", "probes": 8}
     one_sided = True
     probes = Shared(2, 1 << 20, Integral)
-    reuse = Shared(0, 1, Integral)
+    reuse, beta = Shared(0, 1, Integral), Shared(0.0, 1 - 2**-20)
 
-    def __init__(self, params: Params, *, lr: float | Tensor, reuse: bool = False, **options: Unpack[Options]) -> None:
-        super().__init__(params, lr=lr, method={"reuse": int(reuse)}, **options)
+    def __init__(
+        self, params: Params, *, lr: float | Tensor, reuse: bool = False, beta: float = 0.0, **options: Unpack[Options]
+    ) -> None:
+        if reuse and beta:
+            raise ValueError(
+                f"beta: expected 0 with reuse=True, which takes the step before in its own way, got {beta}"
+            )
+        super().__init__(params, lr=lr, method={"reuse": int(reuse), "beta": beta}, **options)
 
     def estimate(self, losses: Losses) -> Estimate:
         """One-sided differences over the unbiased standard deviation of the losses (equations 3 and 4 of the paper)."""
@@ -46,6 +57,10 @@ class FZOO(ZOOptimizer):
         varying = side - clean if losses.spread else side
         among = torch.cat((varying, self.carry)) if self.reuse else varying  # NaN where there was no earlier step
         known = among.isnan().logical_not().sum()
-        deviation = ((among - among.nanmean()).square().nansum() / (known - 1)).sqrt()
-        coeffs = (side - clean) / (len(probes) * deviation)
-        return Estimate(probes, coeffs, clean.mean(), carry=varying if self.reuse else None)
+        variance, carry = (among - among.nanmean()).square().nansum() / (known - 1), varying
+        if self.beta:
+            now = torch.stack((variance, torch.ones_like(variance)))
+            carry = self.beta * kept(self.carry, 0.0, 0.0).to(now) + (1 - self.beta) * now  # v, and 1 - beta^t
+            variance = carry[0] / carry[1]
+        coeffs = (side - clean) / (len(probes) * variance.sqrt())
+        return Estimate(probes, coeffs, clean.mean(), carry=carry if self.reuse or self.beta else None)

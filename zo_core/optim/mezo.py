@@ -15,7 +15,7 @@ class MeZO(ZOOptimizer):
     """
 
     def estimate(self, losses: Losses) -> Estimate:
-        """N projected gradients by central differences (definition 1 of the paper)."""
+        """The n projected gradients by central differences (definition 1 of the paper)."""
         probes = self.draw(self.probes)
         plus, minus = both_sides(losses, probes, self.eps)
         return Estimate(probes, (plus - minus) / (2 * self.eps * len(probes)), torch.cat((plus, minus)).mean())

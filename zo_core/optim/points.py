@@ -8,7 +8,6 @@ from torch import Tensor
 from ..closure import Evaluation
 from ..distributed import Exchange
 from ..engines.base import Engine
-from ..engines.inplace import InPlaceEngine
 from ..weights import Point, Probe
 
 Closure = Callable[[], Tensor | float]
@@ -74,13 +73,46 @@ class StepLosses:
         return torch.cat(found)
 
     def _pass_by(self, sets: Sequence[Sequence[Point]]) -> None:
-        """Go to the points at which no closure was called, as an error came before."""
-        if isinstance(
-            engine := self.engine, InPlaceEngine
-        ):  # going there and back rounds, as it does in other processes
+        """After an error, move the weights through the remaining points: each move rounds, and other processes make all of them."""
+        engine = self.engine
+        if engine.writes_weights:
             for c, probe in _flat(sets)[self.evaluation.calls - self._before :]:
                 engine.evaluate(lambda: engine.space.counters, c, probe, self.left_out)
 
 
 def _flat(sets: Sequence[Sequence[Point]]) -> list[Point]:
     return [point for points in sets for point in points]
+
+
+def closures_of(given: object, probes: int, shares: int) -> Sequence[Closure]:
+    """The closures of a step: one for all probes, or one for each.
+
+    Args:
+        given: what the user gave.
+        probes: of the step.
+        shares: how many processes divide them among themselves.
+
+    Raises:
+        TypeError, ValueError: it is neither a function nor as many of them as this process has probes.
+    """
+    if callable(given):
+        return [given]
+    if not isinstance(given, list | tuple):
+        raise TypeError(
+            f"closure: expected a function that returns the loss, or a list of them, one for each probe, got {given!r}"
+        )
+    for i, closure in enumerate(given):
+        if not callable(closure):
+            raise TypeError(f"closure {i}: expected a function that returns the loss, got {closure!r}")
+    if probes % shares:
+        raise ValueError(
+            f"probes: expected a multiple of {shares}, as so many processes share them and each probe has a closure of its "
+            f"own, got {probes}"
+        )
+    if len(given) != probes // shares:
+        which = f"one for each of the {probes} probes" + f" that are this process's, 1/{shares} of them" * (shares > 1)
+        raise ValueError(
+            f"closure: expected {probes // shares} functions, {which}, got {len(given)}: give as many, or one function "
+            "for all probes"
+        )
+    return given

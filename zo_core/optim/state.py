@@ -7,7 +7,7 @@ that form it is saved. A parameter's entry has its residual and its Hessian, and
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,8 +19,8 @@ from ..distributed import Exchange, Parallel
 from ..engines.base import Engine, uninterrupted
 from ..record import Identity, Past, Progress
 from ..scales import Scales, compare, resolve
-from ..weights import ParamSpace, check_absent, clear_residuals, hashes_of, inside, is_other, some, versions_of
-from .report import identity_of, past_of
+from ..weights import ParamSpace, hashes_of, some, versions_of
+from .records import identity_of, past_of
 
 _FLAT = 10  # steps in a row with the same losses at all points that are worth a warning
 KEY = "zo"  # of what belongs to the optimizer as a whole, in the entry of its first parameter
@@ -167,15 +167,6 @@ def shards_of(saved: Mapping[str, Any], parameters: Sequence[Tensor], shards: in
     return own | {"shards": shards}
 
 
-def refuse_meta(named: Iterable[tuple[str, Tensor]]) -> None:
-    """ValueError if one of these tensors has no memory."""
-    if found := [name for name, p in named if p.is_meta]:
-        raise ValueError(
-            f"params: {some(found)} on the meta device, where there is nothing to train: load the weights before the optimizer "
-            "is made, and leave them there"
-        )
-
-
 def check_saved(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     """ValueError unless this is a state that an optimizer with the state ``own`` can go on with."""
     if (set(saved) ^ set(own)) - {"rank", *_LATER}:
@@ -227,7 +218,6 @@ class Stateful(torch.optim.Optimizer):
     _warned_of_flat_steps = False
     noise_floor: float | None = None  # the forward's rounding error in a difference of two losses, where it is known
     _below: Tensor | None = None  # int64 (2,): probes whose difference was smaller than that, and all of them
-    _of_module: set[int] | None = None  # numbers of the tensors that the module had at the last step
     _versions: list[tuple[object, ...]] | None = (
         None  # of the tensors after the last step; None since a state was loaded
     )
@@ -243,39 +233,6 @@ class Stateful(torch.optim.Optimizer):
 
     def _names(self) -> list[str]:
         return names_of(self.param_groups)
-
-    def _check_tensors(self) -> set[int]:
-        """Refuse tensors that cannot be trained any longer, and name those that are not used; numbers of frozen ones."""
-        parameters, names = self._parameters(), self._names()
-        if len(parameters) < (known := len(self._own["counters"]) - 1):
-            raise RuntimeError(
-                f"param_groups: expected the {known} tensors that the optimizer has, got {len(parameters)}: noise and state go by "
-                "their numbers; freeze a tensor (requires_grad_(False)) instead of removing it, or make a new optimizer"
-            )
-        refuse_meta(zip(names, parameters, strict=True))
-        frozen = {i for i, p in enumerate(parameters) if not p.requires_grad}
-        if len(frozen) == len(parameters):
-            raise RuntimeError(
-                f"params: {some(names)} are all frozen now (requires_grad=False), so that there is nothing to train: unfreeze "
-                "some, or make an optimizer of the parameters that are to be trained"
-            )
-        if self.module is not None:
-            found = inside(self.module, parameters)
-            gone, self._of_module = (self._of_module or set()) - found, found
-            if gone:
-                check_absent(self.module, names, sorted(gone))
-        return frozen
-
-    def _clear_residuals(self) -> None:
-        """Zero the residuals of weights that somebody else has written."""
-        own, versions = self._own, versions_of(self._tensors())
-        if self._versions is None:  # since a state was loaded: are these the weights it was saved with?
-            pairs = zip(hashes_of(self._parameters(), own["residuals"]), own["hashes"], strict=False)
-            written = [is_other(saved, now) for now, saved in pairs]
-        else:
-            written = [a != b for a, b in zip(self._versions, versions, strict=False)]
-        clear_residuals(self._names(), own["residuals"], written)
-        self._versions, own["hashes"] = versions, []
 
     # ---- the state ---------------------------------------------------------------------------------------------
 

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..estimators import Estimate, Update
+from ..estimators import Estimate
 from ..journal import JournalError
 from ..record import DTYPES, Identity, Past, Record, TensorInfo
+from ..weights import Update
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
