@@ -5,6 +5,11 @@ Triton passes named tuples of device values as arguments and takes them apart wh
 
 from typing import Any, NamedTuple
 
+import triton
+import triton.language as tl
+
+ROW = tl.constexpr(15)  # int64 of a tensor in the table, see ``load_row``
+
 
 class Row(NamedTuple):
     """What belongs to a tensor. Addresses, and the elements ``begin`` to ``end``, count from where its first tile starts."""
@@ -25,6 +30,17 @@ class Row(NamedTuple):
     width: Any  # columns of factored noise, and where the signs of its row 0 and column 0 would be
     row_word: Any
     column_word: Any
+
+
+@triton.jit
+def load_row(at):
+    """The row of the table there: the fields of ``Row`` in order, but that column and aligned share a word."""
+    column = tl.load(at + 7)
+    return Row(
+        tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), tl.load(at + 4), tl.load(at + 5),
+        tl.load(at + 6).to(tl.uint32), column >> 1, (column & 1) != 0, tl.load(at + 8), tl.load(at + 9),
+        tl.load(at + 10), tl.load(at + 11), tl.load(at + 12), tl.load(at + 13), tl.load(at + 14),
+    )  # fmt: skip
 
 
 class Place(NamedTuple):

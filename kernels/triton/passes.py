@@ -22,13 +22,13 @@ import triton
 import triton.language as tl
 
 from ..reference import HESSIAN_RANGE, MOMENT_FLOOR
-from .arguments import Call, Key, Made, Place, Row, Stream, Work
+from .arguments import ROW, Call, Key, Made, Place, Stream, Work, load_row
 from .factored import signs_of
 from .forms import Form, pass_forms
 from .gate import gate
 from .launch import kernel, launch, on
 from .noise import halves, inverse, root, rsqrt
-from .places import elements, place_in, scales_of
+from .places import elements, loaded_from, place_in, pointer_to, scales_of
 from .residuals import join_residual, to_float32
 from .rounding import limit_of, rounded_with_residual, rounding_bits, store_by_definition, within
 from .streams import stream_of, sum_of_streams
@@ -49,14 +49,8 @@ def pass_kernel(
 ):  # fmt: skip
     """A program works on up to ``n_tiles`` tiles of one tensor: ``runs`` names the row of ``table`` and the first tile."""
     run = tl.program_id(0).to(tl.int64) * 2
-    at = table + tl.load(runs + run).to(tl.int64) * 15
+    row = load_row(table + tl.load(runs + run).to(tl.int64) * ROW)
     begin = tl.load(runs + run + 1).to(tl.int64)
-    column = tl.load(at + 7)
-    row = Row(
-        tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), tl.load(at + 4), tl.load(at + 5),
-        tl.load(at + 6).to(tl.uint32), column >> 1, (column & 1) != 0, tl.load(at + 8), tl.load(at + 9),
-        tl.load(at + 10), tl.load(at + 11), tl.load(at + 12), tl.load(at + 13), tl.load(at + 14),
-    )  # fmt: skip
     call = Call(
         k0.to(tl.uint32), k1.to(tl.uint32), streams, coeffs, n_tensors, n_streams,
         Made(digits, words, reals, n_steps, plane), counters, decay, update, restore, curvature, smoothing, hessian_min, hessian_max,
@@ -85,13 +79,13 @@ def run_tiles(row, begin, stop, call, FORM: tl.constexpr):
     whole_stop = tl.maximum(tl.minimum(stop, row.end // TILE), whole)
     one = tl.full((), 1, tl.int64)  # the interpreter's loop variables are Python integers
     rest = ((one << (whole - begin)) - 1) | ((one << (stop - begin)) - (one << (whole_stop - begin)))
-    line, column, columns, inverse, down, right = one, one, one, one, one, one
+    line, column, columns, reciprocal, down, right = one, one, one, one, one, one
     if FORM.placed:  # the row and column where a tile starts, and how far on the next one does
         n = row.width if FORM.factored else row.columns
         down, right, _, _ = place_in(one * TILE, n, False)
-        line, column, columns, inverse = place_in(row.first + whole * TILE, n, False)
+        line, column, columns, reciprocal = place_in(row.first + whole * TILE, n, False)
     for t in range(whole, whole_stop):
-        place = Place(line, column, columns, inverse)
+        place = Place(line, column, columns, reciprocal)
         if not _tile(row, tl.multiple_of(one * t * TILE, TILE), place, work, call, FORM, False):
             rest |= one << (t - begin)
         if FORM.placed:
@@ -110,26 +104,6 @@ def run_tiles(row, begin, stop, call, FORM: tl.constexpr):
 
 
 @triton.jit
-def _pointer(address, start, at, TYPE: tl.constexpr, FORM: tl.constexpr, CAREFUL: tl.constexpr):
-    """To the elements ``at`` of a tile that begins at element ``start``. With residuals ``start`` is added to the address: one
-    addition, where to pointers it is one for each access.
-    """
-    BYTES: tl.constexpr = TYPE.primitive_bitwidth // 8
-    if FORM.residual:
-        pointer = (address + start * BYTES).to(tl.pointer_type(TYPE))
-    else:
-        pointer = address.to(tl.pointer_type(TYPE)) + start
-    if not CAREFUL:  # an address from a table has no known alignment: the hint, on the pointer, gives 128-bit accesses
-        pointer = tl.multiple_of(pointer, 8 if BYTES == 1 else 16)
-    return pointer + at
-
-
-@triton.jit
-def _load(pointer, mask, other, CAREFUL: tl.constexpr):
-    return tl.load(pointer, mask=mask, other=other) if CAREFUL else tl.load(pointer)
-
-
-@triton.jit
 def _tile(row, start, place, work, call, FORM: tl.constexpr, CAREFUL: tl.constexpr):
     """One tile, from element ``start`` on, which is at ``place``.
 
@@ -140,19 +114,19 @@ def _tile(row, start, place, work, call, FORM: tl.constexpr, CAREFUL: tl.constex
     B: tl.constexpr = FORM.size(CAREFUL) // 32 // A
     at = elements(A, B)
     mask = (at >= row.begin - start) & (at < row.end - start)
-    dst = _pointer(row.dst, start, at, FORM.dst, FORM, CAREFUL)
+    dst = pointer_to(row.dst, start, at, FORM.dst, FORM, CAREFUL)
     residual, hessian = dst, dst
-    loaded = _load(_pointer(row.src, start, at, FORM.src, FORM, CAREFUL), mask, 0.0, CAREFUL)
+    loaded = loaded_from(pointer_to(row.src, start, at, FORM.src, FORM, CAREFUL), mask, 0.0, CAREFUL)
     left = loaded
     if FORM.residual:
-        residual = _pointer(row.residual, start, at, tl.int8 if FORM.residual == 8 else tl.int16, FORM, CAREFUL)
-        left = _load(residual, mask, 0, CAREFUL)
+        residual = pointer_to(row.residual, start, at, tl.int8 if FORM.residual == 8 else tl.int16, FORM, CAREFUL)
+        left = loaded_from(residual, mask, 0, CAREFUL)
         weight = join_residual(loaded, left, CAREFUL)
     else:
         weight = to_float32(loaded)
     if FORM.scale == "hessian" or FORM.scale == "update":
-        hessian = _pointer(row.hessian, start, at, tl.float32, FORM, CAREFUL)
-        h = _load(hessian, mask, 1.0, CAREFUL)
+        hessian = pointer_to(row.hessian, start, at, tl.float32, FORM, CAREFUL)
+        h = loaded_from(hessian, mask, 1.0, CAREFUL)
 
     key = Key(row.first + start, row.tensor_id, call.k0, call.k1)
     noise, back, squares = sum_of_streams(weight, key, row, place, mask, work.only, call, B, FORM, CAREFUL)
@@ -246,7 +220,7 @@ def _run(
     scalars = {name: x.contiguous() for name, x in given.items() if x is not None}
     if not count or (tensors.in_place and not k and not scalars):  # an optimizer has its tensors checked so
         return
-    terms = k * rank if distribution == "factored" else k, k
+    terms = (k * rank if distribution == "factored" else k), k
     scale = "update" if curvature is not None else "moment" if squares is not None else scale
     options = scale, update is not None, decay is not None
     with on(streams.device):

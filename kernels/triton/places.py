@@ -1,4 +1,4 @@
-"""In which rows and columns the elements of a tile are, and what is looked up by them: scales in two factors (docs/noise.md).
+"""Where the elements of a tile are in memory, and in which rows and columns, by which scales in two factors are looked up (docs/noise.md).
 
 V neighbours along the last axis of a tile (A, B, 32) are in one row, and what belongs to their columns is loaded at once. V is 1 in
 careful tiles (passes.py), and ``place`` has int64 there; else it has int32, as rows have less than 2^28 elements.
@@ -88,3 +88,24 @@ def scales_of(row, place, mask, A: tl.constexpr, B: tl.constexpr, V: tl.constexp
     rows, columns = row.row_scale.to(tl.pointer_type(tl.float32)), row.column_scale.to(tl.pointer_type(tl.float32))
     factor = load_rows(rows, place, known & mask if V == 1 else known, A, B, V)
     return factor * load_columns(columns, place, mask, A, B, V)
+
+
+@triton.jit
+def pointer_to(address, start, at, TYPE: tl.constexpr, FORM: tl.constexpr, CAREFUL: tl.constexpr):
+    """To the elements ``at`` of a tile that begins at element ``start``. With residuals ``start`` is added to the address: one
+    addition, where to pointers it is one for each access.
+    """
+    BYTES: tl.constexpr = TYPE.primitive_bitwidth // 8
+    if FORM.residual:
+        pointer = (address + start * BYTES).to(tl.pointer_type(TYPE))
+    else:
+        pointer = address.to(tl.pointer_type(TYPE)) + start
+    if not CAREFUL:  # an address from a table has no known alignment: the hint, on the pointer, gives 128-bit accesses
+        pointer = tl.multiple_of(pointer, 8 if BYTES == 1 else 16)
+    return pointer + at
+
+
+@triton.jit
+def loaded_from(pointer, mask, other, CAREFUL: tl.constexpr):
+    """What is there; where CAREFUL, ``other`` for elements that the mask leaves out."""
+    return tl.load(pointer, mask=mask, other=other) if CAREFUL else tl.load(pointer)

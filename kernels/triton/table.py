@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 
 from ..reference import columns_of
+from .arguments import ROW
 from .factored import lines_of
 from .forms import TILE, Form, form_of
-
-_ROW = 15  # int64 of a tensor, in the order of ``Row`` in passes.py
 
 
 class Table(NamedTuple):
@@ -166,7 +165,7 @@ def table_of(tensors: Tensors, members: Sequence[int], form: Form, device: torch
         members, src.itemsize, dst.itemsize, form.residual, of.factors, of.widths if form.factored else (),
     )  # fmt: skip
     return Table(
-        torch.tensor(rows, dtype=torch.int64).view(-1, _ROW).to(device),
+        torch.tensor(rows, dtype=torch.int64).view(-1, ROW.value).to(device),
         runs_of(tiles, tiles_of(form)).to(device),
         torch.tensor(lines, dtype=torch.int64).to(device),
         words,
