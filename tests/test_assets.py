@@ -119,7 +119,7 @@ def test_an_unusable_cache_and_an_unknown_name(tiny: Path, monkeypatch: pytest.M
     monkeypatch.setenv("ZO_CORE_CACHE", str(tiny / "file" / "cache"))
     with pytest.raises(AssetError, match="set ZO_CORE_CACHE to a writable folder"):
         assets.fetch("tiny")
-    with pytest.raises(AssetError, match="'huge' is unknown; known are smollm2, reviews, products, tiny"):
+    with pytest.raises(AssetError, match="'huge' is unknown; known are smollm2, reviews, products, tweets, tiny"):
         assets.fetch("huge")
 
 

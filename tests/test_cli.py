@@ -157,7 +157,7 @@ def test_replay_makes_a_run_again_as_a_folder_and_as_a_file(inputs: list[str], t
         (["--method", "spsa", "--smoothing", ".1"], "error smoothing is an option of hizoo, hizoo-l; spsa has none"),
         (["--method", "fzoo", "--alpha", ".1"], "error alpha is an option of spsa; fzoo has none"),
         (["--data", "nowhere.csv"], "data 'nowhere.csv' cannot be read: No such file"),
-        (["--data", "everything"], "expected a name (reviews, products) or a file ending in .csv"),
+        (["--data", "everything"], "expected a name (reviews, products, tweets) or a file ending in .csv"),
         (["--text-column", "txt"], "expected one column 'txt', found 'body', 'stars'"),
         (["--label", "4= b"], "--label: '4' never occurs as a label; the data has '5' (100), '1' (100)"),
         (["--template", "Review:"], "--template: expected {text}"),

@@ -175,11 +175,10 @@ class FinetuneConfig(BaseModel):
     residual: Literal["none", "8", "16"] = _option(
         "8", "Method", "Extra bits for each 16-bit weight, so that small updates are not rounded away."
     )
-    engine: Literal["shadow", "grouped", "inplace"] | None = _option(
-        None,
+    engine: Literal["shadow", "grouped", "inplace"] = _option(
+        "shadow",
         "Method",
-        "shadow perturbs copies of the weights, grouped does so at many points at once, inplace perturbs the weights themselves. "
-        "Default: grouped for factored probes, shadow for others.",
+        "shadow perturbs copies of the weights, grouped does so at many points at once, inplace perturbs the weights themselves.",
     )
     points_at_once: int | None = _option(
         None,

@@ -59,8 +59,8 @@ class ZOOptimizer(Tensors):
             float32 weights keep none. docs/precision.md says what each costs and saves.
         engine: "shadow" perturbs what modules read and never writes a weight to probe it; "grouped" does so at all
             points of a step in one call of the closure; "inplace" writes the weights, for closures that are arbitrary
-            functions of them, and for sharded ones (DTensors). None: where a module is known and no weight is sharded, grouped
-            for factored probes and shadow for others; otherwise in place. docs/engines.md says what each costs.
+            functions of them, and for sharded ones (DTensors). None: shadow where a module is known and no weight is
+            sharded. docs/engines.md says which to take.
         points_at_once: at how many points the grouped engine evaluates at once, at most; None: as many as memory holds
             and the processor has a use for.
         module: the module whose forwards use the tensors, where ``params`` is not that module itself.
@@ -143,8 +143,7 @@ class ZOOptimizer(Tensors):
         shared = {"eps": eps, "probes": probes, "rho": rho, "momentum": momentum, "window": window, **(method or {})}
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "decay_vectors": True, **shared})
         in_place = self.module is None or is_sharded(self._parameters(), self.module)
-        best = "grouped" if distribution == "factored" else "shadow"
-        self.engine = engine or ("inplace" if in_place else best)
+        self.engine = engine or ("inplace" if in_place else "shadow")
         self._check_processes(hessian)
         device = self._tensors()[0].device
         self._own = state.new(
