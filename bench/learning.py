@@ -16,7 +16,6 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +27,11 @@ from torch import Tensor
 
 import zo_core
 from zo_core.integrations import tasks
-from zo_core.integrations.config import FinetuneConfig
-from zo_core.integrations.session import Session, prepare
+from zo_core.integrations.session import Session
 from zo_core.integrations.sweep import ladder
 
-from .harness import keep, machine, report
-from .methods import Study
+from .harness import keep, load, report
+from .methods import Study, mean_curve, reach, runs_of, session_of, start_of
 from .screen import choose
 
 EXAMPLES = """examples:
@@ -42,6 +40,8 @@ EXAMPLES = """examples:
   python -m bench.learning --table                               the tables of what is in the JSON
 """
 TASKS, SWEEP_SEED = ("reviews", "products", "tweets"), 100
+MARKS = (1 / 3, 1 / 2, 1.0)  # of the budget, where validation is looked at
+OPTIONS = {"autocast": False, "test_size": 0.01, "validation_size": 0.3}  # of the runs
 
 
 @dataclass(frozen=True)
@@ -78,27 +78,11 @@ METHODS = {
 }
 
 
-@cache
-def session_of(data: str, longest: int) -> Session:
-    """Model, and data without its long examples."""
-    sizes: dict[str, Any] = {"test_size": 0.01, "validation_size": 0.3}
-    session = prepare(FinetuneConfig(data=data, dtype="float32", autocast=False, **sizes))
-    return session._replace(
-        parts={k: [e for e in part if len(e.tokens) <= longest] for k, part in session.parts.items()}
-    )
-
-
-@cache
-def start_of(data: str, longest: int) -> dict[str, Tensor]:
-    """The weights as they came; asked for before they move."""
-    return {name: t.clone() for name, t in session_of(data, longest).model.state_dict().items()}
-
-
 @torch.no_grad()
 def closure_of(session: Session, method: Method, step: int) -> Callable[[], Tensor]:
     """The loss of a step's batch. With a pool it is a mean of chosen examples with weights, whose mean is that of all examples."""
     if not method.pool:
-        return torch.no_grad()(session.loss_of(step))
+        return session.loss_of(step)
     train, scorer = session.parts["train"], session.scorer
     numbers = tasks.batch_indices(len(train), method.pool, step=step, seed=session.config.seed)
     pool = [train[i] for i in numbers]
@@ -112,8 +96,8 @@ def closure_of(session: Session, method: Method, step: int) -> Callable[[], Tens
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
     """Train, looking at validation at each mark; what came of it. A loss that is far above the first ends it."""
-    method, which = METHODS[job["method"]], (job["task"], job["longest"])
-    start, session = start_of(*which), session_of(*which)
+    method, which = METHODS[job["method"]], (job["task"], "float32", job["longest"])
+    start, session = start_of(*which, **OPTIONS), session_of(*which, **OPTIONS)
     config = session.config.model_copy(update={"seed": job["seed"], "batch_size": method.batch})
     session = session._replace(config=config)
     session.model.load_state_dict(start)
@@ -138,7 +122,14 @@ def job_of(
     args: argparse.Namespace, task: str, name: str, lr: float, seed: int, marks: Sequence[float]
 ) -> dict[str, Any]:
     """All that a run depends on."""
-    job = {"what": f"{task}, seed {seed}", "task": task, "method": name, "lr": lr, "seed": seed, "marks": list(marks)}
+    job = {
+        "what": "sweep" if seed == SWEEP_SEED else task,
+        "task": task,
+        "method": name,
+        "lr": lr,
+        "seed": seed,
+        "marks": list(marks),
+    }
     return {**job, "forwards": args.forwards, "longest": args.longest, "validation": args.validation}
 
 
@@ -155,48 +146,27 @@ def rate_of(args: argparse.Namespace, study: Study, name: str) -> float:
 
 def table_of(args: argparse.Namespace, study: Study, task: str) -> dict[str, Any]:
     """Print what is known of a task, and return it."""
-    every = [r for r in study.runs if r["job"]["task"] == task and r["job"]["forwards"] == args.forwards]
-    last = {(r["job"]["method"], r["job"]["seed"]): r["curve"][-1][1:] for r in every if r["job"]["seed"] != SWEEP_SEED}
+    runs = {name: [r for r in runs_of(study, task, name) if r["job"]["forwards"] == args.forwards] for name in METHODS}
+    last = {name: {r["job"]["seed"]: r["curve"][-1] for r in some} for name, some in runs.items()}
+    goal = statistics.mean(loss for _, loss, _ in last[BASE].values()) if last[BASE] else -math.inf
     rows, out = list[list[str]](), dict[str, Any]()
-    for name in METHODS:
-        seeds = [seed for method, seed in last if method == name]
-        if not seeds:
+    for name, ends in last.items():
+        if not ends:
             continue
-        losses, accuracies = ([last[name, seed][i] for seed in seeds] for i in (0, 1))
-        lrs = {r["job"]["lr"] for r in every if r["job"]["method"] == name and r["job"]["seed"] in seeds}
+        (marks, losses, _), lr = mean_curve(runs[name]), runs[name][0]["job"]["lr"]
         row = out[name] = {
-            "lr": sorted(lrs),
-            "seeds": seeds,
-            "loss": statistics.mean(losses),
-            "accuracy": statistics.mean(accuracies),
-        }
-        goal = (
-            statistics.mean(last[BASE, seed][0] for seed in seeds if (BASE, seed) in last)
-            if (BASE, seeds[0]) in last
-            else math.nan
-        )
-        curves = [r["curve"] for r in every if r["job"]["method"] == name and r["job"]["seed"] in seeds]
-        means = {
-            c[0]: statistics.mean(curve[i][1] for curve in curves if len(curve) > i) for i, c in enumerate(curves[0])
-        }
-        row |= {"curve": means, "reached_at": next((mark for mark, loss in means.items() if loss <= goal), None)}
-        paired = [last[name, seed][0] - last[BASE, seed][0] for seed in seeds if (BASE, seed) in last]
-        shown = ""
+            "lr": lr, "seeds": sorted(ends), "accuracy": statistics.mean(accuracy for *_, accuracy in ends.values()),
+            "curve": dict(zip(marks, losses, strict=True)), "reached_at": reach(marks, losses, goal),
+        }  # fmt: skip
+        paired, shown = [ends[seed][1] - last[BASE][seed][1] for seed in ends.keys() & last[BASE].keys()], ""
         if name != BASE and len(paired) > 1:
             low, high = stats.ttest_1samp(paired, 0.0).confidence_interval(0.95)
             row |= {"difference": statistics.mean(paired), "interval": [float(low), float(high)]}
-            shown = f"{row['difference']:+.4f} ({low:+.4f} to {high:+.4f})"
-        at = ", ".join(f"{loss:.4f}" for loss in means.values())
-        rows.append([name, f"{min(lrs):.2g}", f"{len(seeds)}", at, f"{100 * row['accuracy']:.1f}", shown])
-    marks = ", ".join(f"{mark:.2g}" for mark in max((r["curve"] for r in out.values()), key=len, default=()))
-    columns = ["", "lr", "seeds", f"loss at {marks} of the budget", "acc. %", f"loss - that of {BASE} (95%)"]
-    report(
-        f"{task}: {args.forwards} forwards of one example, {args.validation} examples of validation",
-        columns,
-        rows,
-        {},
-        None,
-    )
+            shown = f"{row['difference']:+.4f} ±{(high - low) / 2:.4f}"
+        at = " ".join(f"{loss:.4f}" for loss in losses)
+        rows.append([name, f"{lr:.2g}", f"{len(ends)}", at, f"{100 * row['accuracy']:.1f}", shown])
+    title = f"{task}: {args.forwards} forwards of one example, {args.validation} examples of validation"
+    report(title, ["", "lr", "seeds", "at 1/3, 1/2, the end", "acc. %", "- first's, 95%"], rows, {}, None)
     return out
 
 
@@ -220,13 +190,13 @@ def main() -> None:
         rates = dict(
             zip(args.methods, study.side_by_side(lambda name: rate_of(args, study, name), args.methods), strict=True)
         )
-        marks = (1 / 3, 1 / 2, 1.0)
         jobs = [
-            job_of(args, task, name, rates[name], seed, marks)
+            job_of(args, task, name, rates[name], seed, MARKS)
             for task in args.tasks for seed in range(args.seeds) for name in args.methods
         ]  # fmt: skip
         study.side_by_side(study.do, jobs)
-    keep(args.json, machine=machine(), tables={task: table_of(args, study, task) for task in args.tasks})
+    known = load(args.json).get("tables", {})
+    keep(args.json, tables={**known, **{task: table_of(args, study, task) for task in args.tasks}})
 
 
 if __name__ == "__main__":

@@ -98,19 +98,23 @@ METHODS = {
 # ---- one run -----------------------------------------------------------------------------------------------------
 
 
-@cache
-def session_of(data: str, dtype: str, longest: int) -> Session:
-    """Model, and data without its long examples."""
-    sizes: dict[str, Any] = {"batch_size": BATCH, "test_size": 0.3, "validation_size": 0.1}
-    session = prepare(FinetuneConfig(data=data, dtype=dtype, autocast=dtype == "float32", **sizes))  # type: ignore[arg-type]
+def without_long(session: Session, longest: int) -> Session:
+    """A session without the examples of more tokens."""
     parts = {name: [e for e in part if len(e.tokens) <= longest] for name, part in session.parts.items()}
     return session._replace(parts=parts)
 
 
 @cache
-def start_of(data: str, dtype: str, longest: int) -> dict[str, Tensor]:
+def session_of(data: str, dtype: str, longest: int, **options: Any) -> Session:
+    """Model, and data without its long examples; options as of ``FinetuneConfig``."""
+    usual = {"batch_size": BATCH, "test_size": 0.3, "validation_size": 0.1, "autocast": dtype == "float32"}
+    return without_long(prepare(FinetuneConfig(data=data, dtype=dtype, **{**usual, **options})), longest)  # type: ignore[arg-type]
+
+
+@cache
+def start_of(data: str, dtype: str, longest: int, **options: Any) -> dict[str, Tensor]:
     """The weights as they came; asked for before they move."""
-    return {name: t.clone() for name, t in session_of(data, dtype, longest).model.state_dict().items()}
+    return {name: t.clone() for name, t in session_of(data, dtype, longest, **options).model.state_dict().items()}
 
 
 def dtype_of(method: str) -> str:
@@ -324,7 +328,7 @@ def mean_curve(runs: Sequence[dict[str, Any]], column: int = 1) -> tuple[list[in
     return steps, [statistics.mean(v) for v in values], [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values]
 
 
-def reach(steps: Sequence[int], losses: Sequence[float], goal: float) -> float | None:
+def reach(steps: Sequence[float], losses: Sequence[float], goal: float) -> float | None:
     """Steps until the loss is at the goal, on straight lines between marks."""
     for (a, la), (b, lb) in pairwise(zip(steps, losses, strict=True)):
         if lb <= goal:

@@ -35,6 +35,7 @@ from zo_core.integrations.config import FinetuneConfig
 from zo_core.integrations.session import Session, prepare
 
 from .harness import console, keep, load, machine, report
+from .methods import without_long
 
 EXAMPLES = """examples:
   python -m bench.screen                                     signs at eps 1e-3, 48 probes of 64 examples
@@ -326,8 +327,7 @@ def main() -> None:
     if len(found["probes"]) < args.probes:
         config = FinetuneConfig(model=args.model, data=args.data, test_size=0.3, validation_size=0.1)  # type: ignore[call-arg]
         session = prepare(config, console.print)
-        parts = {k: [e for e in part if len(e.tokens) <= args.longest] for k, part in session.parts.items()}
-        point = Point(session._replace(parts=parts), args.large, args.examples)
+        point = Point(without_long(session, args.longest), args.large, args.examples)
         about = {
             "clean": point.clean, "norm": sum(float(g.square().sum()) for g in point.gradient), "autocast": session.scorer.autocast,
             "large": args.large, "longest": args.longest,

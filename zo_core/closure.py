@@ -97,8 +97,8 @@ def _is_watched(b: Tensor) -> bool:
 class Buffers:
     """The ordinary buffers of a module, which have the same values at the start of every evaluation of a step.
 
-    The first step copies all buffers, to find out which of them a forward writes, and so do others until one is done, and the
-    next step after a module was switched between training and evaluation. Other steps copy only the buffers that were written before. Where all are
+    Until a step is done, each copies all buffers, to find out which of them a forward writes; so does the next step after a module
+    was switched between training and evaluation. Other steps copy only the buffers that were written before. Where all are
     copied, their values are compared as well, as torch's batch norm writes its statistics without a change of ``_version``.
     """
 

@@ -80,6 +80,13 @@ def kept(carry: Tensor, *start: float) -> Tensor:
     return first if len(carry) != len(start) else torch.where(carry.isnan(), first, carry)
 
 
+def running_mean(carry: Tensor, now: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """The mean over steps of a number, (), in which a step counts beta times as much as the next; and what to carry for it, (2,)."""
+    both = torch.stack((now, torch.ones_like(now)))
+    sums = beta * kept(carry, 0.0, 0.0).to(both) + (1 - beta) * both  # of the numbers, and of their weights: 1 - beta^t
+    return sums[0] / sums[1], sums
+
+
 def _along(losses: Losses, probes: Sequence[Probe], *cs: float, clean: bool = False) -> tuple[Tensor, ...]:
     """Losses at theta, if clean, for each closure; at theta + c z_k for each c, (n,)."""
     first: list[Point] = [(0.0, None)] if clean else []

@@ -83,11 +83,8 @@ class GroupedEngine(ShadowEngine):
         self._interception = Interception(space, self, self._frozen)
         self._plans: dict[int, Plan] = {}  # by the number of points
         self._shadow_plan = self._plan  # of the shadow engine
-        # Of the evaluation that runs:
-        self._streams, self._cs = (
-            self._clean,
-            space.full(0),
-        )  # of each point: stream, and the coefficient of each tensor
+        # Of the evaluation that runs, for each point: its stream, and the coefficient of each tensor
+        self._streams, self._cs = self._clean, space.full(0)
         fold_attention()
 
     # ---- the engine --------------------------------------------------------------------------------------------

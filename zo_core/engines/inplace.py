@@ -46,9 +46,7 @@ class InPlaceEngine(Engine):
     def update(self, probes: Sequence[Probe], update: Update, rounding: Tensor | None) -> None:
         """Restore theta and move it in one pass, with ``squares`` in two."""
         coeffs, curvature = update.coeffs, update.curvature
-        if (
-            update.squares is not None
-        ):  # which scale all noise of the pass, and what is taken back was added without a scale
+        if update.squares is not None:  # they scale all noise of a pass, and theta + c z was made without a scale
             self.restore()
         back: Tensor | None = None
         if self.at is not None:

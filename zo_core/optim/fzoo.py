@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Unpack
 import torch
 from torch import Tensor
 
-from ..estimators import Estimate, Losses, kept, one_side
+from ..estimators import Estimate, Losses, one_side, running_mean
 from .base import ZOOptimizer
 from .options import Options, Params, Shared
 
@@ -59,8 +59,6 @@ class FZOO(ZOOptimizer):
         known = among.isnan().logical_not().sum()
         variance, carry = (among - among.nanmean()).square().nansum() / (known - 1), varying
         if self.beta:
-            now = torch.stack((variance, torch.ones_like(variance)))
-            carry = self.beta * kept(self.carry, 0.0, 0.0).to(now) + (1 - self.beta) * now  # v, and 1 - beta^t
-            variance = carry[0] / carry[1]
+            variance, carry = running_mean(self.carry, variance, self.beta)
         coeffs = (side - clean) / (len(probes) * variance.sqrt())
         return Estimate(probes, coeffs, clean.mean(), carry=carry if self.reuse or self.beta else None)

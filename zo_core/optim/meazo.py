@@ -5,7 +5,7 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from ..estimators import Estimate, Losses, both_sides, kept
+from ..estimators import Estimate, Losses, both_sides, running_mean
 from .base import ZOOptimizer
 from .options import Options, Params, Shared
 
@@ -35,10 +35,9 @@ class MEAZO(ZOOptimizer):
 
     def estimate(self, losses: Losses) -> Estimate:
         """Central differences over the root of the second moment of their mean."""
-        probes, beta = self.draw(self.probes), self.beta
+        probes = self.draw(self.probes)
         plus, minus = both_sides(losses, probes, self.eps)
         gradients = (plus - minus) / (2 * self.eps)
-        now = torch.stack((gradients.mean().square(), torch.ones_like(plus[0])))
-        moment = beta * kept(self.carry, 0.0, 0.0).to(now) + (1 - beta) * now  # v, and 1 - beta^t
-        divisor = (moment[0] / moment[1]).sqrt() + self.zeta
-        return Estimate(probes, gradients / (len(probes) * divisor), torch.cat((plus, minus)).mean(), carry=moment)
+        moment, carry = running_mean(self.carry, gradients.mean().square(), self.beta)
+        divisor = moment.sqrt() + self.zeta
+        return Estimate(probes, gradients / (len(probes) * divisor), torch.cat((plus, minus)).mean(), carry=carry)
