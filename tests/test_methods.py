@@ -343,6 +343,8 @@ def test_a_state_of_another_metric_is_refused():
         (zo_core.MeZO, {"hessian": "diagonal"}, "measures no curvature"),
         (zo_core.FZOO, {"hessian": "diagonal"}, "measures no curvature"),
         (zo_core.FZOO, {"probes": 1}, "probes: expected"),
+        (zo_core.FZOO, {"reuse": True, "beta": 0.5}, "beta: expected 0 with reuse=True"),
+        (zo_core.FZOO, {"beta": 1.0}, "beta: expected"),
         (zo_core.SPSA, {"alpha": -1}, "alpha: expected"),
         (zo_core.SPSA, {"floor": 0.0}, "floor: expected"),
     ],
@@ -350,6 +352,17 @@ def test_a_state_of_another_metric_is_refused():
 def test_bad_options_are_refused(method, options, message):
     with pytest.raises(ValueError, match=message):
         method(network(), lr=1e-2, **options)
+
+
+def test_options_that_exclude_each_other_are_refused_where_a_state_brings_one_of_them():
+    model, other = network(), zo_core.FZOO(network(), lr=1e-2, reuse=True)
+    state = other.state_dict()
+    del state["param_groups"][0]["beta"]  # as in states from before there was one
+    opt, before = zo_core.FZOO(model, lr=1e-2, beta=0.5), [p.clone() for p in model.parameters()]
+    opt.load_state_dict(state)
+    with pytest.raises(ValueError, match="beta: expected 0 with reuse=True"):
+        opt.step(loss_of(model))
+    assert all(map(torch.equal, model.parameters(), before)) and opt._steps == 0
 
 
 def test_memory_counts_hessians():

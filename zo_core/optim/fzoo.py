@@ -44,14 +44,12 @@ class FZOO(ZOOptimizer):
     def __init__(
         self, params: Params, *, lr: float | Tensor, reuse: bool = False, beta: float = 0.0, **options: Unpack[Options]
     ) -> None:
-        if reuse and beta:
-            raise ValueError(
-                f"beta: expected 0 with reuse=True, which takes the step before in its own way, got {beta}"
-            )
+        _check(reuse, beta)
         super().__init__(params, lr=lr, method={"reuse": int(reuse), "beta": beta}, **options)
 
     def estimate(self, losses: Losses) -> Estimate:
         """One-sided differences over the unbiased standard deviation of the losses (equations 3 and 4 of the paper)."""
+        _check(self.reuse, self.beta)  # which may come of a state, or have been set since
         probes = self.draw(self.probes)
         clean, side = one_side(losses, probes, self.eps)
         varying = side - clean if losses.spread else side
@@ -62,3 +60,11 @@ class FZOO(ZOOptimizer):
             variance, carry = running_mean(self.carry, variance, self.beta)
         coeffs = (side - clean) / (len(probes) * variance.sqrt())
         return Estimate(probes, coeffs, clean.mean(), carry=carry if self.reuse or self.beta else None)
+
+
+def _check(reuse: float, beta: float) -> None:
+    """ValueError for both options at once: each keeps something of its own for the next step."""
+    if reuse and beta:
+        raise ValueError(
+            f"beta: expected 0 with reuse=True, which takes the step before in its own way, got {beta}: give one of the two"
+        )
