@@ -29,6 +29,7 @@ RED, NO_GPU = 1, 3
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = ((16, 32), (16, 64), (4, 256), (16, 256))  # batch x length of the whole steps
 ENGINES = ("shadow", "inplace")
+PARTS = ("passes", "steps", "probes")
 STEP_MODELS = ("OPT-1.3B", "Llama-3-8B", "OPT-13B")
 PROBES = ((8, 1, 32), (8, 4, 64), (8, 16, 64), (32, 1, 32), (32, 4, 64))  # probes, batch and length
 PROBE_MODELS = STEP_MODELS[:2]
@@ -596,6 +597,7 @@ def report(results: Sequence[dict[str, Any]]) -> str:
         versions = ", ".join(f"{n} {v}" for n, v in m["versions"].items())
         red = [g for g in r["gate"] if g["error"]]
         lines += [f"{r['date']}; {versions}; driver, clocks, power: {m.get('smi', '-')}.", ""]
+        lines += [f"The {part} are of {date}.\n" for part, date in r.get("dates", {}).items() if date != r["date"]]
         lines += [f"Gate: {len(r['gate'])} checks, {len(red)} red. Copy: {r.get('copy_gbps', 0):.0f} GB/s.", ""]
         lines += [f"- RED {g['name']}: {g['error']}" for g in red]
         for name in ("gaussian error", "rademacher error"):
@@ -638,6 +640,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--json", type=Path, help="default: bench/results/gpu_<name>.json; with --smoke none")
     parser.add_argument("--minutes", type=float, default=8, help="what does not fit is left out and listed")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=PARTS,
+        default=PARTS,
+        help="after the gate; of the others the JSON keeps what it has",
+    )
     parser.add_argument("--smoke", action="store_true", help="in the interpreter, tiny, no GPU")
     parser.add_argument("--jobs", type=int, default=min(os.cpu_count() or 1, 16), help="processes of the gate")
     parser.add_argument("--part", help="i/n: only a part of the gate, as each of its processes runs")
@@ -648,7 +657,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.out.write_text(report([json.loads(p.read_text()) for p in args.report]))
         say(f"wrote {args.out}")
         return 0
-    begin = time.monotonic()
+    begin, now = time.monotonic(), time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
     if args.smoke:
         os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
     import torch
@@ -663,19 +672,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         ops.backend_for = lambda device: backend
     bench = Bench(args.smoke, args.minutes)
-    bench.result |= {"machine": machine(), "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())}
+    bench.result |= {"machine": machine(), "date": now}
+    name = str(bench.result["machine"].get("gpu", "smoke")).replace(" ", "_")
+    path = args.json or (None if args.smoke else ROOT / "bench" / "results" / f"gpu_{name}.json")
+    known = json.loads(path.read_text()) if path and path.exists() and set(args.only) < set(PARTS) else {}
+    bench.result["dates"] = {
+        p: now if p in args.only else known.get("dates", {}).get(p, known.get("date")) for p in PARTS
+    }
+    bench.result |= {p: known.get(p, []) for p in PARTS if p not in args.only}
+    bench.result["copy_gbps"] = known.get("copy_gbps", 0)
     part, parts = map(int, (args.part or "0/1").split("/"))
     if args.part or args.smoke or args.jobs == 1:
         well = gate(bench, (part, parts))
     else:
         well = gate_in_parts(bench, args.jobs)
     if well and not args.part:
-        passes_against_copy(bench)
-        whole_steps(bench)
-        many_probes(bench)
+        for measure, part_name in zip((passes_against_copy, whole_steps, many_probes), PARTS, strict=True):
+            if part_name in args.only:
+                measure(bench)
     bench.result["seconds"] = time.monotonic() - begin
-    name = str(bench.result["machine"].get("gpu", "smoke")).replace(" ", "_")
-    path = args.json or (None if args.smoke else ROOT / "bench" / "results" / f"gpu_{name}.json")
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(bench.result, indent=1) + "\n")

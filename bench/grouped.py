@@ -20,7 +20,7 @@ from torch import Tensor
 import zo_core
 
 from .harness import console, interleaved, keep, machine, quantiles, ratio, report
-from .step import workload
+from .step import workload as whole
 
 EXAMPLES = """Examples:
 
@@ -31,9 +31,25 @@ python -m bench.grouped --sizes 1x16 --probes 8,32             short batches onl
 python -m bench.grouped --autocast --json grouped.json         float32 weights, bfloat16 forwards; figures as JSON
 
 python -m bench.grouped --model OPT-1.3B --sizes 1x16 --points-at-once 8
+
+python -m bench.grouped --lora 8 --distribution gaussian --probes 16   adapters of rank 8 on all linear layers, the rest frozen
 """
 ENGINES = ("shadow", "grouped")
 FORWARDS = 8  # plain forwards that are timed; their mean stands for the others
+
+
+def workload(model: str, dtype: str, batch: int, length: int, options: dict[str, Any]) -> tuple[Any, Any]:
+    """The model in its scorer, if asked for with LoRA adapters, whose second factors are no longer zero; and prompts."""
+    scorer, examples = whole(model, dtype, batch, length, options["autocast"])
+    if options["lora"]:
+        from peft import LoraConfig, get_peft_model
+
+        scorer.model = get_peft_model(scorer.model, LoraConfig(r=options["lora"], target_modules="all-linear"))
+        generator = torch.Generator().manual_seed(0)
+        for p in scorer.model.parameters():
+            if p.requires_grad:
+                p.data.normal_(0, 0.02, generator=generator)
+    return scorer, examples
 
 
 def closure_of(scorer: Any, examples: Any) -> Callable[[], Tensor]:
@@ -102,7 +118,7 @@ def peak(
 ) -> tuple[int, int]:
     """Bytes that this process takes at most in a plain forward or in steps of an engine; and points at once."""
     torch.set_num_threads(threads)
-    scorer, examples = workload(model, dtype, *size, options["autocast"])
+    scorer, examples = workload(model, dtype, *size, options)
     work, at_once = closure_of(scorer, examples), 1
     if what != "forward":
         opt = optimizer(scorer.model, what, probes, options)
@@ -158,6 +174,7 @@ def main(
     distribution: Annotated[str, typer.Option(help="Of both engines.")] = "factored",
     rank: Annotated[int, typer.Option(help="Of factored noise.")] = 1,
     points_at_once: Annotated[int | None, typer.Option(help="Of the grouped engine. Without: its own choice.")] = None,
+    lora: Annotated[int, typer.Option(help="Rank of LoRA adapters, which alone are trained; 0: all weights are.")] = 0,
     rounds: Annotated[int, typer.Option(help="Interleaved rounds, after one that is not counted.")] = 3,
     memory: Annotated[
         bool, typer.Option(help="Measure peak memory too, at the largest number of probes up to 32.")
@@ -171,17 +188,18 @@ def main(
     dtype = "float32" if autocast else dtype
     counts = [int(n) for n in probes.split(",")]
     shapes = {size: (int(size.split("x")[0]), int(size.split("x")[1])) for size in sizes.split(",")}
-    options = {"distribution": distribution, "rank": rank, "points_at_once": points_at_once, "autocast": autocast}
+    options: dict[str, Any] = {"distribution": distribution, "rank": rank, "points_at_once": points_at_once}
+    options |= {"autocast": autocast, "lora": lora}
     rows: list[list[str]] = []
     result: dict[str, Any] = {}
     for size, shape in shapes.items():
-        scorer, examples = workload(model, dtype, *shape, autocast)
+        scorer, examples = workload(model, dtype, *shape, options)
         apart = gate(scorer.model, closure_of(scorer, examples), options)
         console.print(f"{size}: correctness gate passed, losses differ by {apart:.1e} at most")
         more, result[size] = timing(scorer, examples, size, counts, rounds, options)
         rows += more
         if json:
-            keep(json, machine=machine(), **{size: result[size]})
+            keep(json, machine=machine(), **{f"{size}, LoRA {lora}" if lora else size: result[size]})
     columns = [
         "",
         "forwards",

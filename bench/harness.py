@@ -66,10 +66,14 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def keep(path: Path, **values: Any) -> None:
-    """Put values into a JSON, all of them or nothing; what else is there stays."""
+    """Put values into a JSON, all of them or nothing; what else is there stays. Of a list each element is a line."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for name, value in {**load(path), **values}.items():
+        rows = ",\n  ".join(map(json.dumps, value)) if isinstance(value, list) else None
+        lines.append(f" {json.dumps(name)}: " + (f"[\n  {rows}\n ]" if rows else json.dumps(value, indent=1)))
     with atomic(path) as file:
-        file.write((json.dumps({**load(path), **values}, indent=1) + "\n").encode())
+        file.write(("{\n" + ",\n".join(lines) + "\n}\n").encode())
 
 
 def report(title: str, columns: list[str], rows: list[list[str]], result: dict[str, Any], path: Path | None) -> None:

@@ -1,12 +1,17 @@
-"""How fast methods learn where they differ by how many examples and probes a step has: equal forwards of one example, paired seeds.
+"""How fast methods learn: equal forwards of one example, paired seeds, one ladder of rates, on a CPU or a GPU.
 
-SmolLM2-135M in float32 on movie reviews, product reviews and tweets of at most --longest tokens. A run's budget is in forwards of one
-example, of which a step of MeZO on 16 takes 32. Learning rates are constant and chosen by one ladder for all, half a decade between
-neighbours until both are worse, by runs on movie reviews with a seed of their own. Then all methods train on each task with the same
-seeds, which choose the examples and their order, so that differences between methods are paired. The table has the mean of these
-differences from the first method's loss with its 95% interval (Student's t).
+SmolLM2-135M in float32 (on a GPU products are TF32's) on movie reviews, product reviews and tweets. A run's budget is in forwards of
+one example, of which a step of MeZO on 16 takes 32. The parts of the study:
 
-Which methods are worth it is what bench.screen says. Every finished run is in the JSON; an interrupted study goes on where it was.
+    rates   validation loss over learning rates a decade each way, on movie reviews, with seeds of their own; the range of good rates
+    tasks   all methods at their best rate on each task with the same seeds, which choose the examples and their order, so that
+            differences between methods are paired; constant rates
+    long    as many forwards as 2,000 steps of MeZO, rates that fall linearly, at the best rate and half a decade below
+    demo    runs like that of ``make demo``: sentences of all lengths, rates that fall linearly, and the accuracy on its test
+            sentences of the weights that were best on its validation sentences
+
+Prompts are of at most --longest tokens but in the last part. Tables have the mean of the differences from the first method's loss with
+its 95% interval (Student's t). Every finished run is in the JSON; an interrupted study goes on where it was.
 """
 
 import argparse
@@ -14,8 +19,9 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,60 +33,138 @@ from torch import Tensor
 
 import zo_core
 from zo_core.integrations import tasks
-from zo_core.integrations.session import Session
-from zo_core.integrations.sweep import ladder
+from zo_core.integrations.config import FinetuneConfig
+from zo_core.integrations.session import Session, prepare
 
-from .harness import keep, load, report
-from .methods import Study, mean_curve, reach, runs_of, session_of, start_of
+from .harness import console, keep, load, report
+from .methods import Study, mean_curve, reach, runs_of, without_long
 from .screen import choose
 
 EXAMPLES = """examples:
-  python -m bench.learning                                       what is not in the JSON yet (hours)
-  python -m bench.learning --tasks reviews --seeds 3             a part of it
+  python -m bench.learning                                       what is not in the JSON yet (days on a CPU)
+  python -m bench.learning --parts tasks --tasks reviews --seeds 3
+  python -m bench.learning --workers 12 --minutes 8              on a GPU, as much as this time allows
   python -m bench.learning --table                               the tables of what is in the JSON
 """
-TASKS, SWEEP_SEED = ("reviews", "products", "tweets"), 100
-MARKS = (1 / 3, 1 / 2, 1.0)  # of the budget, where validation is looked at
-OPTIONS = {"autocast": False, "test_size": 0.01, "validation_size": 0.3}  # of the runs
+PARTS, TASKS = ("rates", "tasks", "long", "demo"), ("reviews", "products", "tweets")
+SWEEP_SEEDS = (100, 101)
+MARKS = (0.0, 1 / 3, 1 / 2, 1.0)  # of the budget, where validation is looked at
+LONG, DEMO = 64_000, 19_000  # forwards of one example: 2,000 steps of MeZO; what 8 minutes of `make demo` were
+RUNGS = tuple(10 ** (i / 2) for i in (0, -1, 1, -2, 2))
 
 
 @dataclass(frozen=True)
 class Method:
-    """An optimizer of the library with its options, the examples that a forward has, and the middle of its ladder of rates."""
+    """An optimizer of the library with its options.
+
+    Args:
+        name: its class.
+        batch: examples of a forward.
+        points: forwards of a step.
+        lr: the middle of its ladder of rates.
+        options: of the optimizer.
+        pool: how many examples the batch is chosen from, by their losses; 0: it is not.
+        spread: whether each probe has a batch of its own.
+    """
 
     name: str
     batch: int
+    points: int
     lr: float
     options: dict[str, Any]
-    pool: int = 0  # how many examples the batch is chosen from, by their losses
-
-    def make(self, model: torch.nn.Module, lr: float, seed: int) -> Any:
-        """The optimizer."""
-        return getattr(zo_core, self.name)(model, lr=lr, seed=seed, **self.options)
+    pool: int = 0
+    spread: bool = False
 
     @property
     def examples(self) -> int:
         """Forwards of one example that a step takes."""
-        probes: int = self.options.get("probes", 1)
-        return self.pool + self.batch * (1 + probes if self.name == "FZOO" else 2 * probes)
+        return self.pool + self.batch * self.points
+
+    def make(self, model: torch.nn.Module, lr: float, seed: int) -> Any:
+        """The optimizer. On a GPU models of this size wait for the host, which the engines here call the least."""
+        options = dict(self.options)
+        if options.get("distribution") == "factored" and self.points > 4:
+            options |= {"engine": "grouped"}
+        elif next(model.parameters()).is_cuda:
+            options |= {"engine": "grouped", "points_at_once": 17} if self.points > 4 else {"engine": "inplace"}
+        return getattr(zo_core, self.name)(model, lr=lr, seed=seed, **options)
+
+
+def fzoo(probes: int, batch: int, lr: float = 3.2e-3, pool: int = 0, **options: Any) -> Method:
+    """FZOO with the mean deviation of its steps, or another ``beta``."""
+    return Method("FZOO", batch, 1 + probes, lr, {"probes": probes, "beta": 0.9, **options}, pool)
 
 
 BASE = "MeZO, 1 probe of 16"
-MEAN = {"probes": 16, "beta": 0.9}
+SIGNS: dict[str, Any] = {"distribution": "rademacher"}
+RANK_1: dict[str, Any] = {"distribution": "factored"}
+RANK_4: dict[str, Any] = {"distribution": "factored", "rank": 4}
 METHODS = {
-    BASE: Method("MeZO", 16, 3.2e-5, {}),
-    "FZOO, 8 probes of 16": Method("FZOO", 16, 3.2e-3, {"probes": 8}),
-    "FZOO, mean deviation, 16 probes of 4": Method("FZOO", 4, 3.2e-3, MEAN),
-    "FZOO, mean deviation, 16 probes of 4 among 16": Method("FZOO", 4, 3.2e-3, MEAN, pool=16),
-    "FZOO, mean deviation, 16 factored probes of 4 among 16": Method(
-        "FZOO", 4, 5.6e-3, {**MEAN, "distribution": "factored", "engine": "grouped"}, pool=16
-    ),
-}
+    BASE: Method("MeZO", 16, 2, 3.2e-5, {}),
+    "MeZO, signs, 1 probe of 16": Method("MeZO", 16, 2, 3.2e-5, SIGNS),
+    "MeZO, factored, 1 probe of 16": Method("MeZO", 16, 2, 3.2e-5, RANK_1),
+    "MeZO, 4 probes of 4 of their own": Method("MeZO", 4, 8, 1e-4, {"probes": 4, "engine": "inplace"}, spread=True),
+    "MeZO, momentum 0.9, 1 probe of 16": Method("MeZO", 16, 2, 1e-5, {"momentum": 0.9, "window": 16}),
+    "LeZO, 1 probe of 16": Method("LeZO", 16, 2, 3.2e-5, SIGNS),
+    "HiZOO, 1 probe of 16": Method("HiZOO", 16, 3, 1e-4, {}),
+    "HiZOO-L, 1 probe of 16": Method("HiZOO", 16, 3, 1e-4, {"hessian": "factored"}),
+    "AdaMeZO, 1 probe of 16": Method("AdaMeZO", 16, 2, 2e-4, {}),
+    "MEAZO, 1 probe of 16": Method("MEAZO", 16, 2, 2e-4, {}),
+    "BSZO, 2 probes of 16": Method("BSZO", 16, 3, 2e-5, {}),
+    "1.5-SPSA, 4 probes of 16": Method("SPSA", 16, 9, 3.2e-4, {"probes": 4}),
+    "1.5-SPSA, factored, 4 probes of 16": Method("SPSA", 16, 9, 3.2e-4, {"probes": 4, **RANK_1}),
+    "FZOO-R, 4 probes of 16": Method("FZOO", 16, 5, 1e-3, {"probes": 4, "reuse": True}),
+    "FZOO, 8 probes of 16": fzoo(8, 16, beta=0.0),
+    "FZOO, factored, 8 probes of 16": fzoo(8, 16, beta=0.0, **RANK_1),
+    "FZOO, factored, rank 4, 8 probes of 16": fzoo(8, 16, beta=0.0, **RANK_4),
+    "FZOO, mean deviation, 8 probes of 16": fzoo(8, 16),
+    "FZOO, mean deviation, 16 probes of 4": fzoo(16, 4),
+    "FZOO, mean deviation, factored, 16 probes of 4": fzoo(16, 4, **RANK_1),
+    "FZOO, mean deviation, factored, eps 3e-4, 16 probes of 4": fzoo(16, 4, **RANK_1, eps=3e-4),
+    "FZOO, mean deviation, factored, rank 4, 16 probes of 4": fzoo(16, 4, **RANK_4),
+    "FZOO, mean deviation, 16 probes of 4 among 16": fzoo(16, 4, pool=16),
+    "FZOO, mean deviation, 32 probes of 2 among 8": fzoo(32, 2, pool=8),
+}  # fmt: skip
+LONGER = (
+    BASE, "FZOO, 8 probes of 16", "FZOO, mean deviation, 8 probes of 16", "FZOO, mean deviation, 16 probes of 4",
+    "FZOO, mean deviation, factored, 16 probes of 4", "FZOO, mean deviation, 16 probes of 4 among 16",
+)  # fmt: skip
+
+
+def device_of(name: str) -> str:
+    """The device for "auto", "cpu" or "cuda"."""
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+# ---- one run -----------------------------------------------------------------------------------------------------
+
+
+@cache
+def start_of(device: str) -> tuple[torch.nn.Module, dict[str, Tensor]]:
+    """The model, one for all tasks, and its weights as they came."""
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    session = prepare(FinetuneConfig(device=device, autocast=False))  # type: ignore[call-arg]
+    return session.model, {name: t.clone() for name, t in session.model.state_dict().items()}
+
+
+@cache
+def session_of(task: str, longest: int, device: str, demo: bool) -> Session:
+    """A task's data: validation large enough to tell methods apart, or divided as in `make demo`."""
+    sizes = {} if demo else {"test_size": 0.01, "validation_size": 0.3}
+    model, _ = start_of(device)
+    session = without_long(prepare(FinetuneConfig(data=task, device=device, autocast=False, **sizes)), longest)  # type: ignore[arg-type]
+    session.scorer.model = model
+    return session._replace(model=model)
 
 
 @torch.no_grad()
-def closure_of(session: Session, method: Method, step: int) -> Callable[[], Tensor]:
-    """The loss of a step's batch. With a pool it is a mean of chosen examples with weights, whose mean is that of all examples."""
+def closures_of(session: Session, method: Method, step: int) -> Any:
+    """The closure of a step, or those of its probes. With a pool its loss is a mean of chosen examples with weights, whose mean is
+    that of all examples of the pool.
+    """
+    if method.spread:
+        n = method.options["probes"]
+        return [session.loss_of(step * n + k) for k in range(n)]
     if not method.pool:
         return session.loss_of(step)
     train, scorer = session.parts["train"], session.scorer
@@ -89,64 +173,117 @@ def closure_of(session: Session, method: Method, step: int) -> Callable[[], Tens
     batch = scorer.batch(pool)
     unlikely = 1 - scorer(batch).softmax(-1).gather(1, batch.labels[:, None])[:, 0]
     rng = np.random.default_rng((session.config.seed, step))
-    places, weights = choose(unlikely.double().numpy() + 1e-3, method.batch, rng)
-    chosen, by = scorer.batch([pool[i] for i in places]), torch.from_numpy(weights).float()
+    places, weights = choose(unlikely.double().cpu().numpy() + 1e-3, method.batch, rng)
+    chosen, by = scorer.batch([pool[i] for i in places]), torch.from_numpy(weights).float().to(scorer.device)
     return torch.no_grad()(lambda: (by * F.cross_entropy(scorer(chosen), chosen.labels, reduction="none")).mean())
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
     """Train, looking at validation at each mark; what came of it. A loss that is far above the first ends it."""
-    method, which = METHODS[job["method"]], (job["task"], "float32", job["longest"])
-    start, session = start_of(*which, **OPTIONS), session_of(*which, **OPTIONS)
+    method, demo = METHODS[job["method"]], job["what"] == "demo"
+    model, start = start_of(job["device"])
+    session = session_of(job["task"], job["longest"], job["device"], demo)
     config = session.config.model_copy(update={"seed": job["seed"], "batch_size": method.batch})
     session = session._replace(config=config)
-    session.model.load_state_dict(start)
-    optimizer = method.make(session.model, job["lr"], job["seed"])
+    model.load_state_dict(start)
+    optimizer = method.make(model, job["lr"], job["seed"])
     validation, curve = session.parts["validation"][: job["validation"]], list[list[float]]()
     steps = round(job["forwards"] / method.examples)
     marks = {round(mark * steps): mark for mark in job["marks"]}
+    best, out = math.inf, dict[str, Any]()
     begun = time.perf_counter()
     for step in range(steps + 1):
         if step in marks:
-            found = tasks.evaluate(session.scorer, validation)
-            curve.append([marks[step], round(found.loss, 5), round(found.accuracy, 5)])
+            found = tasks.evaluate(session.scorer, validation, batch_size=64)
+            curve.append([round(marks[step], 4), round(found.loss, 5), round(found.accuracy, 5)])
             if not found.loss < 1.0:
                 break
+            if demo and found.loss < best:
+                best, kept = found.loss, tasks.evaluate(session.scorer, session.parts["test"], batch_size=64)
+                out = {"test": {"mark": curve[-1][0], "loss": round(kept.loss, 5), "accuracy": round(kept.accuracy, 5)}}
         if step < steps:
-            optimizer.step(closure_of(session, method, step))
-    out = {"curve": curve, "steps": steps, "skipped": optimizer.skipped, "finished": curve[-1][0] == 1.0}
+            if job["schedule"] == "linear":
+                optimizer.param_groups[0]["lr"] = job["lr"] * (1 - step / steps)
+            optimizer.step(closures_of(session, method, step))
+    out |= {"curve": curve, "steps": steps, "skipped": optimizer.skipped, "finished": curve[-1][0] == 1.0}
     return {**out, "worker_seconds": round(time.perf_counter() - begun, 1)}
 
 
-def job_of(
-    args: argparse.Namespace, task: str, name: str, lr: float, seed: int, marks: Sequence[float]
-) -> dict[str, Any]:
+# ---- the parts ---------------------------------------------------------------------------------------------------
+
+
+def job_of(args: argparse.Namespace, what: str, task: str, name: str, lr: float, seed: int) -> dict[str, Any]:
     """All that a run depends on."""
-    job = {
-        "what": "sweep" if seed == SWEEP_SEED else task,
-        "task": task,
-        "method": name,
-        "lr": lr,
-        "seed": seed,
-        "marks": list(marks),
-    }
-    return {**job, "forwards": args.forwards, "longest": args.longest, "validation": args.validation}
+    longer, demo = what in ("long", "demo"), what == "demo"
+    return {
+        "what": what, "task": task, "method": name, "lr": float(f"{lr:.2g}"), "seed": seed, "device": args.device,
+        "forwards": {"long": LONG, "demo": DEMO}.get(what, args.forwards), "schedule": "linear" if longer else "constant",
+        "marks": [i / 10 for i in range(11)] if longer else list(MARKS),
+        "longest": 256 if demo else args.longest, "validation": args.validation,
+    }  # fmt: skip
 
 
 def rate_of(args: argparse.Namespace, study: Study, name: str) -> float:
-    """The best learning rate of a method by the ladder."""
+    """The best learning rate of a method, by its mean loss: a decade each way, and further as long as the best is the last."""
 
     def loss(lr: float) -> float:
-        found = study.do(job_of(args, "reviews", name, lr, SWEEP_SEED, (0.5, 1.0)))
-        return float(found["curve"][-1][1]) if found["finished"] else math.inf
+        jobs = [job_of(args, "rates", "reviews", name, lr, seed) for seed in SWEEP_SEEDS]
+        runs = study.side_by_side(study.do, jobs)
+        return statistics.mean(r["curve"][-1][1] if r["finished"] else math.inf for r in runs)
 
-    tried = ladder(loss, METHODS[name].lr, most=5)
-    return min(tried, key=lambda lr: tried[lr])
+    rates = [METHODS[name].lr * rung for rung in RUNGS]
+    found = dict(zip(rates, study.side_by_side(loss, rates), strict=True))
+    while len(found) < 7 and (best := min(found, key=lambda lr: found[lr])) in (min(found), max(found)):
+        lr = best * (RUNGS[1] if best == min(found) else RUNGS[2])
+        found[lr] = loss(lr)
+    return min(found, key=lambda lr: found[lr])
 
 
-def table_of(args: argparse.Namespace, study: Study, task: str) -> dict[str, Any]:
+def known_rates(args: argparse.Namespace, study: Study) -> dict[str, float]:
+    """The best rate of each method whose ladder is in the JSON, or could be made in time."""
+
+    def rate(name: str) -> float | None:
+        try:
+            return rate_of(args, study, name)
+        except TimeoutError:
+            return None
+
+    found = dict(zip(args.methods, study.side_by_side(rate, args.methods), strict=True))
+    return {name: lr for name, lr in found.items() if lr is not None}
+
+
+def jobs_of(args: argparse.Namespace, rates: dict[str, float]) -> list[dict[str, Any]]:
+    """The runs after the ladders, in the order in which they are begun: five seeds of the tasks, the long ones, all others."""
+    last = args.seeds if "tasks" in args.parts else 0
+
+    def of_tasks(seeds: Iterable[int]) -> list[dict[str, Any]]:
+        return [
+            job_of(args, task, task, name, lr, seed)
+            for seed in seeds for task in args.tasks for name, lr in rates.items()
+        ]  # fmt: skip
+
+    both = [(name, rates[name] * rung) for name in LONGER if name in rates for rung in RUNGS[:2]]
+    long = [job_of(args, "long", "reviews", name, lr, 0) for name, lr in both if "long" in args.parts]
+    demo = [job_of(args, "demo", "reviews", name, lr, s) for s in range(3) for name, lr in both if "demo" in args.parts]
+    return [*of_tasks(range(min(5, last))), *demo, *long, *of_tasks(range(5, last))]
+
+
+# ---- tables ------------------------------------------------------------------------------------------------------
+
+
+def interval(values: Sequence[float]) -> list[float]:
+    """Of the mean, 95%, by Student's t."""
+    low, high = stats.ttest_1samp(values, 0.0).confidence_interval(0.95)
+    return [float(low), float(high)]
+
+
+def table_of_task(args: argparse.Namespace, study: Study, task: str) -> dict[str, Any]:
     """Print what is known of a task, and return it."""
-    runs = {name: [r for r in runs_of(study, task, name) if r["job"]["forwards"] == args.forwards] for name in METHODS}
+    which = {"forwards": args.forwards, "device": args.device, "longest": args.longest}
+    runs = {
+        name: [r for r in runs_of(study, task, name) if {k: r["job"][k] for k in which} == which and r["finished"]]
+        for name in METHODS
+    }
     last = {name: {r["job"]["seed"]: r["curve"][-1] for r in some} for name, some in runs.items()}
     goal = statistics.mean(loss for _, loss, _ in last[BASE].values()) if last[BASE] else -math.inf
     rows, out = list[list[str]](), dict[str, Any]()
@@ -155,18 +292,95 @@ def table_of(args: argparse.Namespace, study: Study, task: str) -> dict[str, Any
             continue
         (marks, losses, _), lr = mean_curve(runs[name]), runs[name][0]["job"]["lr"]
         row = out[name] = {
-            "lr": lr, "seeds": sorted(ends), "accuracy": statistics.mean(accuracy for *_, accuracy in ends.values()),
-            "curve": dict(zip(marks, losses, strict=True)), "reached_at": reach(marks, losses, goal),
+            "lr": lr, "seeds": len(ends), "accuracy": statistics.mean(accuracy for *_, accuracy in ends.values()),
+            "curve": dict(zip(map(str, marks), losses, strict=True)), "reached_at": reach(marks, losses, goal),
         }  # fmt: skip
         paired, shown = [ends[seed][1] - last[BASE][seed][1] for seed in ends.keys() & last[BASE].keys()], ""
         if name != BASE and len(paired) > 1:
-            low, high = stats.ttest_1samp(paired, 0.0).confidence_interval(0.95)
-            row |= {"difference": statistics.mean(paired), "interval": [float(low), float(high)]}
+            low, high = row["interval"] = interval(paired)
+            row["difference"] = statistics.mean(paired)
             shown = f"{row['difference']:+.4f} ±{(high - low) / 2:.4f}"
         at = " ".join(f"{loss:.4f}" for loss in losses)
-        rows.append([name, f"{lr:.2g}", f"{len(ends)}", at, f"{100 * row['accuracy']:.1f}", shown])
+        reached = "" if row["reached_at"] is None else f"{row['reached_at']:.2f}"
+        rows.append([name, f"{lr:.2g}", f"{len(ends)}", at, f"{100 * row['accuracy']:.1f}", shown, reached])
     title = f"{task}: {args.forwards} forwards of one example, {args.validation} examples of validation"
-    report(title, ["", "lr", "seeds", "at 1/3, 1/2, the end", "acc. %", "- first's, 95%"], rows, {}, None)
+    columns = ["", "lr", "seeds", "at 0, 1/3, 1/2, the end", "acc. %", "- first's, 95%", "first's end at"]
+    report(title, columns, rows, {}, None)
+    return out
+
+
+def table_of_rates(args: argparse.Namespace, study: Study) -> dict[str, Any]:
+    """Print the losses over rates, and how wide the range is where at least half of the best rate's progress is made."""
+    rows, out = list[list[str]](), dict[str, Any]()
+    for name in METHODS:
+        some = [r for r in runs_of(study, "rates", name) if r["job"]["device"] == args.device]
+        losses: dict[float, list[float]] = {}
+        for r in some:
+            losses.setdefault(r["job"]["lr"], []).append(r["curve"][-1][1] if r["finished"] else math.inf)
+        if not losses:
+            continue
+        means = {lr: statistics.mean(x) for lr, x in sorted(losses.items())}
+        before, best = some[0]["curve"][0][1], min(means, key=lambda lr: means[lr])
+        width = decades(list(means.items()), (before + means[best]) / 2)
+        finite = {f"{lr:g}": x if math.isfinite(x) else None for lr, x in means.items()}
+        out[name] = {"before": before, "losses": finite, "best": best, "decades": width}
+        shown = ", ".join(f"{lr:g} {'-' if math.isinf(x) else f'{x:.3f}'}" for lr, x in means.items())
+        rows.append([name, f"{best:g}", f"{width:.2f}", shown])
+    columns = ["", "best", "decades", "loss at each rate (-: far above the first)"]
+    report("Learning rates, movie reviews; decades: where half of the best progress is made", columns, rows, {}, None)
+    return out
+
+
+def decades(losses: Sequence[tuple[float, float]], level: float) -> float:
+    """How many decades of rates around the best have losses below a level, on straight lines over the logarithm of rates."""
+    rates, values = [math.log10(lr) for lr, _ in losses], [min(x, 1.0) for _, x in losses]
+    grid = np.linspace(rates[0], rates[-1], 2001)
+    below = np.interp(grid, rates, values) <= level
+    best = int(np.argmin(np.interp(grid, rates, values)))
+    left, right = best, best
+    while left > 0 and below[left - 1]:
+        left -= 1
+    while right < len(grid) - 1 and below[right + 1]:
+        right += 1
+    return float(grid[right] - grid[left])
+
+
+def table_of_longer(args: argparse.Namespace, study: Study, what: str) -> dict[str, Any]:
+    """Print what came of the long runs or of those like the demo, and return it."""
+    rows, out = list[list[str]](), dict[str, Any]()
+    for name in METHODS:
+        some = [r for r in runs_of(study, what, name) if r["job"]["device"] == args.device and r["finished"]]
+        for lr in sorted({r["job"]["lr"] for r in some}):
+            runs = [r for r in some if r["job"]["lr"] == lr]
+            marks, losses, _ = mean_curve(runs)
+            row = {
+                "seeds": len(runs),
+                "steps": runs[0]["steps"],
+                "curve": dict(zip(map(str, marks), losses, strict=True)),
+            }
+            row["accuracy"] = [r["curve"][-1][2] for r in runs]
+            if what == "demo":
+                row["test"] = [r["test"] for r in runs]
+            out[f"{name}, lr {lr:g}"] = row
+            tests = [r["test"]["accuracy"] for r in runs if "test" in r]
+            shown = (
+                f"{100 * statistics.mean(tests):.2f} ({', '.join(f'{100 * x:.1f}' for x in tests)})" if tests else ""
+            )
+            at = " ".join(f"{loss:.3f}" for loss in losses[::2])
+            rows.append(
+                [
+                    name,
+                    f"{lr:g}",
+                    f"{len(runs)}",
+                    f"{row['steps']}",
+                    at,
+                    f"{100 * statistics.mean(row['accuracy']):.1f}",
+                    shown,
+                ]
+            )
+    forwards = {"long": LONG, "demo": DEMO}[what]
+    columns = ["", "lr", "seeds", "steps", "at 0, .2 .. 1", "acc. %", "test accuracy %"]
+    report(f"{what}: {forwards} forwards of one example, rates that fall linearly", columns, rows, {}, None)
     return out
 
 
@@ -175,28 +389,38 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK")
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=5, help="of the tasks (default 5)")
     parser.add_argument("--forwards", type=int, default=3072, help="of one example, the budget of a run (default 3072)")
     parser.add_argument("--longest", type=int, default=32, help="tokens of a prompt; longer ones are left out")
     parser.add_argument("--validation", type=int, default=512, help="examples")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that share the cores")
+    parser.add_argument("--device", default="auto", help="cpu, cuda; auto is a GPU if there is one")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that share the device")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="after which no run is begun")
     parser.add_argument("--table", action="store_true", help="only the tables of what is in the JSON")
     parser.add_argument("--json", type=Path, default=Path("bench/results/learning.json"))
     args = parser.parse_args()
-    study = Study(args.json, args.workers, run)
+    args.device = device_of(args.device)
+    study = Study(args.json, args.workers, run, time.time() + 60 * args.minutes)
     if not args.table:
-        rates = dict(
-            zip(args.methods, study.side_by_side(lambda name: rate_of(args, study, name), args.methods), strict=True)
-        )
-        jobs = [
-            job_of(args, task, name, rates[name], seed, MARKS)
-            for task in args.tasks for seed in range(args.seeds) for name in args.methods
-        ]  # fmt: skip
-        study.side_by_side(study.do, jobs)
-    known = load(args.json).get("tables", {})
-    keep(args.json, tables={**known, **{task: table_of(args, study, task) for task in args.tasks}})
+        rates = known_rates(args, study)
+
+        def attempt(job: dict[str, Any]) -> bool:
+            try:
+                return bool(study.do(job))
+            except TimeoutError:
+                return False
+
+        jobs = jobs_of(args, rates)
+        console.print(f"{sum(study.side_by_side(attempt, jobs))} of {len(jobs)} runs are there")
+    out = {task: table_of_task(args, study, task) for task in args.tasks}
+    out |= {
+        "rates": table_of_rates(args, study),
+        **{what: table_of_longer(args, study, what) for what in ("long", "demo")},
+    }
+    keep(args.json, tables={**load(args.json).get("tables", {}), **out})
 
 
 if __name__ == "__main__":

@@ -166,6 +166,13 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     return {**out, "finished": curve[-1][0] == job["steps"], "worker_seconds": round(time.perf_counter() - begun, 1)}
 
 
+def _in_time(until: float, run: Callable[[dict[str, Any]], dict[str, Any]], job: dict[str, Any]) -> dict[str, Any]:
+    """The run of a job. TimeoutError, and no run, after ``until``, in seconds of the clock."""
+    if time.time() > until:
+        raise TimeoutError("no time is left")
+    return run(job)
+
+
 def _quiet(threads: int) -> None:
     torch.set_num_threads(threads)
     warnings.filterwarnings("ignore", message="eps=")  # bfloat16 probes are coarse; that is part of the study
@@ -173,10 +180,19 @@ def _quiet(threads: int) -> None:
 
 
 class Study:
-    """The JSON where runs are kept, and the processes that make those that are not there."""
+    """The JSON where runs are kept, and the processes that make those that are not there.
 
-    def __init__(self, path: Path, workers: int, run: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-        self.run, self.path, self.lock = run, path, threading.Lock()
+    Args:
+        path: of the JSON.
+        workers: how many processes.
+        run: makes the run of a job.
+        until: when no more runs are begun, in seconds of the clock.
+    """
+
+    def __init__(
+        self, path: Path, workers: int, run: Callable[[dict[str, Any]], dict[str, Any]], until: float = math.inf
+    ) -> None:
+        self.run, self.path, self.lock, self.until = run, path, threading.Lock(), until
         self.runs = load(path).get("runs", [])
         self.pool = ProcessPoolExecutor(
             workers,
@@ -186,12 +202,12 @@ class Study:
         )
 
     def do(self, job: dict[str, Any]) -> dict[str, Any]:
-        """The run of a job, made now or before."""
+        """The run of a job, made now or before. TimeoutError if no time is left for it."""
         with self.lock:
             known: dict[str, Any] | None = next((r for r in self.runs if r["job"] == job), None)
         if known is not None:
             return known
-        found = {"job": job, **self.pool.submit(self.run, job).result()}
+        found = {"job": job, **self.pool.submit(_in_time, self.until, self.run, job).result()}
         with self.lock:
             self.runs.append(found)
             keep(self.path, machine=machine(), runs=self.runs)

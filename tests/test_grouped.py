@@ -483,6 +483,33 @@ def test_processes_evaluate_their_shares_of_the_points():
         torch.testing.assert_close(found, alone[0], atol=1e-5, rtol=0)
 
 
+def test_factored_noise_is_grouped_unless_another_engine_is_named():
+    model = network()
+    factored = zo_core.MeZO(model, lr=1e-3, distribution="factored")
+    assert factored.engine == "grouped" and isinstance(factored._prepare(), GroupedEngine)
+    assert zo_core.MeZO(model, lr=1e-3, distribution="factored", engine="shadow").engine == "shadow"
+    assert zo_core.MeZO(list(model.parameters()), lr=1e-3, distribution="factored").engine == "inplace"
+    other = zo_core.MeZO(model, lr=1e-3)
+    assert other.engine == "shadow"
+    other.load_state_dict(factored.state_dict())  # whose noise is that of the run
+    assert other.engine == "grouped" and isinstance(other._prepare(), GroupedEngine)
+    assert copy.deepcopy(other).engine == "grouped"
+
+
+def test_products_in_tf32_may_differ_as_those_in_float16(monkeypatch):
+    engine = zo_core.MeZO(network(), lr=1e-3, engine="grouped")._prepare()
+    plain = engine._rounding(torch.float32)
+    monkeypatch.setattr(engine, "device", torch.device("cuda"))
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        assert engine._rounding(torch.float32) == engine._rounding(torch.float16) > plain
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+        assert engine._rounding(torch.float32) == plain
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
 def test_options_are_checked():
     with pytest.raises(ValueError, match="points_at_once"):
         zo_core.MeZO(network(), lr=1e-3, engine="grouped", points_at_once=0)

@@ -141,7 +141,7 @@ class GroupedEngine(ShadowEngine):
             if not (why := self._elsewhere()) and getattr(getattr(closure, "buffers", None), "moving", False):
                 why = "its modules write their buffers"
             elif not why and singly.isfinite().all():
-                most = max(_ROUNDING.get(dtype, 0.0) for dtype in {torch.float32, *self._shadow_plan.dtypes.values()})
+                most = max(self._rounding(dtype) for dtype in {torch.float32, *self._shadow_plan.dtypes.values()})
                 apart, size = (grouped - singly).abs(), singly.abs() + (singly - singly[0]).abs()
                 self._known = bool((apart <= most * size + 1e-7).all())
                 if not self._known:
@@ -150,6 +150,12 @@ class GroupedEngine(ShadowEngine):
         if why:
             self._leave(why)
         return self._known
+
+    def _rounding(self, dtype: torch.dtype) -> float:
+        """How far losses of weights in this dtype may be apart, relatively. TF32's products have as many digits as float16's."""
+        if dtype is torch.float32 and self.device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32":
+            dtype = torch.float16
+        return _ROUNDING.get(dtype, 0.0)
 
     def _elsewhere(self) -> str:
         """Why several points cannot be evaluated at once where the module's parameters are read by other code than torch's functions."""

@@ -175,10 +175,11 @@ class FinetuneConfig(BaseModel):
     residual: Literal["none", "8", "16"] = _option(
         "8", "Method", "Extra bits for each 16-bit weight, so that small updates are not rounded away."
     )
-    engine: Literal["shadow", "grouped", "inplace"] = _option(
-        "shadow",
+    engine: Literal["shadow", "grouped", "inplace"] | None = _option(
+        None,
         "Method",
-        "shadow perturbs copies of the weights, grouped does so at many points at once, inplace perturbs the weights themselves.",
+        "shadow perturbs copies of the weights, grouped does so at many points at once, inplace perturbs the weights themselves. "
+        "Default: grouped for factored probes, else shadow.",
     )
     points_at_once: int | None = _option(
         None,

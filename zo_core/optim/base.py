@@ -59,8 +59,8 @@ class ZOOptimizer(Tensors):
             float32 weights keep none. docs/precision.md says what each costs and saves.
         engine: "shadow" perturbs what modules read and never writes a weight to probe it; "grouped" does so at all
             points of a step in one call of the closure; "inplace" writes the weights, for closures that are arbitrary
-            functions of them, and for sharded ones (DTensors). None: shadow where a module is known and no weight is
-            sharded. docs/engines.md says which to take.
+            functions of them, and for sharded ones (DTensors). None: shadow, or grouped for factored noise, where a module
+            is known and no weight is sharded. docs/engines.md says which to take.
         points_at_once: at how many points the grouped engine evaluates at once, at most; None: as many as memory holds
             and the processor has a use for.
         module: the module whose forwards use the tensors, where ``params`` is not that module itself.
@@ -142,13 +142,12 @@ class ZOOptimizer(Tensors):
         groups = named_params(params)
         shared = {"eps": eps, "probes": probes, "rho": rho, "momentum": momentum, "window": window, **(method or {})}
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "decay_vectors": True, **shared})
-        in_place = self.module is None or is_sharded(self._parameters(), self.module)
-        self.engine = engine or ("inplace" if in_place else "shadow")
-        self._check_processes(hessian)
+        self._asked, self._in_place = engine, self.module is None or is_sharded(self._parameters(), self.module)
         device = self._tensors()[0].device
         self._own = state.new(
             type(self).__name__, operator.index(seed), distribution, int(rank), residual, hessian, device
         )
+        self._check_processes(hessian)
         self._set_scales(scales, normalize_scales)
         self._check_tensors()
         self._prepare()

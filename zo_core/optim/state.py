@@ -205,13 +205,14 @@ class Stateful(torch.optim.Optimizer):
     """A torch optimizer with such a state: what ``ZOOptimizer`` is beside its step."""
 
     module: nn.Module | None
-    engine: str
     points_at_once: int | None
     stochastic_rounding: bool
     blocks: layers.Blocks | None
     processes: Parallel | None
     _own: dict[str, Any] = {}  # noqa: RUF012 (see ``new``; each object gets one of its own)
     _engine: Engine | None = None
+    _asked: str | None = None  # the engine that the user named
+    _in_place = False  # whether only weights that are written reach the forwards
     _exchange: Exchange | None = None
     _stepping = False
     _flat: Tensor | None = None  # int64 (2,): steps whose losses were all the same, and how many of the last steps
@@ -221,6 +222,12 @@ class Stateful(torch.optim.Optimizer):
     _versions: list[tuple[object, ...]] | None = (
         None  # of the tensors after the last step; None since a state was loaded
     )
+
+    @property
+    def engine(self) -> str:
+        """The engine's name. Where the user named none, the noise decides, also that of a loaded state: a run goes on as it began."""
+        chosen = "inplace" if self._in_place else "grouped" if self._own["distribution"] == "factored" else "shadow"
+        return self._asked or chosen
 
     # ---- the tensors -------------------------------------------------------------------------------------------
 
@@ -421,7 +428,7 @@ class Stateful(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: the engine is rebuilt."""
         self._refuse_inside("deepcopy, pickle")
-        names = "stochastic_rounding", "blocks", "engine", "points_at_once", "module", "processes"
+        names = "stochastic_rounding", "blocks", "_asked", "_in_place", "points_at_once", "module", "processes"
         return {name: getattr(self, name) for name in (*names, "_own", "param_groups", "defaults")}
 
     # ---- what a journal asks -----------------------------------------------------------------------------------
