@@ -397,10 +397,10 @@ def test_only_signs_that_elements_have_are_made():
         [0, 10, 13, 6, 9, 2, 4 << 24, False, False],
         [0, 0, 320, 24, 9, 2, 5 << 24, True, True],
     ]
-    assert (row, column, end) == (6, 24, 24 + 640)
+    assert (row, column, end) == (6, 24, 24 + 320)
     rows, tiles, programs, words = table.tile_rows(
         [1 << 20], [1 << 20], [0], [0], [60], [(1 << 40) - 40], [9], [2], 4, 4, 0, widths=[1 << 40]
     )
     assert [r[4] - r[3] for r in rows] == [40, 20] and [r[0] + 4 * r[3] for r in rows] == [1 << 20, (1 << 20) + 160]
     assert [p[1:3] for p in programs] == [[0, 1], [(1 << 40) - 40, 1 << 40], [1, 2], [0, 20]]
-    assert [p[8] for p in programs] == [False, True, False, True] and words == 8 + 80 + 8 + 48 and tiles == [1, 1]
+    assert [p[8] for p in programs] == [False, True, False, True] and words == 8 + 40 + 8 + 24 and tiles == [1, 1]

@@ -89,7 +89,7 @@ class Made(NamedTuple):
     """
 
     digits: Any  # int8
-    words: Any  # int32
+    words: Any  # int32; of signs float32, or int16 for sums of five terms
     reals: Any  # float32
     n_steps: Any
     plane: Any  # int64

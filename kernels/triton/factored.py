@@ -1,15 +1,15 @@
 """Factored noise of a matrix, rank^-1/2 sum_q a_q(i) b_q(j): the signs of its rows i and columns j, and sums of their products.
 
-``signs_kernel`` makes the signs once before a pass, for there are few of them, and leaves them in words of 32 bits. The pass
+``signs_kernel`` makes the signs once before a pass, for there are few of them, and leaves a word for each row and column. The pass
 reads these and makes no random number. A *term* is the product of a stream's factor q: streams in order, and q in order within one.
 
 One term: the word of a row is c a(i), and that of a column b(j), as float32. An element takes one multiplication and addition.
 
 More terms: five at a time, whose sum has one of 32 values. Lane l of the warp holds the value in which term t is added where bit t of
-l is 1, and subtracted where it is 0. Rows have their bits inverted, so the XOR of the words of a row and a column has a 1 where
-their signs agree: it is the lane that holds the element's sum. That is three instructions (XOR, SHFL, FADD) for five terms, where
-term by term it would be three for each. A *step* is two fives: a row's word holds the bits of both, and a column has two words. Those
-of eight columns lie side by side, first words before second ones, so that each eight are two loads of 128 bits.
+l is 1, and subtracted where it is 0. A *step* is two fives, and a word, of 16 bits, has those of both: eight columns are one load of
+128 bits. Rows have their bits inverted, so the XOR of the words of a row and a column has a 1 where their signs agree: its lowest five
+bits are the lane that holds the sum of the first five, and the next five bits that of the second. So five terms take a few
+instructions (XOR and shift, AND, SHFL, FADD), where term by term it would be three for each.
 The terms of a five are added in their order, as the reference adds them, and so are the fives.
 """
 
@@ -32,11 +32,14 @@ from .places import load_columns, load_rows
 _LINES = 1024  # rows or columns of a program
 
 
-def _programs(domain: int, begin: int, end: int, at: int, tensor_id: int, column: int, pairs: bool) -> list[list[int]]:
-    """Programs of ``signs_kernel`` for indices ``begin`` to ``end``; ``at``: where the word of index 0 would be."""
+def _programs(domain: int, begin: int, end: int, at: int, tensor_id: int, column: int, right: bool) -> list[list[int]]:
+    """Programs of ``signs_kernel`` for indices ``begin`` to ``end``; ``at``: where the word of index 0 would be.
+
+    ``right``: of the right factor, which has neither coefficients nor inverted bits.
+    """
     starts = range(begin - begin % _LINES, end, _LINES)
     return [
-        [start, begin, end, at, tensor_id, column, domain << 24, pairs, pairs and start <= begin] for start in starts
+        [start, begin, end, at, tensor_id, column, domain << 24, right, right and start <= begin] for start in starts
     ]
 
 
@@ -51,10 +54,10 @@ def lines_of(
     if bottom - top == 1:
         begin, end = first - top * columns, first - top * columns + n
     row_word, at = at - top, at + (bottom - top + 7) // 8 * 8
-    column_word = at - begin // 8 * 16
+    column_word = at - begin // 8 * 8
     programs = _programs(ROWS, top, bottom, row_word, tensor_id, column, False)
     programs += _programs(COLUMNS, begin, end, column_word, tensor_id, column, True)
-    return programs, (row_word, column_word), column_word + (end + 7) // 8 * 16
+    return programs, (row_word, column_word), column_word + (end + 7) // 8 * 8
 
 
 @lru_cache(maxsize=256)
@@ -73,19 +76,19 @@ def signs_kernel(
     One program of a matrix also makes its sums of five terms, ``reals`` (n_tensors, n_steps, 2, 32).
     """
     at = table + tl.program_id(0).to(tl.int64) * 9
-    first, column, above, pairs = tl.load(at), tl.load(at + 5), tl.load(at + 6).to(tl.uint32), tl.load(at + 7)
+    first, column, above, right = tl.load(at), tl.load(at + 5), tl.load(at + 6).to(tl.uint32), tl.load(at + 7)
     key = Key(first, tl.load(at + 4).to(tl.uint32), k0.to(tl.uint32), k1.to(tl.uint32))
     bit = tl.arange(0, 32)[None, None, :]
     index = first + (tl.arange(0, 4) * 32)[:, None, None] + (tl.arange(0, 8) * 128)[None, :, None] + bit
     mask = (index >= tl.load(at + 1)) & (index < tl.load(at + 2))
-    words += tl.load(at + 3) + index + (index & -8) * pairs
+    words = words.to(tl.pointer_type(tl.float32 if ONE else tl.int16), bitcast=True) + tl.load(at + 3) + index
     coeffs += column
     if ONE:
         for term in range(n_terms):
             stream = tl.load(streams + term // rank).to(tl.uint32)
-            c = tl.where(pairs != 0, 1.0, tl.load(coeffs + term // rank * n_tensors))
+            c = tl.where(right != 0, 1.0, tl.load(coeffs + term // rank * n_tensors))
             z = signed(signs(key, stream, 8, above | ((term % rank).to(tl.uint32) << 8)), c, (4, 8, 32))
-            tl.store(words + term * plane, z.to(tl.int32, bitcast=True), mask=mask)
+            tl.store(words + term * plane, z, mask=mask)
     else:
         lane = tl.arange(0, 32)
         for step in range(n_steps):
@@ -95,11 +98,9 @@ def signs_kernel(
                 stream = tl.load(streams + term // rank, mask=term < n_terms, other=0).to(tl.uint32)
                 s = signs(key, stream, 8, above | ((term % rank).to(tl.uint32) << 8))
                 word |= ((s >> bit.to(tl.uint32)) & 1) << t
-            if pairs != 0:
-                tl.store(words + step * plane + 8, (word >> 5).to(tl.int32, bitcast=True), mask=mask)
-            else:
+            if right == 0:
                 word ^= 0xFFFFFFFF
-            tl.store(words + step * plane, word.to(tl.int32, bitcast=True), mask=mask)
+            tl.store(words + step * plane, word.to(tl.int16), mask=mask)
             if tl.load(at + 8) != 0:
                 for five in range(2):
                     total = tl.zeros((32,), tl.float32)
@@ -120,14 +121,13 @@ def _sum_of_five(reals, lanes, A: tl.constexpr, B: tl.constexpr):
 
 
 @triton.jit
-def _step(step, row, place, mask, known, made, A: tl.constexpr, B: tl.constexpr, V: tl.constexpr):
+def _step(step, row, place, mask, made, A: tl.constexpr, B: tl.constexpr, V: tl.constexpr):
     """The sum of ten terms: of five and five."""
-    words = made.words + step * made.plane
-    a = load_rows(words + row.row_word, place, known, A, B, V)
-    b = load_columns(words + row.column_word, place, mask, A, B, V, PAIRS=True)
-    other = load_columns(words + row.column_word + 8, place, mask, A, B, V, PAIRS=True)
+    words = made.words.to(tl.pointer_type(tl.int16), bitcast=True) + step * made.plane
+    lanes = load_rows(words + row.row_word, place, mask, A, B, V)
+    lanes ^= load_columns(words + row.column_word, place, mask, A, B, V)
     reals = made.reals + (row.column * made.n_steps + step) * 64
-    return _sum_of_five(reals, a ^ b, A, B) + _sum_of_five(reals + 32, (a >> 5) ^ other, A, B)
+    return _sum_of_five(reals, lanes, A, B) + _sum_of_five(reals + 32, lanes >> 5, A, B)
 
 
 @triton.jit
@@ -135,28 +135,28 @@ def products(row, place, mask, made, B: tl.constexpr, FORM: tl.constexpr, CAREFU
     """The noise of all terms in a tile (A, B, 32), float32."""
     A: tl.constexpr = FORM.shape
     V: tl.constexpr = FORM.neighbours(CAREFUL)
-    known = mask if CAREFUL else tl.full((A, B, 32 // V), 1, tl.int1)
     if FORM.streams == "one":
-        a = load_rows(made.words + row.row_word, place, known, A, B, V).to(tl.float32, bitcast=True)
-        b = load_columns(made.words + row.column_word, place, mask, A, B, V, PAIRS=True).to(tl.float32, bitcast=True)
-        return a * b
+        words = made.words.to(tl.pointer_type(tl.float32), bitcast=True)
+        a = load_rows(words + row.row_word, place, mask, A, B, V)
+        return a * load_columns(words + row.column_word, place, mask, A, B, V)
     else:
-        noise = _step(0, row, place, mask, known, made, A, B, V)
+        noise = _step(0, row, place, mask, made, A, B, V)
         for step in range(1, made.n_steps):
-            noise += _step(step, row, place, mask, known, made, A, B, V)
+            noise += _step(step, row, place, mask, made, A, B, V)
         return noise
 
 
 def signs_of(lines: Tensor, plane: int, streams: Tensor, coeffs: Tensor, rank: int, seed: int) -> dict[str, Any]:
     """The words and sums of matrices (K, T) whose programs are ``lines``, as kernels take them."""
     (k, count), steps = coeffs.shape, max(-(-streams.numel() * rank // 10), 1)
+    one = k * rank == 1
     made = {
-        "words": torch.empty(steps * plane, dtype=torch.int32, device=coeffs.device),
+        "words": torch.empty(steps * plane, dtype=torch.float32 if one else torch.int16, device=coeffs.device),
         "reals": torch.empty(count * steps * 64, dtype=torch.float32, device=coeffs.device),
         "n_steps": steps,
         "plane": plane,
     }
-    _launch(lines, streams, coeffs, rank, seed, **made, ONE=k * rank == 1)
+    _launch(lines, streams, coeffs, rank, seed, **made, ONE=one)
     return made
 
 
@@ -174,19 +174,9 @@ def prepare_signs(device: torch.device, parts: Sequence[tuple[int, int, int, int
     def run(out: Tensor, streams: Tensor, coeffs: Tensor, *, seed: int) -> None:
         if len(lines) and out.numel():
             with on(device):
-                words, plane = out.view(torch.int32), out.shape[2]
                 _launch(
-                    lines,
-                    streams,
-                    coeffs,
-                    out.shape[1],
-                    seed,
-                    words=words,
-                    reals=coeffs,
-                    n_steps=0,
-                    plane=plane,
-                    ONE=True,
-                )
+                    lines, streams, coeffs, out.shape[1], seed, words=out, reals=coeffs, n_steps=0, plane=out.shape[2], ONE=True
+                )  # fmt: skip
 
     return run
 

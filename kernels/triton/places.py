@@ -50,43 +50,59 @@ def _product(x, y):
 
 
 @triton.jit
-def elements(A: tl.constexpr, B: tl.constexpr, V: tl.constexpr = 1, EACH: tl.constexpr = True):
-    """Which element of its tile is the first of V, int32: to each of V, (A, B, 32), or once, (A, B, 32 // V)."""
-    last = (tl.arange(0, 32) & -V) if EACH else tl.arange(0, 32 // V) * V
+def elements(A: tl.constexpr, B: tl.constexpr, V: tl.constexpr = 1):
+    """Which element of its tile the first of each V neighbours is, int32 (A, B, 32 // V)."""
+    last = tl.arange(0, 32 // V) * V
     return (tl.arange(0, A) * 32)[:, None, None] + (tl.arange(0, B) * (32 * A))[None, :, None] + last[None, None, :]
 
 
 @triton.jit
-def load_rows(pointer, place, known, A: tl.constexpr, B: tl.constexpr, V: tl.constexpr):
-    """What ``pointer`` has of each element's row, (A, B, 32); 1 where it is not ``known``, (A, B, 32 // V)."""
-    down = rows_down(place, elements(A, B, V, False)).to(tl.uint32).to(tl.int64)
-    x = tl.load(pointer + place.line + down, mask=known, other=1)
+def _to_each(x, A: tl.constexpr, B: tl.constexpr, V: tl.constexpr):
+    """To each element, (A, B, 32), what ``x``, (A, B, 32 // V), has for the V neighbours that it is one of."""
     return tl.reshape(tl.broadcast_to(x[:, :, :, None], (A, B, 32 // V, V)), (A, B, 32))
 
 
 @triton.jit
-def load_columns(pointer, place, mask, A: tl.constexpr, B: tl.constexpr, V: tl.constexpr, PAIRS: tl.constexpr = False):
-    """What ``pointer`` has of each element's column, (A, B, 32). PAIRS: of each eight columns there are eight others behind."""
+def _load(pointers, mask, A: tl.constexpr, B: tl.constexpr, N: tl.constexpr):
+    """What is there, (A, B, N); 1 where the mask leaves it out.
+
+    Where it can be a vector is loaded: pointers that show no neighbours would get another layout than the weights from Triton 3.6,
+    and what is loaded go through shared memory.
+    """
+    if A == 1:
+        return tl.reshape(tl.load(tl.reshape(pointers, (B * N,)), mask=tl.reshape(mask, (B * N,)), other=1), (A, B, N))
+    else:
+        return tl.load(pointers, mask=mask, other=1)
+
+
+@triton.jit
+def load_rows(pointer, place, mask, A: tl.constexpr, B: tl.constexpr, V: tl.constexpr, known=1):
+    """What ``pointer`` has of each element's row, (A, B, 32); 1 if ``known`` is 0."""
+    down = rows_down(place, elements(A, B, V)).to(tl.uint32).to(tl.int64)
+    there = tl.full((A, B, 32 // V), known, tl.int64) != 0
+    return _to_each(_load(pointer + place.line + down, there & mask if V == 1 else there, A, B, 32 // V), A, B, V)
+
+
+@triton.jit
+def load_columns(pointer, place, mask, A: tl.constexpr, B: tl.constexpr, V: tl.constexpr):
+    """What ``pointer`` has of each element's column, (A, B, 32)."""
     at = elements(A, B, V)
     down = rows_down(place, at)
     if V == 1:
-        right = place.column + at - down * place.columns
-        right = 2 * right - (right & 7) if PAIRS else right
-        return tl.load(pointer + right, mask=mask, other=1)
+        return _load(pointer + (place.column + at - down * place.columns), mask, A, B, 32)
     # Addresses, so that one multiplication is left for V elements: all else is the same in a program or a thread.
-    BYTES: tl.constexpr = 8 if PAIRS else 4
-    first = (pointer.to(tl.int64) + place.column.to(tl.int64) * BYTES) + (2 * at - (at & 7) if PAIRS else at) * 4
-    first = (first + _product(down, place.columns * -BYTES)).to(pointer.dtype)
+    BYTES: tl.constexpr = pointer.dtype.element_ty.primitive_bitwidth // 8
+    first = pointer.to(tl.int64) + place.column.to(tl.int64) * BYTES + at * BYTES
+    first = _to_each(first + _product(down, place.columns * -BYTES), A, B, V).to(pointer.dtype)
     pointers = tl.max_contiguous(first + (tl.arange(0, 32) & (V - 1))[None, None, :], (1, 1, V))
-    return tl.load(tl.multiple_of(pointers, (1, 1, 16)))
+    return tl.load(tl.multiple_of(pointers, (1, 1, min(V * BYTES, 16))))
 
 
 @triton.jit
 def scales_of(row, place, mask, A: tl.constexpr, B: tl.constexpr, V: tl.constexpr):
     """float32 scales (A, B, 32) of a tile; no row_scale, 0: a factor of 1."""
-    known = tl.broadcast_to(row.row_scale, (A, B, 32 // V)) != 0
     rows, columns = row.row_scale.to(tl.pointer_type(tl.float32)), row.column_scale.to(tl.pointer_type(tl.float32))
-    factor = load_rows(rows, place, known & mask if V == 1 else known, A, B, V)
+    factor = load_rows(rows, place, mask, A, B, V, row.row_scale)
     return factor * load_columns(columns, place, mask, A, B, V)
 
 
