@@ -48,7 +48,7 @@ EXAMPLES = """examples:
 """
 PARTS, TASKS = ("rates", "tasks", "long", "demo"), ("reviews", "products", "tweets")
 SWEEP_SEEDS = (100, 101)
-MARKS = (0.0, 1 / 3, 1 / 2, 1.0)  # of the budget, where validation is looked at
+MARKS = (0.0, 1 / 3, 1 / 2, 1.0)
 LONG, DEMO = 64_000, 19_000  # forwards of one example: 2,000 steps of MeZO; what 8 minutes of `make demo` were
 RUNGS = tuple(10 ** (i / 2) for i in (0, -1, 1, -2, 2))
 
@@ -218,7 +218,7 @@ def job_of(args: argparse.Namespace, what: str, task: str, name: str, lr: float,
     return {
         "what": what, "task": task, "method": name, "lr": float(f"{lr:.2g}"), "seed": seed, "device": args.device,
         "forwards": {"long": LONG, "demo": DEMO}.get(what, args.forwards), "schedule": "linear" if longer else "constant",
-        "marks": [i / 10 for i in range(11)] if longer else list(MARKS),
+        "marks": [i / 10 for i in range(11)] if longer else args.marks,
         "longest": 256 if demo else args.longest, "validation": args.validation,
     }  # fmt: skip
 
@@ -394,6 +394,9 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK")
     parser.add_argument("--seeds", type=int, default=5, help="of the tasks (default 5)")
     parser.add_argument("--forwards", type=int, default=3072, help="of one example, the budget of a run (default 3072)")
+    parser.add_argument(
+        "--marks", type=float, nargs="+", default=list(MARKS), help="of the budget, where validation is looked at"
+    )
     parser.add_argument("--longest", type=int, default=32, help="tokens of a prompt; longer ones are left out")
     parser.add_argument("--validation", type=int, default=512, help="examples")
     parser.add_argument("--device", default="auto", help="cpu, cuda; auto is a GPU if there is one")

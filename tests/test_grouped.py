@@ -17,7 +17,7 @@ from toys import X, Y, loss_of, same
 
 import zo_core
 from zo_core.distributed import Parallel
-from zo_core.engines import grouped
+from zo_core.engines import folds, grouped
 from zo_core.engines.grouped import GroupedEngine
 from zo_core.integrations.config import FinetuneConfig
 
@@ -508,6 +508,43 @@ def test_products_in_tf32_may_differ_as_those_in_float16(monkeypatch):
         assert engine._rounding(torch.float32) == plain
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
+
+
+class CudaAttention:
+    """What CUDA's kernel of attention takes and returns, computed on the CPU; it refuses masks that the kernel refuses."""
+
+    _schema = torch.ops.aten._scaled_dot_product_efficient_attention.default._schema
+
+    def __call__(self, query, key, value, attn_bias, compute_log_sumexp, dropout_p=0.0, is_causal=False, scale=None):
+        if attn_bias is not None:
+            assert attn_bias.shape == (*query.shape[:3], key.shape[2]) and attn_bias.stride(-2) % 16 == 0
+        out = nn.functional.scaled_dot_product_attention(query, key, value, attn_bias, scale=scale)
+        return out, out.sum(-1), torch.zeros((), dtype=torch.int64), torch.zeros((), dtype=torch.int64)
+
+
+@pytest.mark.parametrize("examples", [1, 3])
+@pytest.mark.parametrize("mask", ["none", "one for all", "of each example", "of each example, point and head"])
+def test_a_cuda_kernel_of_attention_gets_points_and_examples_as_one_dimension(mask, examples):
+    points, heads, n = 4, 2, 5
+    query, key, value = torch.randn(3, points, examples, heads, n, 8)
+    padded = torch.zeros(examples, 1, n, 16)[..., :n]  # as torch lays masks out for the kernel
+    padded[:, :, :, 0] = -torch.arange(examples).view(-1, 1, 1) - 1.0
+    masks = {
+        "none": None, "one for all": padded[:1].expand(examples, heads, n, n), "of each example": padded.expand(-1, heads, -1, -1),
+        "of each example, point and head": torch.randn(points, examples, heads, n, n),
+    }  # fmt: skip
+    given, each = masks[mask], mask.endswith("head")
+    rule = folds.attention_of(CudaAttention())
+    found = torch.vmap(lambda q, k, v, m: rule(q, k, v, m, False)[:2], in_dims=(0, 0, 0, 0 if each else None))(
+        query, key, value, given
+    )
+    for i in range(points):
+        one = given[i] if each else given
+        expected = nn.functional.scaled_dot_product_attention(query[i], key[i], value[i], one)
+        torch.testing.assert_close(found[0][i], expected)
+        torch.testing.assert_close(found[1][i], expected.sum(-1))
+    with pytest.raises(RuntimeError, match="dropout inside of this kernel"):
+        torch.vmap(lambda q: rule(q, q, q, None, False, 0.5)[0])(query)
 
 
 def test_options_are_checked():

@@ -153,7 +153,11 @@ class GroupedEngine(ShadowEngine):
 
     def _rounding(self, dtype: torch.dtype) -> float:
         """How far losses of weights in this dtype may be apart, relatively. TF32's products have as many digits as float16's."""
-        if dtype is torch.float32 and self.device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32":
+        if (
+            dtype is torch.float32
+            and self.device.type == "cuda"
+            and torch.backends.cuda.matmul.fp32_precision == "tf32"
+        ):
             dtype = torch.float16
         return _ROUNDING.get(dtype, 0.0)
 
