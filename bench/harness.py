@@ -18,7 +18,7 @@ import zo_core
 from zo_core.integrations import report as report_of_run
 from zo_core.integrations.files import atomic
 
-console = Console(width=None if sys.stdout.isatty() else 120)
+console = Console(width=None if sys.stdout.isatty() else 160)
 
 
 def machine() -> dict[str, Any]:

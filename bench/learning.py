@@ -10,8 +10,8 @@ one example, of which a step of MeZO on 16 takes 32. The parts of the study:
     demo    runs like that of ``make demo``: sentences of all lengths, rates that fall linearly, and the accuracy on its test
             sentences of the weights that were best on its validation sentences
 
-Prompts are of at most --longest tokens but in the last part. Tables have the mean of the differences from the first method's loss with
-its 95% interval (Student's t). Every finished run is in the JSON; an interrupted study goes on where it was.
+Prompts are of at most --longest tokens but in the last part. Tables have the mean of the differences from another method's loss (--against)
+with its 95% interval (Student's t). Every finished run is in the JSON; an interrupted study goes on where it was.
 """
 
 import argparse
@@ -277,6 +277,12 @@ def interval(values: Sequence[float]) -> list[float]:
     return [float(low), float(high)]
 
 
+def show(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """Print a table, if it has any rows."""
+    if rows:
+        report(title, columns, rows, {}, None)
+
+
 def table_of_task(args: argparse.Namespace, study: Study, task: str) -> dict[str, Any]:
     """Print what is known of a task, and return it."""
     which = {"forwards": args.forwards, "device": args.device, "longest": args.longest}
@@ -285,7 +291,8 @@ def table_of_task(args: argparse.Namespace, study: Study, task: str) -> dict[str
         for name in METHODS
     }
     last = {name: {r["job"]["seed"]: r["curve"][-1] for r in some} for name, some in runs.items()}
-    goal = statistics.mean(loss for _, loss, _ in last[BASE].values()) if last[BASE] else -math.inf
+    base = last[args.against]
+    goal = statistics.mean(loss for _, loss, _ in base.values()) if base else -math.inf
     rows, out = list[list[str]](), dict[str, Any]()
     for name, ends in last.items():
         if not ends:
@@ -295,39 +302,42 @@ def table_of_task(args: argparse.Namespace, study: Study, task: str) -> dict[str
             "lr": lr, "seeds": len(ends), "accuracy": statistics.mean(accuracy for *_, accuracy in ends.values()),
             "curve": dict(zip(map(str, marks), losses, strict=True)), "reached_at": reach(marks, losses, goal),
         }  # fmt: skip
-        paired, shown = [ends[seed][1] - last[BASE][seed][1] for seed in ends.keys() & last[BASE].keys()], ""
-        if name != BASE and len(paired) > 1:
+        paired, shown = [ends[seed][1] - base[seed][1] for seed in ends.keys() & base.keys()], ""
+        if name != args.against and len(paired) > 1:
             low, high = row["interval"] = interval(paired)
-            row["difference"] = statistics.mean(paired)
+            row |= {"difference": statistics.mean(paired), "from": args.against}
             shown = f"{row['difference']:+.4f} ±{(high - low) / 2:.4f}"
         at = " ".join(f"{loss:.4f}" for loss in losses)
         reached = "" if row["reached_at"] is None else f"{row['reached_at']:.2f}"
         rows.append([name, f"{lr:.2g}", f"{len(ends)}", at, f"{100 * row['accuracy']:.1f}", shown, reached])
     title = f"{task}: {args.forwards} forwards of one example, {args.validation} examples of validation"
-    columns = ["", "lr", "seeds", "at 0, 1/3, 1/2, the end", "acc. %", "- first's, 95%", "first's end at"]
-    report(title, columns, rows, {}, None)
+    columns = ["", "lr", "seeds", "at 0, 1/3, 1/2, the end", "acc. %", "difference, 95%", "its end at"]
+    show(title, columns, rows)
     return out
 
 
 def table_of_rates(args: argparse.Namespace, study: Study) -> dict[str, Any]:
-    """Print the losses over rates, and how wide the range is where at least half of the best rate's progress is made."""
+    """Print the losses over rates, and how wide the range is where at least half of the progress of --against at its best is made."""
+    losses: dict[str, dict[float, list[float]]] = {name: {} for name in METHODS}
+    before = math.nan
+    for r in study.runs:
+        if r["job"]["what"] == "rates" and r["job"]["device"] == args.device and not r["curve"][0][0]:
+            before = r["curve"][0][1]
+            end = r["curve"][-1][1] if r["finished"] else math.inf
+            losses[r["job"]["method"]].setdefault(r["job"]["lr"], []).append(end)
+    means = {name: {lr: statistics.mean(x) for lr, x in sorted(by.items())} for name, by in losses.items() if by}
+    level = (before + min(means[args.against].values())) / 2 if args.against in means else math.nan
     rows, out = list[list[str]](), dict[str, Any]()
-    for name in METHODS:
-        some = [r for r in runs_of(study, "rates", name) if r["job"]["device"] == args.device]
-        losses: dict[float, list[float]] = {}
-        for r in some:
-            losses.setdefault(r["job"]["lr"], []).append(r["curve"][-1][1] if r["finished"] else math.inf)
-        if not losses:
-            continue
-        means = {lr: statistics.mean(x) for lr, x in sorted(losses.items())}
-        before, best = some[0]["curve"][0][1], min(means, key=lambda lr: means[lr])
-        width = decades(list(means.items()), (before + means[best]) / 2)
-        finite = {f"{lr:g}": x if math.isfinite(x) else None for lr, x in means.items()}
+    for name, by in means.items():
+        best, width = min(by, key=lambda lr: by[lr]), decades(list(by.items()), level)
+        finite = {f"{lr:g}": x if math.isfinite(x) else None for lr, x in by.items()}
         out[name] = {"before": before, "losses": finite, "best": best, "decades": width}
-        shown = ", ".join(f"{lr:g} {'-' if math.isinf(x) else f'{x:.3f}'}" for lr, x in means.items())
-        rows.append([name, f"{best:g}", f"{width:.2f}", shown])
-    columns = ["", "best", "decades", "loss at each rate (-: far above the first)"]
-    report("Learning rates, movie reviews; decades: where half of the best progress is made", columns, rows, {}, None)
+        shown = ", ".join(f"{lr:g} {'-' if math.isinf(x) else f'{x:.3f}'}" for lr, x in by.items())
+        rows.append([name, f"{best:g}", f"{by[best]:.3f}", f"{width:.2f}", shown])
+    columns = ["", "best", "its loss", "decades", "loss at each rate (-: far above the first)"]
+    show(
+        f"Learning rates, movie reviews ({before:.4f} before); decades of rates with at most {level:.3f}", columns, rows
+    )
     return out
 
 
@@ -380,7 +390,7 @@ def table_of_longer(args: argparse.Namespace, study: Study, what: str) -> dict[s
             )
     forwards = {"long": LONG, "demo": DEMO}[what]
     columns = ["", "lr", "seeds", "steps", "at 0, .2 .. 1", "acc. %", "test accuracy %"]
-    report(f"{what}: {forwards} forwards of one example, rates that fall linearly", columns, rows, {}, None)
+    show(f"{what}: {forwards} forwards of one example, rates that fall linearly", columns, rows)
     return out
 
 
@@ -399,6 +409,7 @@ def main() -> None:
     )
     parser.add_argument("--longest", type=int, default=32, help="tokens of a prompt; longer ones are left out")
     parser.add_argument("--validation", type=int, default=512, help="examples")
+    parser.add_argument("--against", choices=METHODS, default=BASE, metavar="METHOD", help=f"(default {BASE!r})")
     parser.add_argument("--device", default="auto", help="cpu, cuda; auto is a GPU if there is one")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that share the device")
     parser.add_argument("--minutes", type=float, default=math.inf, help="after which no run is begun")
@@ -423,7 +434,8 @@ def main() -> None:
         "rates": table_of_rates(args, study),
         **{what: table_of_longer(args, study, what) for what in ("long", "demo")},
     }
-    keep(args.json, tables={**load(args.json).get("tables", {}), **out})
+    tables = load(args.json).get("tables", {})
+    keep(args.json, tables={**tables, args.device: {**tables.get(args.device, {}), **out}})
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ VARIANTS = (
     Variant("rademacher bf16 + 8 stochastic", Form("rademacher", residual=8, stochastic=True), 16.5),
     Variant("rademacher bf16 + 16", Form("rademacher", residual=16), 11.5),
     Variant("factored bf16", Form("factored"), 5.75),
-    Variant("factored bf16 K=8", Form("factored", k=8), 14.5),
+    Variant("factored bf16 K=8", Form("factored", k=8), 11.5),
     Variant("gaussian bf16 stochastic", Form(stochastic=True), 23),
     Variant("gaussian fp16 stochastic", Form(src="float16", stochastic=True), 33),
     Variant("rademacher bf16 stochastic", Form("rademacher", stochastic=True), 13),
@@ -115,7 +115,7 @@ VARIANTS = (
     Variant("factored fp32", Form("factored", src="float32"), 6.75),
     Variant("factored bf16 stochastic", Form("factored", stochastic=True), 12),
     Variant("factored bf16 + 8 stochastic", Form("factored", residual=8, stochastic=True), 15.5),
-    Variant("factored bf16 K=8 stochastic", Form("factored", k=8, stochastic=True), 20),
+    Variant("factored bf16 K=8 stochastic", Form("factored", k=8, stochastic=True), 18),
     Variant("factored bf16 K=32", Form("factored", k=32)),
     Variant("factored bf16 K=160", Form("factored", k=160)),
 )

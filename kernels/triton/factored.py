@@ -8,8 +8,8 @@ One term: the word of a row is c a(i), and that of a column b(j), as float32. An
 More terms: five at a time, whose sum has one of 32 values. Lane l of the warp holds the value in which term t is added where bit t of
 l is 1, and subtracted where it is 0. A *step* is two fives, and a word, of 16 bits, has those of both: eight columns are one load of
 128 bits. Rows have their bits inverted, so the XOR of the words of a row and a column has a 1 where their signs agree: its lowest five
-bits are the lane that holds the sum of the first five, and the next five bits that of the second. So five terms take a few
-instructions (XOR and shift, AND, SHFL, FADD), where term by term it would be three for each.
+bits are the lane that holds the sum of the first five, and the next five bits that of the second. So five terms take three instructions
+(XOR or shift, SHFL, FADD), where term by term it would be three for each.
 The terms of a five are added in their order, as the reference adds them, and so are the fives.
 """
 
@@ -25,7 +25,7 @@ import triton.language as tl
 
 from ..reference import COLUMNS, ROWS
 from .arguments import Key
-from .launch import kernel, launch, on
+from .launch import assembly, kernel, launch, on
 from .noise import halves, signed, signs
 from .places import load_columns, load_rows
 
@@ -112,22 +112,46 @@ def signs_kernel(
                     tl.store(reals + ((column * n_steps + step) * 2 + five) * 32 + lane, total)
 
 
+# From the words of the rows and columns of two elements, and what this lane holds for either five: it is the same for both elements.
+# A shuffle looks at the lowest five bits of the number of a lane; ``tl.gather`` would set all others to 0 before, and each shift would
+# be of one element (2 to 3 instructions a weight more).
+_SHUFFLES = tl.constexpr("""{
+.reg .b32 x, y, a, b;
+xor.b32 x, $2, $3;
+shr.u32 y, x, 16;
+shfl.sync.idx.b32 $0, $4, x, 31, -1;
+shfl.sync.idx.b32 $1, $4, y, 31, -1;
+shr.u32 x, x, 5;
+shr.u32 y, y, 5;
+shfl.sync.idx.b32 a, $6, x, 31, -1;
+shfl.sync.idx.b32 b, $6, y, 31, -1;
+add.rn.f32 $0, $0, a;
+add.rn.f32 $1, $1, b;
+}""")
+
+
 @triton.jit
-def _sum_of_five(reals, lanes, A: tl.constexpr, B: tl.constexpr):
-    """What the lane of each element (A, B, 32) holds of the 32 values."""
-    sums = tl.load(reals + tl.arange(0, 32))
-    lanes = tl.reshape(lanes & 31, (A * B * 32,))
-    return tl.reshape(tl.gather(sums, lanes, 0), (A, B, 32))
+def _sum_of_fives(reals, a, b, A: tl.constexpr, B: tl.constexpr):
+    """The sum of two fives for each element (A, B, 32), from the words of its row and column."""
+    if assembly():
+        # What a lane holds is a scalar to Triton, though it differs from lane to lane.
+        reals += tl.inline_asm_elementwise("mov.u32 $0, %laneid;", "=r", [], tl.int32, is_pure=True, pack=1)
+        first, second = tl.broadcast_to(tl.load(reals), (A, B, 32)), tl.broadcast_to(tl.load(reals + 32), (A, B, 32))
+        return tl.inline_asm_elementwise(_SHUFFLES, "=&r,=&r,r,r,r,r,r,r", [a, b, first, second], tl.float32, True, 2)
+    else:
+        reals += tl.arange(0, 32)
+        lanes = tl.reshape(a ^ b, (A * B * 32,))
+        first, second = tl.gather(tl.load(reals), lanes & 31, 0), tl.gather(tl.load(reals + 32), (lanes >> 5) & 31, 0)
+        return tl.reshape(first + second, (A, B, 32))
 
 
 @triton.jit
 def _step(step, row, place, mask, made, A: tl.constexpr, B: tl.constexpr, V: tl.constexpr):
     """The sum of ten terms: of five and five."""
     words = made.words.to(tl.pointer_type(tl.int16), bitcast=True) + step * made.plane
-    lanes = load_rows(words + row.row_word, place, mask, A, B, V)
-    lanes ^= load_columns(words + row.column_word, place, mask, A, B, V)
-    reals = made.reals + (row.column * made.n_steps + step) * 64
-    return _sum_of_five(reals, lanes, A, B) + _sum_of_five(reals + 32, lanes >> 5, A, B)
+    a = load_rows(words + row.row_word, place, mask, A, B, V)
+    b = load_columns(words + row.column_word, place, mask, A, B, V)
+    return _sum_of_fives(made.reals + (row.column * made.n_steps + step) * 64, a, b, A, B)
 
 
 @triton.jit
