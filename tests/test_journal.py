@@ -416,7 +416,7 @@ def test_one_writer_at_a_time_and_another_one_when_it_has_closed(tmp_path):
         (lambda opt: opt.module.bfloat16(), r"tensors: expected .*float32.* as in the journal, got .*bfloat16"),
         (lambda opt: opt.load_state_dict(zo_core.MeZO(network(), lr=1.0).state_dict()), "seed: expected 9223"),
         (lambda opt: opt._own.update(distribution="rademacher"), "distribution: expected 'gaussian'"),
-        (lambda opt: setattr(opt, "engine", "inplace"), "engine: expected 'shadow'"),
+        (lambda opt: setattr(opt, "_asked", "inplace"), "engine: expected 'shadow'"),
     ],
 )
 def test_a_step_that_replay_could_not_make_is_refused_before_it_moves(tmp_path, change, says):
