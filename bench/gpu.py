@@ -681,6 +681,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     bench.result |= {p: known.get(p, []) for p in PARTS if p not in args.only}
     bench.result["copy_gbps"] = known.get("copy_gbps", 0)
+    if "steps" in args.only and "passes" not in args.only and not bench.result["copy_gbps"]:
+        parser.error(f"--only steps: {path} has no copy's bandwidth, which steps are held against: add passes")
     part, parts = map(int, (args.part or "0/1").split("/"))
     if args.part or args.smoke or args.jobs == 1:
         well = gate(bench, (part, parts))

@@ -82,12 +82,12 @@ class Method:
 
     def make(self, model: torch.nn.Module, lr: float, seed: int) -> Any:
         """The optimizer. On a GPU models of this size wait for the host, which the engines here call the least."""
-        options = dict(self.options)
-        if options.get("distribution") == "factored" and self.points > 4:
-            options |= {"engine": "grouped"}
-        elif next(model.parameters()).is_cuda:
-            options |= {"engine": "grouped", "points_at_once": 17} if self.points > 4 else {"engine": "inplace"}
-        return getattr(zo_core, self.name)(model, lr=lr, seed=seed, **options)
+        options: dict[str, Any] = {}
+        if next(model.parameters()).is_cuda:
+            options["engine"] = "grouped" if self.points > 4 else "inplace"
+            if self.points > 4 and self.options.get("distribution") != "factored":  # weights are copied for each point
+                options["points_at_once"] = 17
+        return getattr(zo_core, self.name)(model, lr=lr, seed=seed, **options | self.options)
 
 
 def fzoo(probes: int, batch: int, lr: float = 3.2e-3, pool: int = 0, **options: Any) -> Method:

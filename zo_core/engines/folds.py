@@ -51,11 +51,11 @@ def attention_of(kernel: Any) -> Any:
         if given.get("dropout_p"):
             raise RuntimeError("torch.vmap: dropout inside of this kernel of attention would differ among points")
         for name, x in tensors.items():
-            if name not in ("query", "key", "value"):
-                given[name] = _mask(x, raw[name], points, examples)
+            each = raw[name]
+            if name in ("query", "key", "value"):
+                given[name] = (x.expand(points, *x.shape) if each is None else each).flatten(0, 1)
             else:
-                alone = raw[name]
-                given[name] = (x.expand(points, *x.shape) if alone is None else alone).flatten(0, 1)
+                given[name] = _mask(x, each, points, examples)
 
         def unfolded(x: Any) -> Any:
             if not isinstance(x, Tensor) or not x.dim() or len(x) != points * examples:
@@ -78,10 +78,9 @@ def _mask(x: Tensor, raw: Tensor | None, points: int, examples: int) -> Tensor:
     heads = raw.shape[2]
     one = raw[:, :, :1] if raw.stride(2) == 0 else raw
     one = one.expand(points, examples, *one.shape[2:]).flatten(0, 1)
-    padded = one.new_empty(
-        *one.shape[:-1], -(-one.shape[-1] // 16) * 16
-    )  # rows begin where CUDA kernels can load 128 bits
-    return padded[..., : one.shape[-1]].copy_(one).expand(-1, heads, -1, -1)
+    columns = one.shape[-1]
+    padded = one.new_empty(*one.shape[:-1], -(-columns // 16) * 16)  # rows begin where CUDA kernels can load 128 bits
+    return padded[..., :columns].copy_(one).expand(-1, heads, -1, -1)
 
 
 @cache
