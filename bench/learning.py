@@ -36,7 +36,7 @@ from zo_core.integrations import tasks
 from zo_core.integrations.config import FinetuneConfig
 from zo_core.integrations.session import Session, prepare
 
-from .harness import console, keep, load, report
+from .harness import console, keep, load, machine, report
 from .methods import Study, mean_curve, reach, runs_of, without_long
 from .screen import choose
 
@@ -90,13 +90,15 @@ class Method:
         return getattr(zo_core, self.name)(model, lr=lr, seed=seed, **options | self.options)
 
 
+SIGNS: dict[str, Any] = {"distribution": "rademacher"}
+
+
 def fzoo(probes: int, batch: int, lr: float = 3.2e-3, pool: int = 0, **options: Any) -> Method:
     """FZOO with the mean deviation of its steps, or another ``beta``."""
-    return Method("FZOO", batch, 1 + probes, lr, {"probes": probes, "beta": 0.9, **options}, pool)
+    return Method("FZOO", batch, 1 + probes, lr, {"probes": probes, "beta": 0.9, **SIGNS, **options}, pool)
 
 
 BASE = "MeZO, 1 probe of 16"
-SIGNS: dict[str, Any] = {"distribution": "rademacher"}
 RANK_1: dict[str, Any] = {"distribution": "factored"}
 RANK_4: dict[str, Any] = {"distribution": "factored", "rank": 4}
 METHODS = {
@@ -113,7 +115,7 @@ METHODS = {
     "BSZO, 2 probes of 16": Method("BSZO", 16, 3, 2e-5, {}),
     "1.5-SPSA, 4 probes of 16": Method("SPSA", 16, 9, 3.2e-4, {"probes": 4}),
     "1.5-SPSA, factored, 4 probes of 16": Method("SPSA", 16, 9, 3.2e-4, {"probes": 4, **RANK_1}),
-    "FZOO-R, 4 probes of 16": Method("FZOO", 16, 5, 1e-3, {"probes": 4, "reuse": True}),
+    "FZOO-R, 4 probes of 16": Method("FZOO", 16, 5, 1e-3, {"probes": 4, "reuse": True, **SIGNS}),
     "FZOO, 8 probes of 16": fzoo(8, 16, beta=0.0),
     "FZOO, factored, 8 probes of 16": fzoo(8, 16, beta=0.0, **RANK_1),
     "FZOO, factored, rank 4, 8 probes of 16": fzoo(8, 16, beta=0.0, **RANK_4),
@@ -150,7 +152,7 @@ def start_of(device: str) -> tuple[torch.nn.Module, dict[str, Tensor]]:
 @cache
 def session_of(task: str, longest: int, device: str, demo: bool) -> Session:
     """A task's data: validation large enough to tell methods apart, or divided as in `make demo`."""
-    sizes = {} if demo else {"test_size": 0.01, "validation_size": 0.3}
+    sizes = {} if demo else {"test_size": 0.01, "validation_size": 0.3, "group_by_length": False}
     model, _ = start_of(device)
     session = without_long(prepare(FinetuneConfig(data=task, device=device, autocast=False, **sizes)), longest)  # type: ignore[arg-type]
     session.scorer.model = model
@@ -419,6 +421,7 @@ def main() -> None:
     args.device = device_of(args.device)
     study = Study(args.json, args.workers, run, time.time() + 60 * args.minutes)
     if not args.table:
+        keep(args.json, machine={**load(args.json).get("machine", {}), args.device: machine()})
         rates = known_rates(args, study)
 
         def attempt(job: dict[str, Any]) -> bool:

@@ -87,8 +87,8 @@ METHODS = {
     "LeZO": Method(ours("LeZO", distribution="rademacher"), 1e-4, 2),  # rho 0.75, random signs
     "HiZOO": Method(ours("HiZOO"), 1e-4, 3),  # smoothing 1e-6
     "HiZOO-L": Method(ours("HiZOO", hessian="factored"), 1e-4, 3),  # smoothing 1e-6
-    "FZOO": Method(ours("FZOO"), 3.2e-3, 9),  # 8 probes
-    "FZOO-R": Method(ours("FZOO", reuse=True, probes=4), 3.2e-3, 5),  # 4 new probes
+    "FZOO": Method(ours("FZOO", distribution="rademacher"), 3.2e-3, 9),  # 8 probes
+    "FZOO-R": Method(ours("FZOO", reuse=True, probes=4, distribution="rademacher"), 3.2e-3, 5),  # 4 new probes
     "1.5-SPSA": Method(ours("SPSA", probes=4), 3.2e-4, 9),  # 4 probes
     "Adam": Method(backprop("Adam"), 1e-5, 3),  # backpropagation
     "SGD": Method(backprop("SGD"), 1e-3, 3),  # backpropagation
@@ -108,6 +108,7 @@ def without_long(session: Session, longest: int) -> Session:
 def session_of(data: str, dtype: str, longest: int, **options: Any) -> Session:
     """Model, and data without its long examples; options as of ``FinetuneConfig``."""
     usual = {"batch_size": BATCH, "test_size": 0.3, "validation_size": 0.1, "autocast": dtype == "float32"}
+    usual |= {"group_by_length": False}
     return without_long(prepare(FinetuneConfig(data=data, dtype=dtype, **{**usual, **options})), longest)  # type: ignore[arg-type]
 
 
@@ -210,7 +211,7 @@ class Study:
         found = {"job": job, **self.pool.submit(_in_time, self.until, self.run, job).result()}
         with self.lock:
             self.runs.append(found)
-            keep(self.path, machine=machine(), runs=self.runs)
+            keep(self.path, runs=self.runs)
         step, loss, accuracy = found["curve"][-1]
         console.print(
             f"{job['what']}: {job['method']}, lr {job['lr']:g}, seed {job['seed']}: step {step}, "

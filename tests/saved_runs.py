@@ -22,7 +22,11 @@ RUNS = {  # name: method, dtype, options
     "mezo_bfloat16": ("MeZO", torch.bfloat16, {**SMALL, "distribution": "rademacher", "weight_decay": 0.1}),
     "mezo_in_place": ("MeZO", torch.float32, {"lr": 1e-2, "eps": 1e-2, "engine": "inplace"}),
     "lezo_float16": ("LeZO", torch.float16, {**SMALL, "rho": 0.5, "residual": None}),
-    "fzoo_reuse_bfloat16": ("FZOO", torch.bfloat16, {**SMALL, "probes": 3, "reuse": True}),
+    "fzoo_reuse_bfloat16": (
+        "FZOO",
+        torch.bfloat16,
+        {**SMALL, "distribution": "rademacher", "probes": 3, "reuse": True},
+    ),
     "spsa_float16": ("SPSA", torch.float16, {**SMALL, "probes": 3, "residual": 16}),
     "hizoo_float32": ("HiZOO", torch.float32, {"lr": 1e-2, "eps": 1e-2, "smoothing": 1e-2, "weight_decay": 0.1}),
     "hizoo_factored_bfloat16": ("HiZOO", torch.bfloat16, {**SMALL, "smoothing": 1e-2, "hessian": "factored"}),

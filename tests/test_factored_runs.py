@@ -106,7 +106,7 @@ def test_only_factored_noise_has_a_rank_in_states_and_headers(tmp_path):
     [
         (zo_core.MeZO, {"rank": 0}, ValueError, "rank: expected an integer from 1 to 1024, got 0"),
         (zo_core.MeZO, {"rank": 1.0}, TypeError, "rank: expected an integer, got 1.0"),
-        (zo_core.FZOO, {"distribution": None}, ValueError, "rank: expected 1 with distribution 'rademacher', got 2"),
+        (zo_core.SPSA, {"distribution": None}, ValueError, "rank: expected 1 with distribution 'rademacher', got 2"),
         (zo_core.HiZOO, {}, ValueError, "distribution: expected 'gaussian' with hessian 'diagonal', got 'factored'"),
         (zo_core.SPSA, {"hessian": "factored"}, ValueError, "distribution: expected 'gaussian' with hessian 'factored'"),
     ],
@@ -151,9 +151,9 @@ def test_numpy_arrays_and_their_flat_slices():
 
 
 def test_the_command_line_passes_them_on():
-    config = FinetuneConfig(distribution="factored", rank=2, steps=1)
+    config = FinetuneConfig(method="mezo", distribution="factored", rank=2, steps=1)
     assert "--distribution factored --rank 2" in config.command()
     opt = config.optimizer(Toy())
     assert (opt._own["distribution"], opt._own["rank"]) == ("factored", 2)
-    with pytest.raises(RunError, match="--method fzoo: rank: expected 1 with distribution 'rademacher', got 2"):
-        FinetuneConfig(rank=2, steps=1).optimizer(Toy())
+    with pytest.raises(RunError, match="--method mezo: rank: expected 1 with distribution 'rademacher', got 2"):
+        FinetuneConfig(method="mezo", rank=2, steps=1).optimizer(Toy())

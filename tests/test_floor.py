@@ -76,7 +76,7 @@ def test_rounding_slopes_and_biases_are_found_where_they_are_known(grid):
 def test_the_rounding_at_one_eps_takes_few_evaluations(grid):
     model, calls = Weights(), []
     loss = polynomial(model, grid, cubic=30.0)
-    opt = zo_core.FZOO(model, lr=1e-3, eps=1e-3)
+    opt = zo_core.FZOO(model, lr=1e-3, eps=1e-3, engine="shadow")
     error = floor.error_at_eps(opt, lambda: (calls.append(0), loss())[1])
     assert len(calls) == 20 + 1 and 0.4 < error / (grid / 6**0.5) < 2.5  # and the check of the shadow engine
 

@@ -131,6 +131,20 @@ def test_batches_visit_every_example_once_an_epoch(n: int, batch_size: int) -> N
     assert drawn[:batch_size] != tasks.batch_indices(n, batch_size, step=0, seed=6)
 
 
+def test_batches_of_similar_lengths_have_the_same_examples() -> None:
+    lengths, steps = [13 * i % 71 for i in range(500)], range(2 * tasks.WINDOW)
+    plain, grouped = (
+        [tasks.batch_indices(500, 8, step=step, seed=5, lengths=given) for step in steps] for given in (None, lengths)
+    )
+    for start in (0, tasks.WINDOW):
+        one, other = ([i for batch in some[start : start + tasks.WINDOW] for i in batch] for some in (plain, grouped))
+        assert sorted(one) == sorted(other)
+    spread = [sum(max(lengths[i] for i in batch) for batch in some) / len(steps) for some in (plain, grouped)]
+    assert spread[1] < 38 < 60 < spread[0]  # tokens of a padded prompt, of 35 on average
+    firsts = [min(lengths[i] for i in batch) for batch in grouped]
+    assert firsts != sorted(firsts) and firsts[: tasks.WINDOW] != firsts[tasks.WINDOW :]
+
+
 # ---- labels and prompts
 
 

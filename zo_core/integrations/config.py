@@ -27,7 +27,7 @@ class Method(NamedTuple):
 
 _MEZO = {"lr": 3e-5, "probes": 1, "distribution": "rademacher", "eval_every": 100}
 _HIZOO = {"lr": 3e-5, "probes": 1, "distribution": "gaussian", "eval_every": 60, "smoothing": 1e-6}
-_FZOO = {"lr": 2e-3, "probes": 8, "distribution": "rademacher", "eval_every": 20}
+_FZOO = {"lr": 2e-3, "probes": 8, "distribution": "factored", "eval_every": 20}
 _MEAZO = {"lr": 2e-4, "probes": 1, "distribution": "rademacher", "eval_every": 100, "beta": 0.99}
 _BSZO = {"lr": 2e-5, "probes": 2, "distribution": "gaussian", "eval_every": 60}
 _SPSA = {"lr": 4e-4, "probes": 4, "distribution": "rademacher", "eval_every": 20, "alpha": 0.1}
@@ -188,6 +188,9 @@ class FinetuneConfig(BaseModel):
         ge=1,
     )
     batch_size: int = _option(16, "Method", "Examples per forward.", ge=1)
+    group_by_length: bool = _option(
+        True, "Method", "Make batches of prompts of similar lengths, which need little padding."
+    )
     spread: bool = _option(
         False, "Method", "Give each probe a batch of its own, of --batch-size examples, in place of one for all."
     )
@@ -206,7 +209,7 @@ class FinetuneConfig(BaseModel):
         "Measure the forwards' rounding before the first step (20 forwards), and report how many differences of losses are smaller.",
     )
     keep_best: bool = _option(
-        True, "Run", "Save and test the weights with the best validation accuracy, not the last ones."
+        True, "Run", "Save and test the weights with the least validation loss, not the last ones."
     )
     output: Path = _option(Path("runs/finetune"), "Run", "Folder of the run.")
 
@@ -316,6 +319,7 @@ def stored_config(folder: Path, given: Mapping[str, Any] | None = None) -> Finet
     path = folder / "config.json"
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
+        stored = {"group_by_length": False, **stored}  # runs of versions without this option
         FinetuneConfig(**stored)
     except (OSError, ValueError, TypeError) as error:  # pydantic's and json's errors are ValueErrors
         why = "there is no config.json" if isinstance(error, OSError) else "its config.json is not one of a run"

@@ -79,7 +79,7 @@ class State:
     forwards: int = 0  # of training
     validated: int = -1  # the last step that was validated
     best_step: int | None = None
-    best: tuple[float, float] = (-1.0, 0.0)  # validation accuracy, minus loss
+    best_loss: float = math.inf  # of the validation part
     before: dict[str, Any] | None = None  # results on the test part before the first step
     before_correct: list[bool] = field(default_factory=list)
     metrics_bytes: int = 0
@@ -193,6 +193,7 @@ class Run:
     def _load_checkpoint(self) -> None:
         try:
             kept = torch.load(self.checkpoint / "state.pt", weights_only=True)
+            kept["state"].pop("best", None)  # earlier versions chose by accuracy
             self.state = State(**kept["state"])
             self.load_weights(self.state.step)
             self.optimizer.load_state_dict(kept["optimizer"])
@@ -286,10 +287,9 @@ class Run:
     def validate(self) -> None:
         """Evaluate the validation part, and save the weights if they are the best so far."""
         found = self.evaluate("validation", f"step {self.state.step}")
-        score = (found.accuracy, -found.loss)
         self.state.validated = self.state.step
-        if self.config.keep_best and score > self.state.best:
-            self.state.best = score
+        if self.config.keep_best and found.loss < self.state.best_loss:
+            self.state.best_loss = found.loss
             self.save(best=True)
 
     def step(self) -> float:
@@ -348,7 +348,7 @@ class Run:
         if config.measure_floor and config.progress(state.step, state.seconds) < 1:
             self.measure_floor()
         with _progress(self.console) as bar:
-            task = bar.add_task("", total=1.0, step="-", loss="-", accuracy="-", rate="-", left="-")
+            task = bar.add_task("", total=1.0, step="-", loss="-", best="-", rate="-", left="-")
             while True:
                 done = config.progress(state.step, state.seconds) >= 1
                 if state.validated != state.step and (done or state.step % config.eval_every == 0):
@@ -368,7 +368,7 @@ class Run:
                     completed=config.progress(state.step, state.seconds),
                     step=f"{state.step}/{config.steps}" if config.steps else str(state.step),
                     loss=f"{report.smooth(losses[-200:])[-1]:.4f}",
-                    accuracy=f"{state.best[0]:.4f}" if config.keep_best else "-",
+                    best=f"{state.best_loss:.4f}" if config.keep_best else "-",
                     rate=f"{state.step / state.seconds:.2f}",
                     left=report.clock(self._seconds_left()),
                 )
@@ -415,7 +415,7 @@ class Run:
             "floor": {"error": self.optimizer.noise_floor, "below": _mean([line.get("below_floor") for line in steps])},
             "forwards": state.forwards,
             "selected_step": chosen,
-            "selected_by": "validation accuracy" if config.keep_best else "last step",
+            "selected_by": "validation loss" if config.keep_best else "last step",
             "test": {"before": state.before, "after": after.report(), "change": tasks.paired_difference(before, after.correct)},
             "validation": [line for line in evaluations if line["split"] == "validation"],
             "train_loss": {"first": _mean(losses[:20]), "last": _mean(losses[-20:]), "steps_averaged": min(20, len(steps))},
@@ -454,7 +454,7 @@ def finished(config: FinetuneConfig) -> dict[str, Any] | None:
 def _progress(console: Console) -> Progress:
     text = (
         "{task.percentage:3.0f}%  step {task.fields[step]}  loss {task.fields[loss]}  "
-        "best validation {task.fields[accuracy]}  {task.fields[rate]} steps/s  {task.fields[left]} left"
+        "best validation loss {task.fields[best]}  {task.fields[rate]} steps/s  {task.fields[left]} left"
     )
     columns = BarColumn(bar_width=24), TextColumn(text)
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)

@@ -23,6 +23,8 @@ from zo_core import losses
 from zo_core.integrations.assets import names
 from zo_core.noise import permutation
 
+WINDOW = 32  # steps whose examples are divided among them by length
+
 
 class TaskError(ValueError):
     """The data, the template or the label words cannot be used; the message says what to do."""
@@ -309,18 +311,30 @@ def collate(examples: Sequence[Encoded], device: torch.device | str = "cpu", *, 
     return Batch(*(torch.tensor(column, device=device) for column in columns))
 
 
-def batch_indices(n: int, batch_size: int, *, step: int, seed: int) -> list[int]:
-    """Numbers of the training examples, of `n`, that a step uses; they depend on the step and the seed alone.
+def batch_indices(n: int, batch_size: int, *, step: int, seed: int, lengths: Sequence[int] | None = None) -> list[int]:
+    """Numbers of the training examples, of `n`, that a step uses; they depend on the step, the seed and the lengths alone.
 
     Each epoch has a permutation of its own, and a batch at the end of an epoch continues with the next one.
+
+    Args:
+        n: how many examples there are.
+        batch_size: how many a step uses.
+        step: number of the step, from 0.
+        seed: of the order.
+        lengths: of the prompts, in tokens. With them the examples of 32 steps are divided anew among these steps, by length, so that
+            batches need little padding; which of the batches comes first is random.
     """
-    start = step * batch_size
-    chosen: list[int] = []
-    while len(chosen) < batch_size:
+    steps = 1 if lengths is None else WINDOW
+    window, place = divmod(step, steps)
+    start, chosen = window * steps * batch_size, list[int]()
+    while len(chosen) < steps * batch_size:
         epoch, offset = divmod(start + len(chosen), n)
         order = permutation(n, seed=seed, stream=1 + epoch)
-        chosen += order[offset : offset + batch_size - len(chosen)].tolist()
-    return chosen
+        chosen += order[offset : offset + steps * batch_size - len(chosen)].tolist()
+    if lengths is not None:
+        chosen.sort(key=lambda i: lengths[i])
+        place = int(permutation(WINDOW, seed=seed, stream=1 + window)[place])
+    return chosen[place * batch_size :][:batch_size]
 
 
 # ---- scoring ---------------------------------------------------------------------------------------------

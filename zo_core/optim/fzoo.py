@@ -14,8 +14,9 @@ from .options import Options, Params, Shared
 class FZOO(ZOOptimizer):
     """theta <- theta - lr / (n s) sum_i (l_i - l_0) u_i - lr weight_decay theta, with s the standard deviation of the l_i.
 
-    l_i = l(theta + eps u_i), l_0 = l(theta), u_i random signs, i = 1..n = ``probes``. Dividing by s makes a step's length
-    independent of the losses' scale, so ``lr`` is about the size of a step in each coordinate, as Adam's (the
+    l_i = l(theta + eps u_i), l_0 = l(theta), u_i random signs, i = 1..n = ``probes``. The signs of a matrix are by default products
+    of signs of its rows and of its columns (``distribution="factored"``), with which the grouped engine evaluates all probes in one
+    call of the closure; "rademacher" gives the independent signs of the paper. Dividing by s makes a step's length independent of the losses' scale, so ``lr`` is about the size of a step in each coordinate, as Adam's (the
     paper's is this one times eps). A step takes 1 + n evaluations and returns l_0; one whose s is not a positive
     finite number is skipped and counted. With a closure for each probe there is an l_0 of each, so 2n evaluations, and s
     is the standard deviation of the l_i - l_0,i: that of the l_i would be mostly the difference between batches.
@@ -36,7 +37,7 @@ class FZOO(ZOOptimizer):
         ValueError: also for less than 2 probes, of which there is no standard deviation.
     """
 
-    _default: ClassVar[dict[str, Any]] = {**ZOOptimizer._default, "distribution": "rademacher", "probes": 8}
+    _default: ClassVar[dict[str, Any]] = {**ZOOptimizer._default, "distribution": "factored", "probes": 8}
     one_sided = True
     probes = Shared(2, 1 << 20, Integral)
     reuse, beta = Shared(0, 1, Integral), Shared(0.0, 1 - 2**-20)
