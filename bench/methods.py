@@ -340,8 +340,9 @@ def runs_of(study: Study, what: str, method: str) -> list[dict[str, Any]]:
 
 def mean_curve(runs: Sequence[dict[str, Any]], column: int = 1) -> tuple[list[int], list[float], list[float]]:
     """Steps, mean and standard deviation over seeds of the validation loss (column 2: accuracy), at marks that all reached."""
-    steps = [p[0] for p in min((r["curve"] for r in runs), key=len)]
-    values = [[r["curve"][i][column] for r in runs] for i in range(len(steps))]
+    curves = [{p[0]: p[column] for p in r["curve"]} for r in runs]
+    steps = [step for step in curves[0] if all(step in curve for curve in curves)]
+    values = [[curve[step] for curve in curves] for step in steps]
     return steps, [statistics.mean(v) for v in values], [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values]
 
 
