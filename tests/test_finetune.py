@@ -344,7 +344,7 @@ def test_a_stop_in_any_phase_can_be_resumed(
             run.signum = signal.SIGINT
         return step(run)
 
-    options = {**inputs, "steps": 20, "lr": 5e-3}
+    options = {**inputs, "steps": 20, "lr": 2e-2}
     whole = finetune(FinetuneConfig(**{**options, "steps": 25}, output=tmp_path / "whole"))
     assert whole["selected_step"] < 20, "a stop while the best weights are in the model must not lose the last ones"
     monkeypatch.setattr(runs.Run, "evaluate", stopping_evaluate)
@@ -551,6 +551,7 @@ def test_a_run_of_a_version_without_grouped_batches_goes_on_without_them(
     torch.save(kept, folder / "checkpoint" / "state.pt")
     finetune(resumed_config(folder, {"steps": 4}), resume=True)
     assert losses(folder) == losses(whole.output) and same(folder, whole.output)
+    assert torch.load(folder / "checkpoint" / "state.pt")["state"]["best_loss"] == 0.7
 
 
 def test_a_resumed_run_keeps_its_options(inputs: dict[str, object], tmp_path: Path) -> None:

@@ -267,6 +267,54 @@ def test_an_exception_at_any_module_boundary_leaves_every_bit(distribution):
     assert not unchanged(model, before) and opt.updates == 1 and opt._engine.fallback is None
 
 
+def test_an_error_that_the_closure_raises_once_is_raised():
+    """Also where the line does not begin with ``raise``: the closure is not called again, and no other engine takes over."""
+    model, loss = make("llama")
+    opt, calls = zo_core.FZOO(model, lr=1e-3, probes=2), []
+
+    def troubled():
+        calls.append(0)
+        if len(calls) == 1: raise ValueError("mine")  # noqa: E701 # fmt: skip
+        return loss()
+
+    opt.step(loss)
+    before = bits(model)
+    with pytest.raises(ValueError, match="mine"):
+        opt.step(troubled)
+    assert unchanged(model, before) and len(calls) == 1 and opt.fallback is None
+
+
+def test_a_tensor_that_the_closure_stored_is_an_error_that_says_so():
+    model, loss = make("llama")
+    opt, total, before = zo_core.FZOO(model, lr=1e-3, probes=2), [torch.zeros(())], bits(model)
+
+    def adding():
+        found = loss()
+        total[0] = total[0] + found.detach()
+        return found
+
+    with pytest.raises(
+        RuntimeError, match="engine='grouped': the closure uses a tensor that it stored in an earlier call"
+    ):
+        opt.step(adding)
+    assert unchanged(model, before)
+    total[0] = torch.zeros(())
+    other = zo_core.FZOO(model, lr=1e-3, probes=2, engine="shadow")
+    other.step(adding)
+    assert other.updates == 1
+
+
+def test_what_is_left_to_the_shadow_engine_is_told():
+    model, loss = make("llama")
+    opt = zo_core.FZOO(model, lr=1e-3, probes=3)
+    opt.step(loss)
+    assert opt.fallback is None and opt.evaluations == 4
+    opt = zo_core.FZOO(model, lr=1e-3, probes=3)
+    with pytest.warns(UserWarning, match="evaluated at several points at once"):
+        opt.step(lambda: loss().item())
+    assert "item" in opt.fallback and opt.engine == "grouped" and opt.evaluations == 4
+
+
 @pytest.mark.parametrize("where", ["_perturb", "_begin_at", "_fill", "restore", "product"])
 def test_a_signal_anywhere_in_a_step_is_all_or_nothing(monkeypatch, where):
     class Stop(BaseException):

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import tiny_lm
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
     AutoModelForCausalLM,
@@ -131,18 +133,26 @@ def test_batches_visit_every_example_once_an_epoch(n: int, batch_size: int) -> N
     assert drawn[:batch_size] != tasks.batch_indices(n, batch_size, step=0, seed=6)
 
 
-def test_batches_of_similar_lengths_have_the_same_examples() -> None:
-    lengths, steps = [13 * i % 71 for i in range(500)], range(2 * tasks.WINDOW)
-    plain, grouped = (
-        [tasks.batch_indices(500, 8, step=step, seed=5, lengths=given) for step in steps] for given in (None, lengths)
-    )
-    for start in (0, tasks.WINDOW):
-        one, other = ([i for batch in some[start : start + tasks.WINDOW] for i in batch] for some in (plain, grouped))
-        assert sorted(one) == sorted(other)
-    spread = [sum(max(lengths[i] for i in batch) for batch in some) / len(steps) for some in (plain, grouped)]
-    assert spread[1] < 38 < 60 < spread[0]  # tokens of a padded prompt, of 35 on average
-    firsts = [min(lengths[i] for i in batch) for batch in grouped]
-    assert firsts != sorted(firsts) and firsts[: tasks.WINDOW] != firsts[tasks.WINDOW :]
+@given(n=st.integers(1, 300), batch_size=st.integers(1, 20), seed=st.integers(0, 5))
+@settings(max_examples=40, deadline=None)
+def test_batches_by_length_visit_every_example_once_an_epoch(n: int, batch_size: int, seed: int) -> None:
+    lengths = [13 * i % 71 for i in range(n)]
+    steps = range(-(-2 * n // batch_size))
+    batches = [tasks.batch_indices(n, batch_size, step=s, seed=seed, lengths=lengths) for s in steps]
+    drawn = [i for batch in batches for i in batch]
+    assert all(sorted(drawn[k : k + n]) == list(range(n)) for k in (0, n))
+    assert all(len(batch) == batch_size for batch in batches)
+
+
+def test_batches_by_length_need_little_padding_and_come_in_any_order() -> None:
+    lengths = [13 * i % 71 for i in range(500)]
+    padded = []
+    for given_lengths in (None, lengths):
+        batches = [tasks.batch_indices(500, 8, step=step, seed=5, lengths=given_lengths) for step in range(200)]
+        padded.append([max(lengths[i] for i in batch) for batch in batches])
+    plain, grouped = (sum(tokens) / 200 for tokens in padded)
+    assert grouped < 40 < 60 < plain  # of 35 on average
+    assert padded[1] != sorted(padded[1]) and padded[1][:62] != padded[1][62:124]
 
 
 # ---- labels and prompts

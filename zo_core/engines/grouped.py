@@ -11,6 +11,7 @@ The weight in such a product is rounded to its dtype, as in a plain forward: a r
 W + c z rounded, as it is in the shadow engine's copies.
 """
 
+import dis
 import sys
 import traceback
 from collections.abc import Callable, Collection, Sequence
@@ -102,7 +103,15 @@ class GroupedEngine(ShadowEngine):
                 if not _unbatched(error):
                     raise
                 why = _reason(error)
-        found = super().evaluate_all(closure, points, leave_out)  # which raises what is the closure's own
+        try:
+            found = super().evaluate_all(closure, points, leave_out)  # which raises what is the closure's own
+        except RuntimeError as error:
+            if why and "escaped" in str(error):
+                raise RuntimeError(
+                    "engine='grouped': the closure uses a tensor that it stored in an earlier call, where it stood for several points "
+                    "at once: store nothing that depends on the weights, use what step returns, or give engine='shadow'"
+                ) from error
+            raise
         if why:
             self._leave(why)
         return found
@@ -340,11 +349,15 @@ def turned(matrix: Tensor, transposed: bool) -> Tensor:
 
 def _unbatched(error: Exception) -> bool:
     """Whether torch may have raised this because it cannot batch something. Python code's own ``raise`` is not torch's."""
-    line = traceback.extract_tb(error.__traceback__)[-1].line or ""
-    return not _out_of_memory(error) and (
-        any(words in str(error).lower() for words in _UNBATCHED)
-        or (isinstance(error, RuntimeError | ValueError | TypeError | IndexError) and not line.startswith("raise"))
-    )
+    if _out_of_memory(error):
+        return False
+    if any(words in str(error).lower() for words in _UNBATCHED):
+        return True
+    at = error.__traceback__
+    while at is not None and at.tb_next is not None:
+        at = at.tb_next
+    raised = at is not None and dis.opname[at.tb_frame.f_code.co_code[at.tb_lasti]] == "RAISE_VARARGS"
+    return isinstance(error, RuntimeError | ValueError | TypeError | IndexError) and not raised
 
 
 def _reason(error: Exception) -> str:

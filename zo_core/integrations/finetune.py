@@ -24,10 +24,9 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -193,7 +192,9 @@ class Run:
     def _load_checkpoint(self) -> None:
         try:
             kept = torch.load(self.checkpoint / "state.pt", weights_only=True)
-            kept["state"].pop("best", None)  # earlier versions chose by accuracy
+            best = kept["state"].pop("best", None)  # accuracy and minus the loss, of versions that chose by accuracy
+            if best and best[0] >= 0:
+                kept["state"]["best_loss"] = -best[1]
             self.state = State(**kept["state"])
             self.load_weights(self.state.step)
             self.optimizer.load_state_dict(kept["optimizer"])
@@ -295,23 +296,17 @@ class Run:
     def step(self) -> float:
         """One optimizer step; returns its loss."""
         config, state = self.config, self.state
-        start, forwards, flat = time.perf_counter(), 0, self.optimizer.flat
+        start, evaluations, flat = time.perf_counter(), self.optimizer.evaluations, self.optimizer.flat
         for group in self.optimizer.param_groups:
             group["lr"] = config.lr_at(config.progress(state.step, state.seconds))
         lr = self.optimizer.param_groups[0]["lr"]
-
-        def counted(loss: Callable[[], torch.Tensor]) -> torch.Tensor:
-            nonlocal forwards
-            forwards += 1
-            return loss()
-
-        closures = [partial(counted, loss) for loss in self.session.closures_of(state.step)]
+        closures = self.session.closures_of(state.step)
         self.session.model.train(config.dropout)
         loss = float(self.optimizer.step(closures if config.spread else closures[0]))
         took = time.perf_counter() - start
         state.step += 1
         state.seconds += took
-        state.forwards += forwards
+        state.forwards += self.optimizer.evaluations - evaluations
         counts: dict[str, Any] = {"skipped": self.optimizer.skipped, "flat": self.optimizer.flat > flat}
         if self.optimizer.noise_floor is not None:
             counts["below_floor"] = self._share_below()

@@ -23,7 +23,7 @@ from zo_core import losses
 from zo_core.integrations.assets import names
 from zo_core.noise import permutation
 
-WINDOW = 32  # steps whose examples are divided among them by length
+BATCHES = 32  # whose examples are divided among them by length
 
 
 class TaskError(ValueError):
@@ -321,20 +321,29 @@ def batch_indices(n: int, batch_size: int, *, step: int, seed: int, lengths: Seq
         batch_size: how many a step uses.
         step: number of the step, from 0.
         seed: of the order.
-        lengths: of the prompts, in tokens. With them the examples of 32 steps are divided anew among these steps, by length, so that
-            batches need little padding; which of the batches comes first is random.
+        lengths: of the prompts, in tokens. With them the examples of 32 batches of an epoch are divided anew among these batches, by
+            length, so that they need little padding.
     """
-    steps = 1 if lengths is None else WINDOW
-    window, place = divmod(step, steps)
-    start, chosen = window * steps * batch_size, list[int]()
-    while len(chosen) < steps * batch_size:
+    start, chosen = step * batch_size, list[int]()
+    while len(chosen) < batch_size:
         epoch, offset = divmod(start + len(chosen), n)
-        order = permutation(n, seed=seed, stream=1 + epoch)
-        chosen += order[offset : offset + steps * batch_size - len(chosen)].tolist()
-    if lengths is not None:
-        chosen.sort(key=lambda i: lengths[i])
-        place = int(permutation(WINDOW, seed=seed, stream=1 + window)[place])
-    return chosen[place * batch_size :][:batch_size]
+        order = permutation(n, seed=seed, stream=1 + epoch).tolist()
+        head = -epoch * n % batch_size  # as many complete the batch in which the epoch before ended
+        if lengths is not None and offset >= head:
+            first = offset - (offset - head) % (BATCHES * batch_size)
+            window = slice(first, first + BATCHES * batch_size)
+            order[window] = _by_length(order[window], batch_size, lengths)
+        chosen += order[offset : offset + batch_size - len(chosen)]
+    return chosen
+
+
+def _by_length(examples: list[int], batch_size: int, lengths: Sequence[int]) -> list[int]:
+    """The examples divided into batches by length. A batch comes as early as the first of its examples was drawn; one that is not full is last."""
+    drawn = {example: place for place, example in enumerate(examples)}
+    ordered = sorted(examples, key=lambda i: lengths[i])
+    batches = [ordered[k : k + batch_size] for k in range(0, len(ordered), batch_size)]
+    batches.sort(key=lambda batch: (len(batch) < batch_size, min(drawn[i] for i in batch)))
+    return [i for batch in batches for i in batch]
 
 
 # ---- scoring ---------------------------------------------------------------------------------------------

@@ -178,10 +178,10 @@ class ZOOptimizer(Tensors):
 
         Args:
             closure: returns the loss of the current batch at the current weights, a scalar tensor or a number; no
-                backward. It is called a few times (the first step of the shadow engine calls it once more, to see
-                that all weights are read where it expects) and must do the same each time. Dropout does, as torch's
+                backward. It is called a few times, by the grouped engine for several evaluations at once (the first step calls
+                it more often, to see that the engine serves it), and must do the same each time. Dropout does, as torch's
                 generators are rewound, and so do the module's buffers, which are put back before each call and
-                stay as the last one left them.
+                stay as the last one left them. Tensors that it stores are of no use outside of it.
                 Or a list of such functions, one for each probe, each of a batch of its own: all that a method evaluates
                 for a probe, its clean loss included, is then of that batch. With processes that share the probes, one
                 for each probe of this process (docs/distributed.md).
@@ -199,6 +199,7 @@ class ZOOptimizer(Tensors):
             with uninterrupted():  # the record, the weights and the counts change together
                 self._buffers.end(self._move(attempt.engine, found, losses.left_out))
                 attempt.done = True
+        self.evaluations += sum(found.numel() for found in losses.seen)
         self._count_flat(torch.cat(losses.seen, dim=1))
         if self.noise_floor is not None:
             self._count_below(losses.differences(), self.noise_floor)

@@ -15,11 +15,13 @@ class FZOO(ZOOptimizer):
     """theta <- theta - lr / (n s) sum_i (l_i - l_0) u_i - lr weight_decay theta, with s the standard deviation of the l_i.
 
     l_i = l(theta + eps u_i), l_0 = l(theta), u_i random signs, i = 1..n = ``probes``. The signs of a matrix are by default products
-    of signs of its rows and of its columns (``distribution="factored"``), with which the grouped engine evaluates all probes in one
-    call of the closure; "rademacher" gives the independent signs of the paper. Dividing by s makes a step's length independent of the losses' scale, so ``lr`` is about the size of a step in each coordinate, as Adam's (the
-    paper's is this one times eps). A step takes 1 + n evaluations and returns l_0; one whose s is not a positive
-    finite number is skipped and counted. With a closure for each probe there is an l_0 of each, so 2n evaluations, and s
-    is the standard deviation of the l_i - l_0,i: that of the l_i would be mostly the difference between batches.
+    of signs of its rows and of its columns (``distribution="factored"``), of which the grouped engine evaluates many in one call of
+    the closure; "rademacher" gives the independent signs of the paper.
+
+    Dividing by s makes a step's length independent of the losses' scale, so ``lr`` is about the size of a step in each
+    coordinate, as Adam's (the paper's is this one times eps). A step takes 1 + n evaluations and returns l_0; one whose s is
+    not a positive finite number is skipped and counted. With a closure for each probe there is an l_0 of each, so 2n
+    evaluations, and s is the standard deviation of the l_i - l_0,i: that of the l_i would be mostly the difference between batches.
 
     As each step has the same length, a batch of few examples that are all easy moves the weights as far as one whose gradient is
     large. With ``beta`` s^2 is the mean of the steps' variances, s_t^2 = (beta v + (1 - beta) var_t) / (1 - beta^t), so that steps

@@ -215,6 +215,7 @@ class Stateful(torch.optim.Optimizer):
     _in_place = False  # whether only weights that are written reach the forwards
     _exchange: Exchange | None = None
     _stepping = False
+    evaluations = 0  # losses that this object's steps asked for; one call of the closure may give several
     _flat: Tensor | None = None  # int64 (2,): steps whose losses were all the same, and how many of the last steps
     _warned_of_flat_steps = False
     noise_floor: float | None = None  # the forward's rounding error in a difference of two losses, where it is known
@@ -228,6 +229,12 @@ class Stateful(torch.optim.Optimizer):
         """The engine's name. Where the user named none, the noise decides, also that of a loaded state: a run goes on as it began."""
         chosen = "inplace" if self._in_place else "grouped" if self._own["distribution"] == "factored" else "shadow"
         return self._asked or chosen
+
+    @property
+    def fallback(self) -> str | None:
+        """Why the grouped engine leaves the closure to the shadow engine, as its warning says; None where it does not."""
+        found: str | None = getattr(self._engine, "fallback", None)
+        return found
 
     # ---- the tensors -------------------------------------------------------------------------------------------
 
