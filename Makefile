@@ -19,7 +19,7 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(NATIVE)
 	$(BIN)/zo-core doctor
 	touch $@
 
-demo: setup  ## fine-tune SmolLM2-135M on movie reviews into runs/demo (about 12 minutes on 2 cores)
+demo: setup  ## fine-tune SmolLM2-135M on movie reviews into runs/demo (12 to 20 minutes on 2 cores)
 	$(BIN)/zo-core finetune --output $(RUN) --overwrite
 
 # Tests run in a process for each core, as many as 8, and each of them in one thread.

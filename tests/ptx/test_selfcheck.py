@@ -167,7 +167,16 @@ def steps(method, **options) -> None:
             {"distribution": "factored"},
             {"gate_kernel": 1, "pass_kernel": 4, "rows_kernel": 1, "signs_kernel": 1},
         ),
-        ("FZOO", {}, {"gate_kernel": 1, "pass_kernel": 2, "rows_kernel": 1, "digits_kernel": 1}),
+        (
+            "FZOO",
+            {"distribution": "rademacher"},
+            {"gate_kernel": 1, "pass_kernel": 2, "rows_kernel": 1, "digits_kernel": 1},
+        ),
+        (
+            "FZOO",  # whose engine is then the grouped one, with signs of several streams at once
+            {},
+            {"gate_kernel": 1, "pass_kernel": 4, "rows_kernel": 1, "digits_kernel": 1, "signs_kernel": 2},
+        ),
         ("HiZOO", {}, {"gate_kernel": 1, "pass_kernel": 2, "rows_kernel": 1}),
     ],
 )
