@@ -1,6 +1,6 @@
 """A step of many probes: the grouped engine against the shadow engine, and both against plain forwards over as many rows.
 
-FZOO at several numbers of probes and sizes of a batch, with the same noise. "Forwards" is what the evaluations of a step cost at
+FZOO (of one probe BSZO) at several numbers of probes and sizes of a batch, with the same noise. "Forwards" is what the evaluations of a step cost at
 least without grouping: one plain forward for each point. Memory is the peak of a process of its own: of steps of each engine, and of
 a plain forward over as many rows as the grouped engine evaluates at once.
 """
@@ -59,10 +59,10 @@ def closure_of(scorer: Any, examples: Any) -> Callable[[], Tensor]:
 
 
 def optimizer(model: Any, engine: str, probes: int, options: dict[str, Any]) -> Any:
-    """FZOO, whose steps are too small to matter."""
+    """FZOO, or for one probe, of which it has no deviation, BSZO, whose steps are one-sided too; steps are too small to matter."""
     at_once = {"points_at_once": options["points_at_once"]} if engine == "grouped" else {}
     shared = {"lr": 1e-9, "probes": probes, "distribution": options["distribution"], "rank": options["rank"]}
-    return zo_core.FZOO(model, engine=engine, **shared, **at_once)
+    return (zo_core.FZOO if probes > 1 else zo_core.BSZO)(model, engine=engine, **shared, **at_once)
 
 
 def gate(model: Any, loss: Callable[[], Tensor], options: dict[str, Any]) -> float:
@@ -210,7 +210,7 @@ def main(
         "times faster",
         "at once",
     ]
-    report("FZOO, a step", columns, rows, result, None)
+    report("A step of one-sided probes", columns, rows, result, None)
     if memory:
         n = max((n for n in counts if n <= 32), default=min(counts))
         table, peaks = [], {}
