@@ -138,7 +138,7 @@ def test_batches_visit_every_example_once_an_epoch(n: int, batch_size: int) -> N
 def test_batches_by_length_visit_every_example_once_an_epoch(n: int, batch_size: int, seed: int) -> None:
     lengths = [13 * i % 71 for i in range(n)]
     steps = range(-(-2 * n // batch_size))
-    batches = [tasks.batch_indices(n, batch_size, step=s, seed=seed, lengths=lengths) for s in steps]
+    batches = [tasks.batch_indices(n, batch_size, step=s, seed=seed, length=lengths.__getitem__) for s in steps]
     drawn = [i for batch in batches for i in batch]
     assert all(sorted(drawn[k : k + n]) == list(range(n)) for k in (0, n))
     assert all(len(batch) == batch_size for batch in batches)
@@ -147,8 +147,8 @@ def test_batches_by_length_visit_every_example_once_an_epoch(n: int, batch_size:
 def test_batches_by_length_need_little_padding_and_come_in_any_order() -> None:
     lengths = [13 * i % 71 for i in range(500)]
     padded = []
-    for given_lengths in (None, lengths):
-        batches = [tasks.batch_indices(500, 8, step=step, seed=5, lengths=given_lengths) for step in range(200)]
+    for length in (None, lengths.__getitem__):
+        batches = [tasks.batch_indices(500, 8, step=step, seed=5, length=length) for step in range(200)]
         padded.append([max(lengths[i] for i in batch) for batch in batches])
     plain, grouped = (sum(tokens) / 200 for tokens in padded)
     assert grouped < 40 < 60 < plain  # of 35 on average

@@ -35,8 +35,8 @@ class Session(NamedTuple):
     def batch_of(self, number: int) -> tasks.Batch:
         """A training batch by its number in the run; it depends on nothing but the number and the seed."""
         train, config = self.parts["train"], self.config
-        lengths = [len(e.tokens) for e in train] if config.group_by_length else None
-        indices = tasks.batch_indices(len(train), config.batch_size, step=number, seed=config.seed, lengths=lengths)
+        length = (lambda i: len(train[i].tokens)) if config.group_by_length else None
+        indices = tasks.batch_indices(len(train), config.batch_size, step=number, seed=config.seed, length=length)
         return self.scorer.batch([train[i] for i in indices])
 
     def loss_of(self, number: int) -> Callable[[], torch.Tensor]:

@@ -311,7 +311,9 @@ def collate(examples: Sequence[Encoded], device: torch.device | str = "cpu", *, 
     return Batch(*(torch.tensor(column, device=device) for column in columns))
 
 
-def batch_indices(n: int, batch_size: int, *, step: int, seed: int, lengths: Sequence[int] | None = None) -> list[int]:
+def batch_indices(
+    n: int, batch_size: int, *, step: int, seed: int, length: Callable[[int], int] | None = None
+) -> list[int]:
     """Numbers of the training examples, of `n`, that a step uses; they depend on the step, the seed and the lengths alone.
 
     Each epoch has a permutation of its own, and a batch at the end of an epoch continues with the next one.
@@ -321,26 +323,28 @@ def batch_indices(n: int, batch_size: int, *, step: int, seed: int, lengths: Seq
         batch_size: how many a step uses.
         step: number of the step, from 0.
         seed: of the order.
-        lengths: of the prompts, in tokens. With them the examples of 32 batches of an epoch are divided anew among these batches, by
-            length, so that they need little padding.
+        length: tokens of the prompt of an example. With it the examples of 32 batches of an epoch are divided anew among these
+            batches, by length, so that they need little padding.
     """
     start, chosen = step * batch_size, list[int]()
     while len(chosen) < batch_size:
         epoch, offset = divmod(start + len(chosen), n)
-        order = permutation(n, seed=seed, stream=1 + epoch).tolist()
+        order = permutation(n, seed=seed, stream=1 + epoch)
         head = -epoch * n % batch_size  # as many complete the batch in which the epoch before ended
-        if lengths is not None and offset >= head:
-            first = offset - (offset - head) % (BATCHES * batch_size)
-            window = slice(first, first + BATCHES * batch_size)
-            order[window] = _by_length(order[window], batch_size, lengths)
-        chosen += order[offset : offset + batch_size - len(chosen)]
+        if length is not None and offset >= head:
+            place = (offset - head) % (BATCHES * batch_size)
+            window = order[offset - place :][: BATCHES * batch_size].tolist()
+            found = _by_length(window, batch_size, length)[place:]
+        else:
+            found = order[offset : offset + batch_size].tolist()
+        chosen += found[: batch_size - len(chosen)]
     return chosen
 
 
-def _by_length(examples: list[int], batch_size: int, lengths: Sequence[int]) -> list[int]:
+def _by_length(examples: list[int], batch_size: int, length: Callable[[int], int]) -> list[int]:
     """The examples divided into batches by length. A batch comes as early as the first of its examples was drawn; one that is not full is last."""
     drawn = {example: place for place, example in enumerate(examples)}
-    ordered = sorted(examples, key=lambda i: lengths[i])
+    ordered = sorted(examples, key=length)
     batches = [ordered[k : k + batch_size] for k in range(0, len(ordered), batch_size)]
     batches.sort(key=lambda batch: (len(batch) < batch_size, min(drawn[i] for i in batch)))
     return [i for batch in batches for i in batch]
