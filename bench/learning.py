@@ -20,7 +20,7 @@ import os
 import statistics
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,7 @@ class Method:
         options: of the optimizer.
         pool: how many examples the batch is chosen from, by their losses; 0: it is not.
         spread: whether each probe has a batch of its own.
+        biases: how many examples label biases are fitted to for an evaluation, as ``FinetuneConfig.label_bias``; 0: there are none.
     """
 
     name: str
@@ -74,6 +75,11 @@ class Method:
     options: dict[str, Any]
     pool: int = 0
     spread: bool = False
+    biases: int = 0
+
+    def steps(self, forwards: float) -> int:
+        """As many as so many forwards of one example pay for, with those that the biases are fitted by at the end."""
+        return max(0, round((forwards - self.biases) / self.examples))
 
     @property
     def examples(self) -> int:
@@ -119,6 +125,8 @@ METHODS = {
     "FZOO, 8 probes of 16": fzoo(8, 16, beta=0.0),
     "FZOO, factored, 8 probes of 16": fzoo(8, 16, beta=0.0, **RANK_1),
     "FZOO, factored, rank 4, 8 probes of 16": fzoo(8, 16, beta=0.0, **RANK_4),
+    "MeZO, label biases, 1 probe of 16": Method("MeZO", 16, 2, 3.2e-5, {}, biases=256),
+    "FZOO, factored, label biases, 8 probes of 16": replace(fzoo(8, 16, beta=0.0, **RANK_1), biases=256),
     "FZOO, mean deviation, 8 probes of 16": fzoo(8, 16),
     "FZOO, mean deviation, 16 probes of 4": fzoo(16, 4),
     "FZOO, mean deviation, factored, 16 probes of 4": fzoo(16, 4, **RANK_1),
@@ -185,17 +193,22 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     method, demo = METHODS[job["method"]], job["what"] == "demo"
     model, start = start_of(job["device"])
     session = session_of(job["task"], job["longest"], job["device"], demo)
-    config = session.config.model_copy(update={"seed": job["seed"], "batch_size": method.batch})
+    config = session.config.model_copy(
+        update={"seed": job["seed"], "batch_size": method.batch, "label_bias": method.biases}
+    )
     session = session._replace(config=config)
+    session.scorer.fits_biases = method.biases > 0
+    session.scorer.biases.zero_()
     model.load_state_dict(start)
     optimizer = method.make(model, job["lr"], job["seed"])
     validation, curve = session.parts["validation"][: job["validation"]], list[list[float]]()
-    steps = round(job["forwards"] / method.examples)
-    marks = {round(mark * steps): mark for mark in job["marks"]}
+    steps = method.steps(job["forwards"])
+    marks = {method.steps(mark * job["forwards"]): mark for mark in job["marks"]}
     best, out = math.inf, dict[str, Any]()
     begun = time.perf_counter()
     for step in range(steps + 1):
         if step in marks:
+            session.fit_label_biases()
             found = tasks.evaluate(session.scorer, validation, batch_size=64)
             curve.append([round(marks[step], 4), round(found.loss, 5), round(found.accuracy, 5)])
             if not found.loss < 1.0:

@@ -108,7 +108,7 @@ def without_long(session: Session, longest: int) -> Session:
 def session_of(data: str, dtype: str, longest: int, **options: Any) -> Session:
     """Model, and data without its long examples; options as of ``FinetuneConfig``."""
     usual = {"batch_size": BATCH, "test_size": 0.3, "validation_size": 0.1, "autocast": dtype == "float32"}
-    usual |= {"group_by_length": False}
+    usual |= {"group_by_length": False, "label_bias": 0}
     return without_long(prepare(FinetuneConfig(data=data, dtype=dtype, **{**usual, **options})), longest)  # type: ignore[arg-type]
 
 

@@ -351,7 +351,7 @@ def run_training(args: argparse.Namespace) -> None:
             continue
         way, dtype = TRAINED[name]
         own = {"model": args.model, "dtype": dtype, "autocast": False, "seed": seed, "validation_size": args.validation}
-        own |= {"group_by_length": False}
+        own |= {"group_by_length": False, "label_bias": 0}
         schedule = {"steps": args.steps, "batch_size": args.batch, "lr": args.lr, "eps": args.eps}
         config = FinetuneConfig(**own, **schedule)
         run = train(WAYS[way], config, f"{name}, seed {seed}")

@@ -325,7 +325,7 @@ def main() -> None:
     known = load(args.json).get("measured", {})
     found = known.get(key, {"probes": []})
     if len(found["probes"]) < args.probes:
-        config = FinetuneConfig(model=args.model, data=args.data, test_size=0.3, validation_size=0.1)  # type: ignore[call-arg]
+        config = FinetuneConfig(model=args.model, data=args.data, test_size=0.3, validation_size=0.1, label_bias=0)  # type: ignore[call-arg]
         session = prepare(config, console.print)
         point = Point(without_long(session, args.longest), args.large, args.examples)
         about = {

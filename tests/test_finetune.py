@@ -204,8 +204,10 @@ def finished(inputs: dict[str, object], tmp_path_factory: pytest.TempPathFactory
 
 
 def test_a_run_learns_and_its_model_is_plain(finished: Path, inputs: dict[str, object]) -> None:
-    """The accuracy in summary.json is what plain transformers computes, prompt by prompt, from model/."""
+    """The accuracy in summary.json is what plain transformers computes, prompt by prompt, from model/ and the label biases."""
     summary = json.loads((finished / "summary.json").read_text())
+    biases = torch.tensor([summary["label_bias"][label] for label in ("negative", "positive")])
+    assert biases.abs().min() > 0.01
     model = AutoModelForCausalLM.from_pretrained(finished / "model").eval()
     tokenizer = AutoTokenizer.from_pretrained(finished / "model")
     examples = tasks.read_examples(Path(str(inputs["data"])))
@@ -214,13 +216,17 @@ def test_a_run_learns_and_its_model_is_plain(finished: Path, inputs: dict[str, o
     right = 0
     for example in test:
         prompt = torch.tensor([tokenizer(f"Review: {example.text}\nSentiment:").input_ids])
-        scores = model(prompt).logits[0, -1, words]
+        scores = model(prompt).logits[0, -1, words] + biases
+        options = {"max_new_tokens": 1, "do_sample": False, "output_scores": True, "return_dict_in_generate": True}
+        generated = model.generate(prompt, **options).scores[0][0, words]  # which has them in its generation config
+        torch.testing.assert_close(generated, scores)
         right += ["negative", "positive"][scores.argmax()] == example.label
     after, before = summary["test"]["after"], summary["test"]["before"]
     assert after["accuracy"] == pytest.approx(right / 60)
     assert after["accuracy"] > 0.85 > before["interval"][1]
     assert summary["test"]["change"]["difference"] == pytest.approx(after["accuracy"] - before["accuracy"])
     assert summary["test"]["change"]["interval"][0] > 0
+    assert before["loss"] > summary["test"]["biases alone"]["loss"] > after["loss"]
     assert summary["train_loss"]["last"] < 0.5 * summary["train_loss"]["first"]
 
 
@@ -264,6 +270,16 @@ def test_the_best_weights_are_kept(inputs: dict[str, object], tmp_path: Path) ->
         start = AutoModelForCausalLM.from_pretrained(str(inputs["model"])).state_dict()
         assert all(torch.equal(value, start[name]) for name, value in weights(tmp_path / "best").items())
     assert kept["test"]["after"]["loss"] < last["test"]["after"]["loss"]
+
+
+def test_without_label_biases_a_run_is_as_before_there_were_any(inputs: dict[str, object], tmp_path: Path) -> None:
+    options = {**inputs, "steps": 3, "label_bias": 0}
+    summary = finetune(FinetuneConfig(**options, output=tmp_path))
+    assert summary["label_bias"] == {} and summary["test"]["biases alone"] is None
+    session = prepare(FinetuneConfig(**options))
+    plain = tasks.losses.cross_entropy(session.scorer.logits(session.batch_of(0)), session.batch_of(0).labels)
+    assert float(session.loss_of(0)()) == float(plain) != float(prepare(FinetuneConfig(**inputs)).loss_of(0)())
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "model").generation_config.sequence_bias is None
 
 
 # ---- stopping and going on
@@ -323,7 +339,7 @@ def test_a_stopped_process_goes_on_as_if_nothing_had_happened(
     assert same(tmp_path / "again", folder)
 
 
-@pytest.mark.parametrize("when", ["before", "validation", "step", "after"])
+@pytest.mark.parametrize("when", ["before", "biases", "validation", "step", "after"])
 def test_a_stop_in_any_phase_can_be_resumed(
     inputs: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
@@ -332,11 +348,11 @@ def test_a_stop_in_any_phase_can_be_resumed(
     calls = {"evaluate": 0, "step": 0}
     evaluate, step = runs.Run.evaluate, runs.Run.step
 
-    def stopping_evaluate(run: runs.Run, part: str, note: str) -> tasks.Evaluation:
+    def stopping_evaluate(run: runs.Run, part: str, note: str, **options: Any) -> tasks.Evaluation:
         calls["evaluate"] += 1
-        if calls["evaluate"] == {"before": 1, "validation": 3, "after": 5}.get(when):
+        if calls["evaluate"] == {"before": 1, "biases": 2, "validation": 4, "after": 6}.get(when):
             run.signum = signal.SIGINT
-        return evaluate(run, part, note)
+        return evaluate(run, part, note, **options)
 
     def stopping_step(run: runs.Run) -> float:
         calls["step"] += 1

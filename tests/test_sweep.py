@@ -115,7 +115,7 @@ def test_a_ladder_that_leaves_the_range_goes_on_without_the_value(inputs: dict[s
 
 def test_hopeless_trials_are_stopped(inputs: dict[str, object], tmp_path: Path) -> None:
     trials = sweeps.Sweep(
-        prepare(FinetuneConfig(**{**inputs, "steps": 40}, method="mezo", probes=4, output=tmp_path)),
+        prepare(FinetuneConfig(**{**inputs, "steps": 40}, method="mezo", probes=4, label_bias=0, output=tmp_path)),
         sweeps.Console(quiet=True),
     )
     assert trials.trial(2e-3, 1e-3) < math.inf

@@ -332,6 +332,45 @@ def test_loss_is_the_cross_entropy_over_the_label_words(scorer: Scorer) -> None:
     assert scorer.loss(batch).item() == pytest.approx(-p.log().mean().item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("labels", [2, 3, 5])
+def test_label_biases_make_the_cross_entropy_least(labels: int) -> None:
+    draw = torch.Generator().manual_seed(labels)
+    logits = 2 * torch.randn(3, 60, labels, generator=draw) + torch.arange(labels)
+    wanted = torch.randint(labels, (60,), generator=draw)
+    shares = torch.bincount(wanted, minlength=labels) / 60
+    found = torch.vmap(lambda x: tasks.label_biases(x, shares, rounds=200))(logits)  # as the grouped engine calls it
+    for x, biases in zip(logits, found, strict=True):
+        torch.testing.assert_close(biases, tasks.label_biases(x, shares, rounds=200))
+        torch.testing.assert_close((x + biases).softmax(-1).mean(0), shares)
+        assert biases.mean().abs() < 1e-5
+        moved = biases.clone().requires_grad_()
+        torch.nn.functional.cross_entropy(x + moved, wanted).backward()
+        assert moved.grad is not None and moved.grad.abs().max() < 1e-5
+
+
+def test_label_shares_count_one_example_more_of_all_labels_alike() -> None:
+    found = tasks.label_shares(torch.tensor([0, 0, 2]), 3)
+    torch.testing.assert_close(found, torch.tensor([7 / 12, 1 / 12, 4 / 12]))
+
+
+@torch.no_grad()
+def test_a_loss_with_fitted_biases_does_not_depend_on_the_labels_that_the_model_prefers(scorer: Scorer) -> None:
+    batch = tasks.collate(scorer.encoded)
+    logits, plain = scorer.logits(batch), scorer.loss(batch)
+    shares = tasks.label_shares(batch.labels, 2)
+    expected = torch.nn.functional.cross_entropy(logits + tasks.label_biases(logits, shares), batch.labels)
+    scorer.fits_biases = True
+    scorer.biases = torch.tensor([0.5, -3.0])  # those of evaluations
+    try:
+        assert float(scorer.loss(batch)) == float(expected) < float(plain)
+        preferring = tasks.label_biases(logits + torch.tensor([0.0, 2.0]), shares) + torch.tensor([-1.0, 1.0])
+        torch.testing.assert_close(preferring, tasks.label_biases(logits, shares), atol=2e-3, rtol=0)
+        found = tasks.evaluate(scorer, scorer.encoded)
+        torch.testing.assert_close(found.logits, logits + scorer.biases, rtol=1e-4, atol=1e-5)
+    finally:
+        scorer.fits_biases, scorer.biases = False, torch.zeros(2)
+
+
 @torch.no_grad()
 def test_evaluate_agrees_with_one_batch_and_restores_the_mode(scorer: Scorer) -> None:
     batch, seen = tasks.collate(scorer.encoded), []

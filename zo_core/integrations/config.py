@@ -194,6 +194,12 @@ class FinetuneConfig(BaseModel):
     spread: bool = _option(
         False, "Method", "Give each probe a batch of its own, of --batch-size examples, in place of one for all."
     )
+    label_bias: int = _option(
+        256,
+        "Method",
+        "Fit a bias for each label to a batch in its loss, and to this many training examples in evaluations; 0: none.",
+        ge=0,
+    )
     dropout: bool = _option(False, "Method", "Use the model's dropout in training.")
     seed: int = _option(0, "Method", "Seed of the directions and of the order of the data.", ge=0, lt=2**63)
 
@@ -319,7 +325,7 @@ def stored_config(folder: Path, given: Mapping[str, Any] | None = None) -> Finet
     path = folder / "config.json"
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
-        stored = {"group_by_length": False, **stored}  # runs of versions without this option
+        stored = {"group_by_length": False, "label_bias": 0, **stored}  # runs of versions without these options
         FinetuneConfig(**stored)
     except (OSError, ValueError, TypeError) as error:  # pydantic's and json's errors are ValueErrors
         why = "there is no config.json" if isinstance(error, OSError) else "its config.json is not one of a run"

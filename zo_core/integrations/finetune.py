@@ -81,6 +81,7 @@ class State:
     best_loss: float = math.inf  # of the validation part
     before: dict[str, Any] | None = None  # results on the test part before the first step
     before_correct: list[bool] = field(default_factory=list)
+    biases_alone: dict[str, Any] | None = None  # then, with fitted label biases
     metrics_bytes: int = 0
     floor: float | None = None  # rounding error of a difference of two losses; NaN where it could not be measured
     data: str = ""  # SHA-256 of the encoded data; "" in checkpoints of older versions, which have none
@@ -267,9 +268,11 @@ class Run:
 
     # -- working
 
-    def evaluate(self, part: str, note: str) -> Evaluation:
-        """Evaluate one part of the data, log the result and show it in a line that begins with `note`."""
+    def evaluate(self, part: str, note: str, *, fit: bool = True) -> Evaluation:
+        """Evaluate one part of the data, log the result and show it in a line that begins with `note`; ``fit`` label biases before."""
         start, session = time.perf_counter(), self.session
+        if fit:
+            session.fit_label_biases(self.check)
         found = tasks.evaluate(
             session.scorer, session.parts[part], batch_size=self.config.eval_batch_size, progress=self.check
         )
@@ -377,16 +380,21 @@ class Run:
 
     def finish(self) -> dict[str, Any]:
         """Test the chosen weights, save them as transformers does, and write summary and plot."""
-        config, state, model = self.config, self.state, self.session.model
+        config, state, session, model = self.config, self.state, self.session, self.session.model
         chosen = state.step if state.best_step is None else state.best_step
         if chosen != state.step:
             self.load_weights(chosen)
         after = self.evaluate("test", f"after (weights of step {chosen})")
         scratch = self.folder / "model.part"
         shutil.rmtree(scratch, ignore_errors=True)
+        biases = dict[str, float]()
+        if config.label_bias:  # transformers adds them to the logits when the model generates
+            biases = dict(zip(config.labels or (), session.scorer.biases.tolist(), strict=True))
+            tokens = session.scorer.label_tokens.tolist()
+            model.generation_config.sequence_bias = [[[t], b] for t, b in zip(tokens, biases.values(), strict=True)]
         with saving():
             model.save_pretrained(scratch)
-            self.session.tokenizer.save_pretrained(scratch)
+            session.tokenizer.save_pretrained(scratch)
         shutil.rmtree(self.folder / "model", ignore_errors=True)  # only now that the new one is complete
         scratch.rename(self.folder / "model")
         lines = read_metrics(self.folder)
@@ -401,7 +409,7 @@ class Run:
                 "trainable": sum(p.numel() for p in parameters if p.requires_grad), "dtype": config.dtype,
                 "autocast": config.autocast,
             },
-            "data": self.session.facts,
+            "data": session.facts,
             "method": config.method,
             "config": config.model_dump(mode="json", exclude={"output"}),
             "steps": state.step,
@@ -411,7 +419,11 @@ class Run:
             "forwards": state.forwards,
             "selected_step": chosen,
             "selected_by": "validation loss" if config.keep_best else "last step",
-            "test": {"before": state.before, "after": after.report(), "change": tasks.paired_difference(before, after.correct)},
+            "label_bias": biases,
+            "test": {
+                "before": state.before, "biases alone": state.biases_alone, "after": after.report(),
+                "change": tasks.paired_difference(before, after.correct),
+            },
             "validation": [line for line in evaluations if line["split"] == "validation"],
             "train_loss": {"first": _mean(losses[:20]), "last": _mean(losses[-20:]), "steps_averaged": min(20, len(steps))},
             "seconds": {
@@ -499,8 +511,10 @@ def finetune(
         with run.metrics, run.stoppable():
             try:
                 if run.state.before is None:
-                    before = run.evaluate("test", "before")
+                    before = run.evaluate("test", "before", fit=False)
                     run.state.before, run.state.before_correct = before.report(), before.correct.tolist()
+                if run.state.biases_alone is None and session.config.label_bias:
+                    run.state.biases_alone = run.evaluate("test", "with label biases").report()
                 run.train()
             except RunInterrupted:
                 run.save()

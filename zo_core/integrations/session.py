@@ -49,6 +49,15 @@ class Session(NamedTuple):
         n = self.config.probes if self.config.spread else 1
         return [self.loss_of(step * n + k) for k in range(n)]
 
+    def fit_label_biases(self, progress: Callable[[int], None] = lambda n: None) -> None:
+        """Fit the biases of evaluations to training examples, unless there shall be none; ``progress`` as of ``tasks.evaluate``."""
+        scorer, some_examples = self.scorer, self.parts["train"][: self.config.label_bias]
+        if some_examples:
+            scorer.biases = torch.zeros_like(scorer.biases)
+            found = tasks.evaluate(scorer, some_examples, batch_size=self.config.eval_batch_size, progress=progress)
+            shares = tasks.label_shares(found.labels, len(scorer.biases))
+            scorer.biases = tasks.label_biases(found.logits, shares, rounds=200).to(scorer.device)
+
     def calibrate(self, optimizer: zo_core.ZOOptimizer, evaluations: int) -> zo_core.Calibration:
         """Give an optimizer scales that are measured on the first batches. RunError if that does not work."""
         self.model.train(self.config.dropout)
@@ -128,6 +137,7 @@ def prepare(
         "sha256": hashlib.sha256(json.dumps([encoded, prompter.label_tokens]).encode()).hexdigest(),
         "majority": {name: _majority(part) for name, part in encoded.items()},
     }
+    scorer.fits_biases = config.label_bias > 0
     config = config.model_copy(update={"labels": words, "autocast": scorer.autocast})
     return Session(config, model, tokenizer, scorer, encoded, facts)
 

@@ -152,6 +152,7 @@ class Sweep:
                 bar.advance(task)
                 for _ in range(ends.count(step + 1)):
                     part = session.parts["validation"]
+                    session.fit_label_biases()
                     seen.append(tasks.evaluate(session.scorer, part, batch_size=config.eval_batch_size).losses)
                     if not bool(seen[-1].isfinite().all()):
                         return seen, "not finite"
@@ -195,6 +196,7 @@ def sweep(
         with console.status("starting") as status:
             session = prepare(config, lambda text: status.update(text))
         trials = Sweep(session, console)
+        session.fit_label_biases()
         before = tasks.evaluate(session.scorer, session.parts["validation"], batch_size=config.eval_batch_size).loss
         console.print(f"before: validation loss {before:.4f}, {len(session.parts['validation'])} examples")
         losses = ladder(lambda lr: trials.trial(lr, config.eps), config.lr, most=tries)

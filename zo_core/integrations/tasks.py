@@ -3,6 +3,10 @@
 An example becomes a prompt, which is the template with the text in it. Each label value has a word, and the model's
 prediction is the label whose word begins with the token of the largest next-token logit. The loss is the cross-entropy
 over these tokens alone.
+
+A model that has not been trained for the task prefers some labels, whatever the text is. A bias for each label's logit, fitted to
+examples, takes that away (Zhao et al., 2021, arXiv:2102.09690; Zhou et al., 2023, arXiv:2309.17249). A loss whose biases are
+fitted to its own batch has no gradient along this preference, which otherwise most of a batch's noise is.
 """
 
 import csv
@@ -353,6 +357,29 @@ def _by_length(examples: list[int], batch_size: int, length: Callable[[int], int
 # ---- scoring ---------------------------------------------------------------------------------------------
 
 
+def label_biases(logits: torch.Tensor, shares: torch.Tensor, rounds: int = 10) -> torch.Tensor:
+    """Biases with which the mean probability of each label over examples is its share; float32 (labels,), of mean 0.
+
+    Where the shares are the labels' own, these biases make the cross-entropy of the examples least. They are found by fixed-point
+    iteration, b += log(shares) - log(mean softmax(logits + b)), which works under ``torch.vmap``.
+
+    Args:
+        logits: float32 (examples, labels).
+        shares: float32 (labels,), positive, of sum 1.
+        rounds: iterations. Each leaves between a half and nine tenths of the distance, the more the surer the predictions are.
+    """
+    biases = torch.zeros_like(shares)
+    for _ in range(rounds):
+        biases = biases + shares.log() - (logits + biases).softmax(-1).mean(0).log()
+    return biases - biases.mean()
+
+
+def label_shares(labels: torch.Tensor, n: int) -> torch.Tensor:
+    """The share of each of n labels among int64 labels, as if there were one more example, of all labels alike; float32 (n,)."""
+    counts = (labels[:, None] == torch.arange(n, device=labels.device)).float().sum(0)
+    return (counts + 1 / n) / (len(labels) + 1)
+
+
 class Scorer:
     """Computes a causal language model's logits of the label tokens after each prompt, in one forward.
 
@@ -362,6 +389,10 @@ class Scorer:
         autocast: compute the forward in bfloat16 by autocast.
         left: pad prompts on the left. Their last tokens are then in one column, and the head is computed for that alone.
             It needs a model whose mask and positions leave padding out, which ``pads_left`` finds out.
+
+    Attributes:
+        biases: float32 (labels,), added to the logits: those of the model's generation config (``sequence_bias``), or 0.
+        fits_biases: whether ``loss`` takes biases that it fits to its batch, in place of these.
     """
 
     def __init__(
@@ -370,6 +401,10 @@ class Scorer:
         self.model, self.autocast, self.left = model, autocast, left
         self.device = next(model.parameters()).device
         self.label_tokens = torch.tensor(label_tokens, device=self.device)
+        known = getattr(getattr(model, "generation_config", None), "sequence_bias", None) or []
+        known = {tuple(tokens): bias for tokens, bias in (known.items() if isinstance(known, dict) else known)}
+        self.biases = torch.tensor([known.get((token,), 0.0) for token in label_tokens], device=self.device)
+        self.fits_biases = False
         accepted = inspect.signature(model.forward).parameters
         wanted: dict[str, Any] = {"logits_to_keep": 1, "use_cache": False}
         self.options = {name: value for name, value in wanted.items() if name in accepted}
@@ -384,7 +419,11 @@ class Scorer:
         return collate(examples, self.device, left=self.left)
 
     def __call__(self, batch: Batch) -> torch.Tensor:
-        """The logits of the label tokens, float32 (batch, labels)."""
+        """The logits of the label tokens with their biases, float32 (batch, labels)."""
+        return self.logits(batch) + self.biases
+
+    def logits(self, batch: Batch) -> torch.Tensor:
+        """The model's logits of the label tokens, float32 (batch, labels)."""
         options, last = dict(self.options), batch.attention_mask.sum(-1) - 1
         if not self.left:
             options.pop("logits_to_keep", None)
@@ -412,7 +451,10 @@ class Scorer:
 
     def loss(self, batch: Batch) -> torch.Tensor:
         """The mean cross-entropy over the label tokens, a float32 scalar."""
-        return losses.cross_entropy(self(batch), batch.labels)
+        logits, biases = self.logits(batch), self.biases
+        if self.fits_biases:
+            biases = label_biases(logits, label_shares(batch.labels, len(biases)))
+        return losses.cross_entropy(logits + biases, batch.labels)
 
 
 def _agree(a: torch.Tensor, b: torch.Tensor, logits: torch.Tensor) -> bool:
@@ -425,13 +467,23 @@ def _agree(a: torch.Tensor, b: torch.Tensor, logits: torch.Tensor) -> bool:
 class Evaluation:
     """The results of n examples, in their order."""
 
-    correct: torch.Tensor  # bool (n,)
-    losses: torch.Tensor  # float32 (n,)
+    logits: torch.Tensor  # float32 (n, labels)
+    labels: torch.Tensor  # int64 (n,)
+
+    @property
+    def correct(self) -> torch.Tensor:
+        """Whether each prediction is right, bool (n,)."""
+        return self.logits.argmax(-1) == self.labels
+
+    @property
+    def losses(self) -> torch.Tensor:
+        """Of each example, float32 (n,)."""
+        return F.cross_entropy(self.logits, self.labels, reduction="none")
 
     @property
     def n(self) -> int:
         """Number of examples."""
-        return len(self.correct)
+        return len(self.labels)
 
     @property
     def loss(self) -> float:
@@ -465,21 +517,19 @@ def evaluate(
         progress: called after each batch with its number of examples; it may raise an error to stop.
     """
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].tokens))
-    correct, losses = torch.empty(len(examples), dtype=torch.bool), torch.empty(len(examples))
+    logits = torch.empty(len(examples), len(scorer.label_tokens))
+    labels = torch.tensor([example.label for example in examples])
     training = scorer.model.training
     scorer.model.eval()
     try:
         with torch.no_grad(), scorer.precision():
             for start in range(0, len(order), batch_size):
                 chosen = order[start : start + batch_size]
-                batch = scorer.batch([examples[i] for i in chosen])
-                logits = scorer(batch)
-                correct[torch.tensor(chosen)] = (logits.argmax(-1) == batch.labels).cpu()
-                losses[torch.tensor(chosen)] = F.cross_entropy(logits, batch.labels, reduction="none").cpu()
+                logits[torch.tensor(chosen)] = scorer(scorer.batch([examples[i] for i in chosen])).cpu()
                 progress(len(chosen))
     finally:
         scorer.model.train(training)
-    return Evaluation(correct, losses)
+    return Evaluation(logits, labels)
 
 
 def wilson_interval(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
