@@ -27,7 +27,7 @@ class Method(NamedTuple):
 
 _MEZO = {"lr": 3e-5, "probes": 1, "distribution": "rademacher", "eval_every": 100}
 _HIZOO = {"lr": 3e-5, "probes": 1, "distribution": "gaussian", "eval_every": 60, "smoothing": 1e-6}
-_FZOO = {"lr": 2e-3, "probes": 8, "distribution": "factored", "eval_every": 20}
+_FZOO = {"lr": 4e-3, "probes": 8, "distribution": "factored", "eval_every": 20}
 _MEAZO = {"lr": 2e-4, "probes": 1, "distribution": "rademacher", "eval_every": 100, "beta": 0.99}
 _BSZO = {"lr": 2e-5, "probes": 2, "distribution": "gaussian", "eval_every": 60}
 _SPSA = {"lr": 4e-4, "probes": 4, "distribution": "rademacher", "eval_every": 20, "alpha": 0.1}
@@ -40,7 +40,7 @@ METHODS = {
     "hizoo": Method("HiZOO", {"hessian": "diagonal"}, _HIZOO),
     "hizoo-l": Method("HiZOO", {"hessian": "factored"}, _HIZOO),
     "fzoo": Method("FZOO", {}, _FZOO),
-    "fzoo-r": Method("FZOO", {"reuse": True}, {**_FZOO, "probes": 4}),
+    "fzoo-r": Method("FZOO", {"reuse": True}, {**_FZOO, "lr": 2e-3, "probes": 4}),
     "spsa": Method("SPSA", {}, _SPSA),
     "adamezo": Method("AdaMeZO", {}, _ADAMEZO),
     "meazo": Method("MEAZO", {}, _MEAZO),

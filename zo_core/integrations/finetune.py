@@ -26,7 +26,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -288,6 +288,20 @@ class Run:
         )  # fmt: skip
         return found
 
+    def evaluate_before(self) -> None:
+        """Evaluate the test part before training: the model as it is, and from the same logits with fitted label biases."""
+        scorer, state, biases = self.session.scorer, self.state, self.session.scorer.biases
+        self.session.fit_label_biases(self.check)
+        fitted, scorer.biases = scorer.biases, biases
+        found = self.evaluate("test", "before", fit=False)
+        if self.config.label_bias:
+            alone = replace(found, logits=found.logits + (fitted - biases).cpu())
+            state.biases_alone = alone.report()
+            self.console.print(
+                f"with label biases: test accuracy {alone.accuracy:.4f}, loss {alone.loss:.4f}", highlight=False
+            )
+        state.before, state.before_correct = found.report(), found.correct.tolist()
+
     def validate(self) -> None:
         """Evaluate the validation part, and save the weights if they are the best so far."""
         found = self.evaluate("validation", f"step {self.state.step}")
@@ -511,10 +525,7 @@ def finetune(
         with run.metrics, run.stoppable():
             try:
                 if run.state.before is None:
-                    before = run.evaluate("test", "before", fit=False)
-                    run.state.before, run.state.before_correct = before.report(), before.correct.tolist()
-                if run.state.biases_alone is None and session.config.label_bias:
-                    run.state.biases_alone = run.evaluate("test", "with label biases").report()
+                    run.evaluate_before()
                 run.train()
             except RunInterrupted:
                 run.save()
