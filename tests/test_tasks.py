@@ -348,6 +348,11 @@ def test_label_biases_make_the_cross_entropy_least(labels: int) -> None:
         assert moved.grad is not None and moved.grad.abs().max() < 1e-5
 
 
+def test_label_biases_of_predictions_that_are_sure_are_finite() -> None:
+    found = tasks.label_biases(torch.tensor([[0.0, 300.0], [0.0, 310.0]]), torch.tensor([0.5, 0.5]))
+    torch.testing.assert_close(found, torch.tensor([152.5, -152.5]), atol=5.0, rtol=0)
+
+
 def test_label_shares_count_one_example_more_of_all_labels_alike() -> None:
     found = tasks.label_shares(torch.tensor([0, 0, 2]), 3)
     torch.testing.assert_close(found, torch.tensor([7 / 12, 1 / 12, 4 / 12]))

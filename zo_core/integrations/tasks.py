@@ -370,7 +370,10 @@ def label_biases(logits: torch.Tensor, shares: torch.Tensor, rounds: int = 10) -
     """
     biases = torch.zeros_like(shares)
     for _ in range(rounds):
-        biases = biases + shares.log() - (logits + biases).softmax(-1).mean(0).log()
+        found = (logits + biases).log_softmax(-1).logsumexp(0) - math.log(
+            len(logits)
+        )  # a mean's logarithm, also of tiny ones
+        biases = biases + shares.log() - found
     return biases - biases.mean()
 
 
@@ -403,7 +406,9 @@ class Scorer:
         self.label_tokens = torch.tensor(label_tokens, device=self.device)
         known = getattr(getattr(model, "generation_config", None), "sequence_bias", None) or []
         known = {tuple(tokens): bias for tokens, bias in (known.items() if isinstance(known, dict) else known)}
-        self.biases = torch.tensor([known.get((token,), 0.0) for token in label_tokens], device=self.device)
+        self.biases = torch.tensor(
+            [known.get((token,), 0.0) for token in label_tokens], dtype=torch.float32, device=self.device
+        )
         self.fits_biases = False
         accepted = inspect.signature(model.forward).parameters
         wanted: dict[str, Any] = {"logits_to_keep": 1, "use_cache": False}
@@ -517,7 +522,7 @@ def evaluate(
         progress: called after each batch with its number of examples; it may raise an error to stop.
     """
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].tokens))
-    logits = torch.empty(len(examples), len(scorer.label_tokens))
+    logits = torch.empty(len(examples), len(scorer.label_tokens), dtype=torch.float32)
     labels = torch.tensor([example.label for example in examples])
     training = scorer.model.training
     scorer.model.eval()
