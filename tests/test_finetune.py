@@ -272,6 +272,25 @@ def test_the_best_weights_are_kept(inputs: dict[str, object], tmp_path: Path) ->
     assert kept["test"]["after"]["loss"] < last["test"]["after"]["loss"]
 
 
+def test_biases_are_saved_beside_a_generation_config_that_transformers_would_not_save(inputs, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(str(inputs["model"]), base)
+    path = base / "generation_config.json"
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({**kept, "temperature": 0.7, "do_sample": False, "sequence_bias": [[[3, 4], -1.0]]}))
+    summary = finetune(FinetuneConfig(**{**inputs, "model": str(base), "steps": 2}, output=tmp_path / "run"))
+    found = json.loads((tmp_path / "run" / "model" / "generation_config.json").read_text())["sequence_bias"]
+    assert found[0] == [[3, 4], -1.0] and [b for _, b in found[1:]] == list(summary["label_bias"].values())
+    tuned = prepare(FinetuneConfig(**{**inputs, "model": str(tmp_path / "run" / "model")}))
+    assert tuned.scorer.left and tuned.scorer.biases.abs().min() > 0
+
+
+def test_one_example_has_no_label_biases(inputs):
+    assert FinetuneConfig(**{**inputs, "batch_size": 1}).label_bias == 0
+    with pytest.raises(ValidationError, match="label_bias needs batches of at least 2"):
+        FinetuneConfig(**{**inputs, "batch_size": 1, "label_bias": 8})
+
+
 def test_without_label_biases_a_run_is_as_before_there_were_any(inputs: dict[str, object], tmp_path: Path) -> None:
     options = {**inputs, "steps": 3, "label_bias": 0}
     summary = finetune(FinetuneConfig(**options, output=tmp_path))

@@ -197,7 +197,7 @@ class FinetuneConfig(BaseModel):
     label_bias: int = _option(
         256,
         "Method",
-        "Fit a bias for each label to a batch in its loss, and to this many training examples in evaluations; 0: none.",
+        "Fit a bias for each label to a batch in its loss, and to this many training examples in evaluations; 0: none, as with --batch-size 1.",
         ge=0,
     )
     dropout: bool = _option(False, "Method", "Use the model's dropout in training.")
@@ -255,6 +255,18 @@ class FinetuneConfig(BaseModel):
         if values.get("scales") is not None and values.get("calibrate") is not None:
             raise ValueError("scales and calibrate exclude each other: give a file of scales, or have them measured")
         return {**values, **{k: v for k, v in method.defaults.items() if values.get(k) is None}}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _biases_of_one(cls, values: Any) -> Any:
+        """Biases that are fitted to one example explain its label whatever the weights are: then there are none."""
+        if not isinstance(values, Mapping) or values.get("batch_size") != 1:
+            return values
+        if values.get("label_bias"):
+            raise ValueError(
+                "label_bias needs batches of at least 2 examples: use label_bias 0, or a larger batch_size"
+            )
+        return {**values, "label_bias": 0}
 
     @model_validator(mode="before")
     @classmethod

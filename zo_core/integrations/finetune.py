@@ -402,12 +402,11 @@ class Run:
         scratch = self.folder / "model.part"
         shutil.rmtree(scratch, ignore_errors=True)
         biases = dict[str, float]()
-        if config.label_bias:  # transformers adds them to the logits when the model generates
-            biases = dict(zip(config.labels or (), session.scorer.biases.tolist(), strict=True))
-            tokens = session.scorer.label_tokens.tolist()
-            model.generation_config.sequence_bias = [[[t], b] for t, b in zip(tokens, biases.values(), strict=True)]
         with saving():
             model.save_pretrained(scratch)
+            if config.label_bias:
+                biases = dict(zip(config.labels or (), session.scorer.biases.tolist(), strict=True))
+                _keep_biases(scratch / "generation_config.json", session.scorer)
             session.tokenizer.save_pretrained(scratch)
         shutil.rmtree(self.folder / "model", ignore_errors=True)  # only now that the new one is complete
         scratch.rename(self.folder / "model")
@@ -479,6 +478,15 @@ def _progress(console: Console) -> Progress:
     )
     columns = BarColumn(bar_width=24), TextColumn(text)
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+def _keep_biases(path: Path, scorer: tasks.Scorer) -> None:
+    """Put label biases into a generation config: transformers adds them to the logits when the model generates. Others stay."""
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    tokens = scorer.label_tokens.tolist()
+    others = [x for x in kept.get("sequence_bias") or [] if x[0] not in [[t] for t in tokens]]
+    biases = [[[t], b] for t, b in zip(tokens, scorer.biases.tolist(), strict=True)]
+    write_json(path, {**kept, "sequence_bias": others + biases})
 
 
 def _mean(values: list[float | None]) -> float | None:

@@ -55,8 +55,10 @@ class Session(NamedTuple):
         if some_examples:
             scorer.biases = torch.zeros_like(scorer.biases)
             found = tasks.evaluate(scorer, some_examples, batch_size=self.config.eval_batch_size, progress=progress)
-            shares = tasks.label_shares(found.labels, len(scorer.biases))
-            scorer.biases = tasks.label_biases(found.logits, shares, rounds=200).to(scorer.device)
+            finite = found.logits.isfinite().all(-1)
+            if finite.any():
+                shares = tasks.label_shares(found.labels[finite], len(scorer.biases))
+                scorer.biases = tasks.label_biases(found.logits[finite], shares, rounds=200).to(scorer.device)
 
     def calibrate(self, optimizer: zo_core.ZOOptimizer, evaluations: int) -> zo_core.Calibration:
         """Give an optimizer scales that are measured on the first batches. RunError if that does not work."""

@@ -443,7 +443,7 @@ class Scorer:
     @torch.no_grad()
     def pads_left(self, tokens: list[int]) -> bool:
         """Whether padding on the left of these tokens leaves the model's logits as they are, except for rounding."""
-        padded = self(collate([Encoded(tokens, 0), Encoded(tokens * 2, 0)], self.device))[0]
+        padded = self.logits(collate([Encoded(tokens, 0), Encoded(tokens * 2, 0)], self.device))[0]
         alone = self.model(input_ids=torch.tensor([tokens], device=self.device)).logits[0, -1]
         return _agree(padded, alone[self.label_tokens].float(), alone)
 
