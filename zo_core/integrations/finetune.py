@@ -483,9 +483,9 @@ def _progress(console: Console) -> Progress:
 def _keep_biases(path: Path, scorer: tasks.Scorer) -> None:
     """Put label biases into a generation config: transformers adds them to the logits when the model generates. Others stay."""
     kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    tokens = scorer.label_tokens.tolist()
-    others = [x for x in kept.get("sequence_bias") or [] if x[0] not in [[t] for t in tokens]]
-    biases = [[[t], b] for t, b in zip(tokens, scorer.biases.tolist(), strict=True)]
+    labels = [[token] for token in scorer.label_tokens.tolist()]
+    others = [entry for entry in kept.get("sequence_bias") or [] if entry[0] not in labels]
+    biases = list(zip(labels, scorer.biases.tolist(), strict=True))
     write_json(path, {**kept, "sequence_bias": others + biases})
 
 

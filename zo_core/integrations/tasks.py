@@ -366,14 +366,12 @@ def label_biases(logits: torch.Tensor, shares: torch.Tensor, rounds: int = 10) -
     Args:
         logits: float32 (examples, labels).
         shares: float32 (labels,), positive, of sum 1.
-        rounds: iterations. Each leaves between a half and nine tenths of the distance, the more the surer the predictions are.
+        rounds: iterations. The surer the predictions are, the more of the distance each leaves.
     """
     biases = torch.zeros_like(shares)
+    wanted = shares.log() + math.log(len(logits))  # logarithms of sums of probabilities over the examples
     for _ in range(rounds):
-        found = (logits + biases).log_softmax(-1).logsumexp(0) - math.log(
-            len(logits)
-        )  # a mean's logarithm, also of tiny ones
-        biases = biases + shares.log() - found
+        biases = biases + wanted - (logits + biases).log_softmax(-1).logsumexp(0)
     return biases - biases.mean()
 
 
