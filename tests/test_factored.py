@@ -120,7 +120,7 @@ def test_moments(rank):
 def test_native_sums_of_many_terms_have_the_bits_of_the_reference(isa, dtype):
     """More terms than are summed at a time, some of them zero; blocks with parts of rows; any threads and slices."""
     k, rank, width = 5, 7, 1100
-    weights = torch.linspace(-1, 1, 37 * width).to(dtype)
+    weights = torch.linspace(-1, 1, 150 * width).to(dtype)
     coeffs = torch.tensor([[0.01], [0.0], [-0.003], [0.7], [1e-5]])
     options = {"seed": SEED, "distribution": "factored", "rank": rank, "columns": [width], "update": torch.tensor(3)}
 
@@ -143,6 +143,7 @@ def test_native_sums_of_many_terms_have_the_bits_of_the_reference(isa, dtype):
         (777, 20_001),
         (5 * width - 3, 5 * width + 4),
         (2 * width, 3 * width),
+        (61 * width + 5, 131 * width),
         (8191, 8192),
     ):
         assert torch.equal(run(native, begin, end), whole[begin:end])

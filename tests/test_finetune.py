@@ -226,7 +226,7 @@ def test_a_run_learns_and_its_model_is_plain(finished: Path, inputs: dict[str, o
     assert after["accuracy"] > 0.85 > before["interval"][1]
     assert summary["test"]["change"]["difference"] == pytest.approx(after["accuracy"] - before["accuracy"])
     assert summary["test"]["change"]["interval"][0] > 0
-    assert before["loss"] > summary["test"]["biases alone"]["loss"] > after["loss"]
+    assert before["loss"] > summary["test"]["biases_alone"]["loss"] > after["loss"]
     assert summary["train_loss"]["last"] < 0.5 * summary["train_loss"]["first"]
 
 
@@ -281,6 +281,10 @@ def test_biases_are_saved_beside_a_generation_config_that_transformers_would_not
     summary = finetune(FinetuneConfig(**{**inputs, "model": str(base), "steps": 2}, output=tmp_path / "run"))
     found = json.loads((tmp_path / "run" / "model" / "generation_config.json").read_text())["sequence_bias"]
     assert found[0] == [[3, 4], -1.0] and [b for _, b in found[1:]] == list(summary["label_bias"].values())
+    kept = [tmp_path / name / "generation_config.json" for name in ("run/model", "again", "before")]
+    replay_model(str(base), tmp_path / "run", kept[1].parent, step=summary["selected_step"])
+    replay_model(str(base), tmp_path / "run", kept[2].parent, step=2 - summary["selected_step"])
+    assert kept[0].read_bytes() == kept[1].read_bytes() != kept[2].read_bytes()
     tuned = prepare(FinetuneConfig(**{**inputs, "model": str(tmp_path / "run" / "model")}))
     assert tuned.scorer.left and tuned.scorer.biases.abs().min() > 0
 
@@ -294,7 +298,7 @@ def test_one_example_has_no_label_biases(inputs):
 def test_without_label_biases_a_run_is_as_before_there_were_any(inputs: dict[str, object], tmp_path: Path) -> None:
     options = {**inputs, "steps": 3, "label_bias": 0}
     summary = finetune(FinetuneConfig(**options, output=tmp_path))
-    assert summary["label_bias"] == {} and summary["test"]["biases alone"] is None
+    assert summary["label_bias"] == {} and summary["test"]["biases_alone"] is None
     session = prepare(FinetuneConfig(**options))
     plain = tasks.losses.cross_entropy(session.scorer.logits(session.batch_of(0)), session.batch_of(0).labels)
     assert float(session.loss_of(0)()) == float(plain.detach()) != float(prepare(FinetuneConfig(**inputs)).loss_of(0)())

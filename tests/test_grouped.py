@@ -239,6 +239,34 @@ def test_the_number_of_points_at_once_falls_with_rows_and_copies(monkeypatch):
     assert engine._at_once() == 3
 
 
+@pytest.mark.parametrize(
+    ("dtype", "frozen", "named", "singly"),
+    [
+        (torch.bfloat16, False, None, True),
+        (torch.bfloat16, False, "grouped", False),
+        (torch.bfloat16, True, None, False),
+        (torch.float32, False, None, False),
+    ],
+    ids=str,
+)
+def test_long_batches_of_16_bit_weights_are_evaluated_singly_unless_the_engine_is_named(
+    monkeypatch, dtype, frozen, named, singly
+):
+    monkeypatch.setattr(grouped, "_SINGLY", {"cpu": len(X)})
+    model, calls = network().to(dtype), []
+    model[0].requires_grad_(not frozen)
+
+    def loss():
+        calls.append(0)
+        return (model(X.to(dtype)) - Y).square().mean()
+
+    opt = zo_core.FZOO(model, lr=1e-3, probes=4, engine=named)
+    opt.step(loss)
+    calls.clear()
+    opt.step(loss)
+    assert opt.engine == "grouped" and opt.fallback is None and len(calls) == (5 if singly else 1)
+
+
 # ---- failures ----------------------------------------------------------------------------------------------------
 
 

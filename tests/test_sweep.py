@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from zo_core.cli import app
 from zo_core.integrations import session as sessions
 from zo_core.integrations import sweep as sweeps
-from zo_core.integrations.config import METHODS, FinetuneConfig, RunError, stored_config
+from zo_core.integrations.config import EARLIER, METHODS, FinetuneConfig, RunError, stored_config
 from zo_core.integrations.finetune import finetune
 from zo_core.integrations.session import prepare
 from zo_core.integrations.sweep import behind, ladder, sweep
@@ -69,6 +69,10 @@ def test_a_sweep_finds_the_better_rates_goes_on_and_refuses_others(
     for change in ({"seed": 1}, {"lr": 1e-3}, {"autocast": True}):
         with pytest.raises(RunError, match=rf"other options \({next(iter(change))}\)"):
             sweep(config.model_copy(update=change))
+    kept = json.loads((tmp_path / "sweep.json").read_text())
+    kept["config"] = {name: value for name, value in kept["config"].items() if name not in EARLIER}
+    (tmp_path / "sweep.json").write_text(json.dumps(kept))
+    assert sweep(config.model_copy(update=EARLIER))["lr"] == result["lr"] and not made
 
 
 def test_a_stopped_sweep_goes_on_as_if_nothing_had_happened(

@@ -317,7 +317,9 @@ def replay(
 
     BASE is that model: a folder, a name, a hub id, or a .safetensors file. JOURNAL is
     the run's folder or its journal.zoj. OUT, a new folder (a .safetensors file if BASE is
-    one), gets the model as it was after the last step, or after --step steps.
+    one), gets the model as it was after the last step, or after --step steps. The label
+    biases of the run's model come with it where JOURNAL is the folder of a finished run
+    and the step is that of its model (selected_step in summary.json).
 
     [bold]Examples[/]
 

@@ -1,8 +1,8 @@
 // Factored noise (docs/noise.md): z[i, j] = rank^-1/2 sum_q a_q(i) b_q(j) with signs a of rows and b of columns.
 //
 // A term is a stream k and a q: c a(i) b(j), c = coeffs[k] rank^-1/2. The sum of the terms of a block of rows and columns is
-// a product of two small matrices, a with c in it and b, that stay in the first-level cache: an element costs a fused
-// multiply-add a term, and Philox makes three blocks of signs a term for 2,048 elements, where Rademacher noise takes 16.
+// a product of two small matrices, a with c in it and b, that stay in the caches: an element costs a fused multiply-add a
+// term, and Philox makes 9 blocks of signs a term for 65,536 elements, where Rademacher noise takes 512.
 #pragma once
 #include <cmath>
 
@@ -11,7 +11,7 @@
 
 namespace {
 
-constexpr int TERMS = 8;                        // summed at a time, 16 KiB of column signs
+constexpr int TERMS = 8;                        // summed at a time, 33 KiB of column signs
 constexpr int STRIDE = ZO_WIDTH + 16;           // of a row of sums: a vector more, and rows start in different cache sets
 constexpr int ACROSS = ZO_WIDTH / 128;          // Philox blocks of the columns of a block
 constexpr int MOST_BLOCKS = ZO_TILE / 128 + 1;  // of Philox, that the rows or columns of a tile lie in
@@ -54,46 +54,40 @@ ZO_INLINE void each_term(const zo_pass &pass, const Tile &t, F f) {
   }
 }
 
-// sums[r][x] (+)= sum of n terms, in order, of a[.][r] b[.][x] for x < width, to which b is padded.
-ZO_INLINE void add_product(float (*sums)[STRIDE], const float (*a)[ZO_ROWS], const float (*b)[STRIDE], int n, int width,
-                           bool first) {
-  for (int x = 0; x < width; x += LANES) {
-    vf sum[ZO_ROWS];  // as many as hide the latency of a multiply-add
-#pragma GCC unroll 8
-    for (int r = 0; r < ZO_ROWS; r++) sum[r] = first ? vf{} : load<vf>(sums[r] + x);
-    for (int t = 0; t < n; t++) {
-      const vf signs = load<vf>(b[t] + x);
-#pragma GCC unroll 8
-      for (int r = 0; r < ZO_ROWS; r++) sum[r] = sum[r] + a[t][r] * signs;
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < ZO_ROWS; r++) store(sums[r] + x, sum[r]);
-  }
-}
-
-// The noise of ZO_ROWS rows from ``row`` and of ``width`` columns from ``column``, multiples of ZO_ROWS and 128.
-void block_noise(const zo_pass &pass, const Tile &t, float (*sums)[STRIDE], int64_t row, int64_t column, int width) {
-  alignas(64) float a[TERMS][ZO_ROWS], b[TERMS][STRIDE];
-  uint64_t blocks[ACROSS + 8] = {};
-  uint32_t words[ACROSS + 8][4];
+// Up to TERMS terms of the noise of a block, a[.][row] b[.][column]: the signs of its columns, those of its rows times c.
+struct Factors {
+  alignas(64) float a[TERMS][ZO_HEIGHT], b[TERMS][STRIDE];
   int n = 0;
-  bool first = true;
-  const auto add = [&] {
-    add_product(sums, a, b, n, width, first);
-    first = false;
-    n = 0;
-  };
-  each_term(pass, t, [&](float c, Noise key, uint64_t q) {
-    const uint64_t at = (uint64_t)column >> 7 | q | (uint64_t)ZO_DOMAIN_COLUMNS << DOMAIN;
-    blocks[0] = (uint64_t)row >> 7 | q | (uint64_t)ZO_DOMAIN_ROWS << DOMAIN;
-    for (int i = 0; i < ACROSS; i++) blocks[1 + i] = at + (uint64_t)i;
+
+  // The term of rows from ``row`` and of ``width`` columns from ``column``, multiples of ZO_HEIGHT and 128.
+  ZO_INLINE void append(float c, Noise key, uint64_t q, int64_t row, int64_t column, int width) {
+    uint64_t blocks[ACROSS + 8] = {(uint64_t)row >> 7 | q | (uint64_t)ZO_DOMAIN_ROWS << DOMAIN};
+    uint32_t words[ACROSS + 8][4];
+    for (int i = 0; i < ACROSS; i++)
+      blocks[1 + i] = ((uint64_t)(column >> 7) + (uint64_t)i) | q | (uint64_t)ZO_DOMAIN_COLUMNS << DOMAIN;
     words_of(words, blocks, 1 + (width + 127) / 128, key);
     for (int x = 0; x < width; x += 32) signs_of(b[n] + x, words[1 + x / 128][x / 32 % 4]);
-    for (int r = 0; r < ZO_ROWS; r++) a[n][r] = signed_by(c, words, (row + r) & 127);
-    if (++n == TERMS) add();
-  });
-  if (n || first) add();
-}
+    for (int r = 0; r < ZO_HEIGHT; r += 32) signs_of(a[n] + r, words[0][(row + r) / 32 % 4]);
+    for (int r = 0; r < ZO_HEIGHT; r++) a[n][r] *= c;
+    n++;
+  }
+
+  // sums[r][x] (+)= sum of the terms, in order, for ZO_ROWS rows from the block's row ``row`` and x < width.
+  ZO_INLINE void add(float (*sums)[STRIDE], int row, int width, bool first) const {
+    for (int x = 0; x < width; x += LANES) {
+      vf sum[ZO_ROWS];  // as many as hide the latency of a multiply-add
+#pragma GCC unroll 8
+      for (int r = 0; r < ZO_ROWS; r++) sum[r] = first ? vf{} : load<vf>(sums[r] + x);
+      for (int t = 0; t < n; t++) {
+        const vf signs = load<vf>(b[t] + x);
+#pragma GCC unroll 8
+        for (int r = 0; r < ZO_ROWS; r++) sum[r] = sum[r] + a[t][row + r] * signs;
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < ZO_ROWS; r++) store(sums[r] + x, sum[r]);
+    }
+  }
+};
 
 // The noise of elements [e, end) of the full tensor, at most ZO_TILE, where there are few rows or narrow ones.
 void run_noise(const zo_pass &pass, const Tile &t, float *__restrict noise, int64_t e, int64_t end) {

@@ -122,7 +122,6 @@ constexpr float MOMENT_FLOOR = 1e-5f;  // what is added to the root of the secon
 
 struct Buffers {  // one thread's scratch; indices count from a multiple of 128 elements
   alignas(64) float coeffs[ZO_TILE], restore[ZO_TILE], curvature[ZO_TILE];
-  alignas(64) float block[ZO_ROWS][STRIDE];  // in place of coeffs, of a block
   alignas(64) uint32_t random[ZO_TILE / 2];  // 16 bits an element
 };
 
@@ -137,8 +136,8 @@ int64_t finish(const Tile &t, const Buffers &buf, const float *sums, int64_t fir
     const int64_t k = first + i;
     const char *kept = residual + i * Src::KEPT;
     if constexpr (PAST) {  // a tile ahead, and not for long: the caches keep what the forward pass has there
-      __builtin_prefetch(src + i + ZO_TILE, 0, 0);
-      if constexpr (Src::KEPT != 0) __builtin_prefetch(kept + ZO_TILE * Src::KEPT, 0, 0);
+      if (!t.block) __builtin_prefetch(src + i + ZO_TILE, 0, 0);
+      if (!t.block && Src::KEPT != 0) __builtin_prefetch(kept + ZO_TILE * Src::KEPT, 0, 0);
     }
     vf weight, noise = load<vf>(sums + i);
     if constexpr (SCALED && Src::KEPT != 0)
@@ -263,24 +262,58 @@ ZO_INLINE void each_z(int distribution, int64_t e, int64_t n, Noise key, Sink si
 int64_t finish_run(const zo_pass &pass, const Tile &t, Buffers &buf, float *sums) {
   if (t.column_scale) scale(t, sums);
   if (t.stochastic) {
-    const int64_t e = (t.offset + t.begin) & ~(int64_t)127, n = ((t.offset + t.end + 127) & ~(int64_t)127) - e;
-    philox_words(buf.random, (uint64_t)e >> 3, n >> 3, ZO_DOMAIN_ROUNDING, {pass.seed, t.id, pass.update});
+    constexpr int64_t group = 8 * PAIRS;  // elements whose random bits are made at once
+    const int64_t e = (t.offset + t.begin) & -group, n = ((t.offset + t.end + group - 1) & -group) - e;
+    philox_words(buf.random + (e & 127) / 2, (uint64_t)e >> 3, n >> 3, ZO_DOMAIN_ROUNDING, {pass.seed, t.id, pass.update});
   }
   return finish_tile(t, buf, sums);
 }
 
-// What of a block of rows and columns the tensor has, a row at a time.
-int64_t run_block(const zo_pass &pass, const Tile &t) {
-  Buffers buf;
-  const int64_t left = t.noise_columns - t.column, width = left < t.width ? left : t.width;
-  block_noise(pass, t, buf.block, t.row, t.column, (int)width);
+// ZO_ROWS rows of a block from ``row``, whose noise is given: what of them the tensor has, a row at a time.
+int64_t finish_rows(const zo_pass &pass, const Tile &t, Buffers &buf, float (*sums)[STRIDE], int64_t row, int64_t width) {
   int64_t saturated = 0;
   for (int r = 0; r < ZO_ROWS; r++) {
-    const int64_t start = (t.row + r) * t.noise_columns + t.column - t.offset;
+    const int64_t start = (row + r) * t.noise_columns + t.column - t.offset;
     Tile x = t;
     x.begin = start > t.begin ? start : t.begin;
     x.end = start + width < t.end ? start + width : t.end;
-    if (x.begin < x.end) saturated += finish_run(pass, x, buf, buf.block[r] + (x.begin - start));
+    if (x.begin < x.end) saturated += finish_run(pass, x, buf, sums[r] + (x.begin - start));
+  }
+  return saturated;
+}
+
+// The rows of a block lie far from each other in memory, where the processor does not fetch them ahead by itself.
+void prefetch_rows(const Tile &t, int64_t row, int64_t width) {
+  const int64_t size = t.src_dtype == ZO_FLOAT32 ? 4 : 2;
+  for (int r = 0; r < ZO_ROWS; r++) {
+    const char *p = (const char *)t.src + ((row + r) * t.noise_columns + t.column - t.offset) * size;
+    for (int64_t i = 0; i < width * size; i += 64) __builtin_prefetch(p + i, 0, 0);
+  }
+}
+
+int64_t run_block(const zo_pass &pass, const Tile &t) {
+  Buffers buf;
+  Factors factors;
+  alignas(64) float sums[ZO_HEIGHT][STRIDE];
+  const int64_t left = t.noise_columns - t.column, width = left < t.width ? left : t.width;
+  const int64_t above = t.offset / t.noise_columns - t.row, below = (t.offset + t.end - 1) / t.noise_columns - t.row;
+  const int from = above > 0 ? (int)above & -ZO_ROWS : 0, to = below < ZO_HEIGHT ? (int)below + 1 : ZO_HEIGHT;
+  prefetch_rows(t, t.row + from, width);
+  bool first = true;
+  each_term(pass, t, [&](float c, Noise key, uint64_t q) {
+    if (factors.n == TERMS) {
+      for (int r = from; r < to; r += ZO_ROWS) factors.add(sums + r, r, (int)width, first);
+      factors.n = 0;
+      first = false;
+    }
+    factors.append(c, key, q, t.row, t.column, (int)width);
+  });
+  int64_t saturated = 0;
+  for (int r = from; r < to; r += ZO_ROWS) {
+    float (*rows)[STRIDE] = sums + (first ? 0 : r);  // the same few again where no other terms wait there
+    if (r + ZO_ROWS < to) prefetch_rows(t, t.row + r + ZO_ROWS, width);
+    factors.add(rows, r, (int)width, first);
+    saturated += finish_rows(pass, t, buf, rows, t.row + r, width);
   }
   return saturated;
 }

@@ -4,8 +4,9 @@
 
 constexpr int ZO_TILE = 2048;  // elements; a thread's scratch is then 28 KiB and stays in its first-level cache
 
-// A tile of factored noise, where rows are wide and there are some: its product is then made by blocks (factored.h).
-constexpr int ZO_ROWS = 8, ZO_WIDTH = 512;
+// A tile of factored noise, where rows are wide and there are some, is a block of rows and columns (factored.h). Its columns'
+// signs are made once; its rows are finished ZO_ROWS at a time.
+constexpr int ZO_ROWS = 8, ZO_HEIGHT = 64, ZO_WIDTH = 1024;
 
 struct Tile {
   const void *src;
@@ -21,7 +22,7 @@ struct Tile {
   int32_t src_dtype, dst_dtype, residual_bits;
   bool stochastic, curvature;  // whether results are rounded with random bits, whether H changes
   bool squares;                // whether noise is divided by the root of its second moment
-  bool block;                  // whether it is one of ZO_ROWS rows and ``width`` columns
+  bool block;                  // whether it is one of ZO_HEIGHT rows and ``width`` columns
   bool past;                   // whether copies go past the caches to memory
   float keep, remain, hessian_min, hessian_max;  // 1 - decay, 1 - smoothing, limits of H
 };

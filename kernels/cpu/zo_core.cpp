@@ -103,7 +103,7 @@ bool valid_residual(const zo_tensor &t) {
 }
 
 // How a tensor is cut into tiles. They end at multiples of ZO_TILE of the element index, wherever it starts; those of factored
-// noise, where rows are wide and not few, are blocks of equal width that start at multiples of ZO_ROWS and 128.
+// noise, where rows are wide and not few, are blocks of equal width that start at multiples of ZO_HEIGHT and 128.
 struct Tiles {
   int64_t count = 0, first = 0;   // first: number of the first tile or row of blocks
   int64_t across = 0, width = 0;  // blocks in a row, or 0, and columns of one
@@ -111,8 +111,8 @@ struct Tiles {
   Tiles(const zo_pass &p, const zo_tensor &t) {
     if (!t.numel) return;
     const int64_t last = t.offset + t.numel - 1;
-    const bool blocks = p.distribution == ZO_FACTORED && t.noise_columns >= ZO_WIDTH / 2 && t.numel / t.noise_columns >= ZO_ROWS / 2;
-    const int64_t size = blocks ? ZO_ROWS * t.noise_columns : ZO_TILE;
+    const bool blocks = p.distribution == ZO_FACTORED && t.noise_columns >= ZO_WIDTH / 4 && t.numel / t.noise_columns >= ZO_ROWS / 2;
+    const int64_t size = blocks ? ZO_HEIGHT * t.noise_columns : ZO_TILE;
     if (blocks) {
       across = (t.noise_columns + ZO_WIDTH - 1) / ZO_WIDTH;
       width = ((t.noise_columns + across - 1) / across + 127) & ~(int64_t)127;
@@ -126,7 +126,7 @@ struct Tiles {
     x.block = across != 0;
     x.begin = x.block || start < 0 ? 0 : start;
     x.end = x.block || start + ZO_TILE > numel ? numel : start + ZO_TILE;
-    if (x.block) x.row = (first + n / across) * ZO_ROWS, x.column = n % across * width, x.width = width;
+    if (x.block) x.row = (first + n / across) * ZO_HEIGHT, x.column = n % across * width, x.width = width;
   }
 };
 
@@ -183,19 +183,20 @@ int run(const zo_pass *passes, int64_t n_passes, const zo_tensor *tensors, int64
 
   std::vector<int64_t> first_tile(1, 0);  // of each tensor, in one row of all tiles
   std::vector<Tiles> cut;
-  int64_t copied = 0;
+  int64_t elements = 0, copied = 0;
   for (int64_t i = 0; i < n_tensors; i++) {
     bool touched = false;
     for (size_t s = 0; s < steps.size() && !touched; s++) touched = touches(*steps[s], tensors[i], i, n_tensors);
     cut.emplace_back(passes[0], tensors[i]);
     first_tile.push_back(first_tile.back() + (touched ? cut[i].count : 0));
+    elements += touched ? tensors[i].numel : 0;
     copied += tensors[i].src != tensors[i].dst ? bytes(tensors[i].dst_dtype, tensors[i].numel) : 0;
   }
   const int64_t tiles = first_tile.back();
   const Variant &variant = *variant_of(current_isa);
 
   // All threads or one: OpenMP ends the threads that a smaller team leaves out, and starts them again.
-  const int64_t work = tiles * ZO_TILE * (int64_t)steps.size();
+  const int64_t work = elements * (int64_t)steps.size();
   const int64_t threads = work >= 2 * MIN_PER_THREAD ? passes[0].threads : 1;
   on_threads(threads, [&](int64_t k) {
     const int64_t from = tiles * k / threads, to = tiles * (k + 1) / threads;

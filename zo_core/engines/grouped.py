@@ -35,6 +35,7 @@ from .structure import GROUP, Plan, groups
 
 _ROWS = {"cpu": 1024}  # that a matrix is multiplied by at once, from where on more make it no faster
 _MANY_ROWS = 1 << 16  # of other devices
+_SINGLY = {"cpu": 512}  # rows of one point from where on products of 16 bits are faster one point after the other
 # Of a loss, by what copies are rounded to. One unit of a logit in bfloat16 is 5% of the loss of a single example.
 _ROUNDING = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 _OURS = (Path(torch.__file__).parent, Path(__file__).parent.parent)  # whose lines are not the closure's
@@ -62,11 +63,14 @@ class GroupedEngine(ShadowEngine):
         space: the trained tensors.
         module: whose forwards use them.
         points_at_once: at most; None: as many as fill the processor with rows, and fit in memory.
+        named: whether the user named this engine. If not, the shadow engine evaluates where it is faster (docs/engines.md).
     """
 
-    def __init__(self, space: ParamSpace, module: nn.Module, points_at_once: int | None = None) -> None:
+    def __init__(
+        self, space: ParamSpace, module: nn.Module, points_at_once: int | None = None, named: bool = True
+    ) -> None:
         super().__init__(space, module)
-        self.points_at_once = points_at_once
+        self.points_at_once, self.named = points_at_once, named
         self.fallback: str | None = None  # why the shadow engine evaluates, where it does
         self._known = False  # whether losses were compared
         self._most: int | None = None  # points at once that memory was found to hold
@@ -95,7 +99,7 @@ class GroupedEngine(ShadowEngine):
     ) -> Tensor:
         """The closure's results at all of these points, (n,)."""
         why = ""
-        if self.fallback is None:
+        if self.fallback is None and not self._is_slower():
             try:
                 if self._known or self._agrees(closure, points[:2], leave_out):
                     return self._in_chunks(closure, points, leave_out)
@@ -139,6 +143,12 @@ class GroupedEngine(ShadowEngine):
             f"engine='grouped': the closure cannot be evaluated at several points at once: {reason}. The shadow engine "
             "evaluates it from now on, at one point after the other",
         )
+
+    def _is_slower(self) -> bool:
+        """Whether the shadow engine is faster, by the largest product so far, where all matrices train and the choice is ours."""
+        if self.named or self._frozen or self.rows < _SINGLY.get(self.device.type, sys.maxsize):
+            return False
+        return all(t.itemsize == 2 for t in self.space.tensors)
 
     def _agrees(self, closure: Callable[[], Tensor], points: Sequence[Point], leave_out: Collection[int]) -> bool:
         """Whether the first points have the losses that the shadow engine finds; not known while these are not finite."""

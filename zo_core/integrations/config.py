@@ -324,6 +324,7 @@ class FinetuneConfig(BaseModel):
         return self.lr * falls[self.schedule]
 
 
+EARLIER = {"group_by_length": False, "label_bias": 0}  # options of now, as versions without them went on
 CAN_CHANGE = {"steps", "time_budget", "save_every", "output"}  # options that a resumed run may change
 
 
@@ -337,7 +338,7 @@ def stored_config(folder: Path, given: Mapping[str, Any] | None = None) -> Finet
     path = folder / "config.json"
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
-        stored = {"group_by_length": False, "label_bias": 0, **stored}  # runs of versions without these options
+        stored = EARLIER | stored
         FinetuneConfig(**stored)
     except (OSError, ValueError, TypeError) as error:  # pydantic's and json's errors are ValueErrors
         why = "there is no config.json" if isinstance(error, OSError) else "its config.json is not one of a run"

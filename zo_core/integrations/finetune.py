@@ -271,11 +271,7 @@ class Run:
     def evaluate(self, part: str, note: str, *, fit: bool = True) -> Evaluation:
         """Evaluate one part of the data, log the result and show it in a line that begins with `note`; ``fit`` label biases before."""
         start, session = time.perf_counter(), self.session
-        if fit:
-            session.fit_label_biases(self.check)
-        found = tasks.evaluate(
-            session.scorer, session.parts[part], batch_size=self.config.eval_batch_size, progress=self.check
-        )
+        found = session.evaluate(part, self.check, fit=fit)
         took = time.perf_counter() - start
         self.state.evaluation_seconds += took
         values = found.report()
@@ -401,11 +397,9 @@ class Run:
         after = self.evaluate("test", f"after (weights of step {chosen})")
         scratch = self.folder / "model.part"
         shutil.rmtree(scratch, ignore_errors=True)
-        biases = dict[str, float]()
         with saving():
             model.save_pretrained(scratch)
             if config.label_bias:
-                biases = dict(zip(config.labels or (), session.scorer.biases.tolist(), strict=True))
                 _keep_biases(scratch / "generation_config.json", session.scorer)
             session.tokenizer.save_pretrained(scratch)
         shutil.rmtree(self.folder / "model", ignore_errors=True)  # only now that the new one is complete
@@ -415,6 +409,7 @@ class Run:
         evaluations = [line for line in lines if line["kind"] == "evaluation"]
         losses = [line["loss"] for line in steps]
         before, parameters = torch.tensor(state.before_correct), list(model.parameters())
+        biases = dict(zip(config.labels or (), session.scorer.biases.tolist(), strict=True))
         summary = {
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "model": {
@@ -432,9 +427,9 @@ class Run:
             "forwards": state.forwards,
             "selected_step": chosen,
             "selected_by": "validation loss" if config.keep_best else "last step",
-            "label_bias": biases,
+            "label_bias": biases if any(biases.values()) else {},
             "test": {
-                "before": state.before, "biases alone": state.biases_alone, "after": after.report(),
+                "before": state.before, "biases_alone": state.biases_alone, "after": after.report(),
                 "change": tasks.paired_difference(before, after.correct),
             },
             "validation": [line for line in evaluations if line["split"] == "validation"],

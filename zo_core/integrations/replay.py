@@ -1,5 +1,6 @@
 """The `zo-core replay` command: compute a run's model again from the model that it started with and its journal."""
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -60,6 +61,8 @@ def replay_model(
         made = replay(weights, steps, step, progress=progress)
         with saving():
             save(part)
+            if journal.is_dir() and not one_file:
+                _copy_generation_config(journal, part, made)
         os.replace(part, out)
     except JournalError as error:
         raise RunError(f"{str(path)!r} and BASE {base!r}: {error}") from error
@@ -82,6 +85,15 @@ def _load_model(base: str, header: Header, status: Callable[[str], None]) -> tup
         tokenizer.save_pretrained(folder)
 
     return model, save
+
+
+def _copy_generation_config(run: Path, out: Path, made: int) -> None:
+    """Copy that of the run's own model, which has its label biases, if these weights are of the same step."""
+    try:
+        if json.loads((run / "summary.json").read_text(encoding="utf-8"))["selected_step"] == made:
+            shutil.copy(run / "model" / "generation_config.json", out)
+    except (OSError, ValueError, LookupError, TypeError):
+        return  # the run is not finished, or its model was moved: the weights are what was asked for
 
 
 def _load_file(base: str, header: Header) -> tuple[dict[str, torch.Tensor], Callable[[Path], None]]:

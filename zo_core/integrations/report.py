@@ -205,7 +205,7 @@ def summary_table(summary: dict[str, Any]) -> Table:
     rss, saturated = summary["peak_rss_bytes"], summary["saturated"]
     table = Table(title=f"{summary['config']['model']} on {summary['config']['data']}", show_header=False)
     table.add_row(f"test accuracy before (n {before['n']})", measured(before))
-    if alone := summary["test"].get("biases alone"):
+    if alone := summary["test"].get("biases_alone"):
         table.add_row("with label biases, untrained", measured(alone))
     table.add_row(f"test accuracy after (step {summary['selected_step']})", f"[bold]{measured(after)}[/]")
     table.add_row("difference", f"[bold]{100 * change['difference']:+.1f}[/]  (95%: {low} to {high}) points")

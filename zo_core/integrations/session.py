@@ -60,6 +60,15 @@ class Session(NamedTuple):
                 shares = tasks.label_shares(found.labels[finite], len(scorer.biases))
                 scorer.biases = tasks.label_biases(found.logits[finite], shares, rounds=200).to(scorer.device)
 
+    def evaluate(
+        self, part: str, progress: Callable[[int], None] = lambda n: None, *, fit: bool = True
+    ) -> tasks.Evaluation:
+        """Score one part of the data, with label biases that are fitted anew if ``fit``; ``progress`` as of ``tasks.evaluate``."""
+        if fit:
+            self.fit_label_biases(progress)
+        size = self.config.eval_batch_size
+        return tasks.evaluate(self.scorer, self.parts[part], batch_size=size, progress=progress)
+
     def calibrate(self, optimizer: zo_core.ZOOptimizer, evaluations: int) -> zo_core.Calibration:
         """Give an optimizer scales that are measured on the first batches. RunError if that does not work."""
         self.model.train(self.config.dropout)

@@ -15,8 +15,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from zo_core.integrations import tasks
-from zo_core.integrations.config import FinetuneConfig
+from zo_core.integrations.config import EARLIER, FinetuneConfig
 from zo_core.integrations.errors import RunError
 from zo_core.integrations.files import own_folder, write_json
 from zo_core.integrations.session import Session, prepare
@@ -108,7 +107,7 @@ class Sweep:
         about = config.model_dump(mode="json", exclude={"output"})
         about["data_sha256"] = session.facts["sha256"]
         self.kept = read_sweep(self.path) or Kept(config=about)
-        before = self.kept.config
+        before = EARLIER | self.kept.config
         if differ := [name for name in about | before if about.get(name) != before.get(name)]:
             raise RunError(
                 f"--output {str(config.output)!r} holds a sweep of other options ({', '.join(differ)}); choose another "
@@ -151,9 +150,7 @@ class Sweep:
                 optimizer.step(closures if session.config.spread else closures[0])
                 bar.advance(task)
                 for _ in range(ends.count(step + 1)):
-                    part = session.parts["validation"]
-                    session.fit_label_biases()
-                    seen.append(tasks.evaluate(session.scorer, part, batch_size=config.eval_batch_size).losses)
+                    seen.append(session.evaluate("validation").losses)
                     if not bool(seen[-1].isfinite().all()):
                         return seen, "not finite"
                     early = best and len(seen) < QUARTERS
@@ -196,8 +193,7 @@ def sweep(
         with console.status("starting") as status:
             session = prepare(config, lambda text: status.update(text))
         trials = Sweep(session, console)
-        session.fit_label_biases()
-        before = tasks.evaluate(session.scorer, session.parts["validation"], batch_size=config.eval_batch_size).loss
+        before = session.evaluate("validation").loss
         console.print(f"before: validation loss {before:.4f}, {len(session.parts['validation'])} examples")
         losses = ladder(lambda lr: trials.trial(lr, config.eps), config.lr, most=tries)
         lr, eps = min(losses, key=lambda x: losses[x]), config.eps

@@ -59,8 +59,9 @@ class ZOOptimizer(Tensors):
             float32 weights keep none. docs/precision.md says what each costs and saves.
         engine: "shadow" perturbs what modules read and never writes a weight to probe it; "grouped" does so at all
             points of a step in one call of the closure; "inplace" writes the weights, for closures that are arbitrary
-            functions of them, and for sharded ones (DTensors). None: shadow, or grouped for factored noise, where a module
-            is known and no weight is sharded. docs/engines.md says which to take.
+            functions of them, and for sharded ones (DTensors). None: shadow, or grouped for factored noise (by which the
+            shadow engine evaluates where it was measured to be faster), where a module is known and no weight is sharded.
+            docs/engines.md says which to take.
         points_at_once: at how many points the grouped engine evaluates at once, at most; None: as many as memory holds
             and the processor has a use for.
         module: the module whose forwards use the tensors, where ``params`` is not that module itself.

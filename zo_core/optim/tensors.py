@@ -132,7 +132,8 @@ class Tensors(Stateful):
             self._blocks = ()
             self._left_out()
             space.warn_of_small_eps(self.param_groups[0]["eps"])
-            self._engine = engines.make(self.engine, space, self.module, self.points_at_once)
+            named = self._asked is not None or self.points_at_once is not None
+            self._engine = engines.make(self.engine, space, self.module, self.points_at_once, named)
             self._engine.rows = self._own.get("rows", 0)
             self._versions, self._made_for = versions_of(space.tensors), self._layout_of(space.tensors)
         return self._engine
