@@ -43,6 +43,7 @@ from .screen import choose
 EXAMPLES = """examples:
   python -m bench.learning                                       what is not in the JSON yet (days on a CPU)
   python -m bench.learning --parts tasks --tasks reviews --seeds 3
+  python -m bench.learning --parts tasks --methods "FZOO, 8 probes of 16" --lr 3.2e-3
   python -m bench.learning --workers 12 --minutes 8              on a GPU, as much as this time allows
   python -m bench.learning --table                               the tables of what is in the JSON
 """
@@ -418,6 +419,9 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK")
     parser.add_argument("--seeds", type=int, default=5, help="of the tasks (default 5)")
+    parser.add_argument(
+        "--lr", type=float, help="of all --methods, in place of the best of each one's ladder, which is not made"
+    )
     parser.add_argument("--forwards", type=int, default=3072, help="of one example, the budget of a run (default 3072)")
     parser.add_argument(
         "--marks", type=float, nargs="+", default=list(MARKS), help="of the budget, where validation is looked at"
@@ -435,7 +439,7 @@ def main() -> None:
     study = Study(args.json, args.workers, run, time.time() + 60 * args.minutes)
     if not args.table:
         keep(args.json, machine={**load(args.json).get("machine", {}), args.device: machine()})
-        rates = known_rates(args, study)
+        rates = known_rates(args, study) if args.lr is None else dict.fromkeys(args.methods, args.lr)
 
         def attempt(job: dict[str, Any]) -> bool:
             try:

@@ -240,31 +240,38 @@ def test_the_number_of_points_at_once_falls_with_rows_and_copies(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "frozen", "named", "singly"),
+    ("dtype", "frozen", "options", "singly"),
     [
-        (torch.bfloat16, False, None, True),
-        (torch.bfloat16, False, "grouped", False),
-        (torch.bfloat16, True, None, False),
-        (torch.float32, False, None, False),
+        (torch.bfloat16, False, {}, True),
+        (torch.bfloat16, False, {"engine": "grouped"}, False),
+        (torch.bfloat16, False, {"points_at_once": 9}, False),
+        (torch.bfloat16, True, {}, False),
+        (torch.float32, False, {}, False),
     ],
     ids=str,
 )
-def test_long_batches_of_16_bit_weights_are_evaluated_singly_unless_the_engine_is_named(
-    monkeypatch, dtype, frozen, named, singly
+def test_long_batches_of_bfloat16_weights_are_evaluated_singly_unless_grouping_is_asked_for(
+    monkeypatch, dtype, frozen, options, singly
 ):
+    """All of a step alike: the engine is chosen anew before the next one."""
     monkeypatch.setattr(grouped, "_SINGLY", {"cpu": len(X)})
     model, calls = network().to(dtype), []
     model[0].requires_grad_(not frozen)
+    opt = zo_core.FZOO(model, lr=1e-3, probes=4, **options)
 
-    def loss():
-        calls.append(0)
-        return (model(X.to(dtype)) - Y).square().mean()
+    def step(n):
+        calls.clear()
+        opt.step(lambda: (calls.append(0), (model(X[:n].to(dtype)) - Y[:n]).square().mean())[1])
+        return len(calls)
 
-    opt = zo_core.FZOO(model, lr=1e-3, probes=4, engine=named)
-    opt.step(loss)
-    calls.clear()
-    opt.step(loss)
-    assert opt.engine == "grouped" and opt.fallback is None and len(calls) == (5 if singly else 1)
+    whole, short = len(X), len(X) - 1
+    assert step(whole) == 4 + (
+        5 if singly else 1
+    )  # with the comparison of two points, and the search for reads elsewhere
+    assert [step(whole), step(short)] == ([5, 5] if singly else [1, 1])
+    opt = zo_core.FZOO(model, lr=1e-3, probes=4, **options)
+    assert [step(short), step(whole), step(whole)] == ([5, 1, 5] if singly else [5, 1, 1])
+    assert opt.engine == "grouped" and opt.fallback is None
 
 
 # ---- failures ----------------------------------------------------------------------------------------------------

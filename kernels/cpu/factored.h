@@ -57,7 +57,7 @@ ZO_INLINE void each_term(const zo_pass &pass, const Tile &t, F f) {
 // Up to TERMS terms of the noise of a block, a[.][row] b[.][column]: the signs of its columns, those of its rows times c.
 struct Factors {
   alignas(64) float a[TERMS][ZO_HEIGHT], b[TERMS][STRIDE];
-  int n = 0;
+  int n;
 
   // The term of rows from ``row`` and of ``width`` columns from ``column``, multiples of ZO_HEIGHT and 128.
   ZO_INLINE void append(float c, Noise key, uint64_t q, int64_t row, int64_t column, int width) {

@@ -1,4 +1,5 @@
 // The pass over one tile of one tensor. Compiled once an instruction set, with ZO_VARIANT its name.
+#include <memory>
 #include <type_traits>
 
 #include "factored.h"
@@ -121,8 +122,8 @@ __attribute__((noinline)) int64_t saturate(vf &out, const vf &weight, float limi
 constexpr float MOMENT_FLOOR = 1e-5f;  // what is added to the root of the second moment
 
 struct Buffers {  // one thread's scratch; indices count from a multiple of 128 elements
-  alignas(64) float coeffs[ZO_TILE], restore[ZO_TILE], curvature[ZO_TILE];
-  alignas(64) uint32_t random[ZO_TILE / 2];  // 16 bits an element
+  alignas(64) float coeffs[ZO_TILE + LANES], restore[ZO_TILE + LANES], curvature[ZO_TILE + LANES];
+  alignas(64) uint32_t random[(ZO_TILE + LANES) / 2];  // 16 bits an element
 };
 
 // n elements, whose noise is given and which are [first, first + n) in the buffers. `hessian` is null, read, or (curvature)
@@ -291,15 +292,22 @@ void prefetch_rows(const Tile &t, int64_t row, int64_t width) {
   }
 }
 
-int64_t run_block(const zo_pass &pass, const Tile &t) {
-  Buffers buf;
+struct Block {  // a thread's scratch for a block, too large for the stacks of some threads
   Factors factors;
   alignas(64) float sums[ZO_HEIGHT][STRIDE];
+};
+
+int64_t run_block(const zo_pass &pass, const Tile &t) {
+  static thread_local const std::unique_ptr<Block> block(new Block);
+  Buffers buf;
+  Factors &factors = block->factors;
+  float (*const sums)[STRIDE] = block->sums;
   const int64_t left = t.noise_columns - t.column, width = left < t.width ? left : t.width;
   const int64_t above = t.offset / t.noise_columns - t.row, below = (t.offset + t.end - 1) / t.noise_columns - t.row;
   const int from = above > 0 ? (int)above & -ZO_ROWS : 0, to = below < ZO_HEIGHT ? (int)below + 1 : ZO_HEIGHT;
   prefetch_rows(t, t.row + from, width);
   bool first = true;
+  factors.n = 0;
   each_term(pass, t, [&](float c, Noise key, uint64_t q) {
     if (factors.n == TERMS) {
       for (int r = from; r < to; r += ZO_ROWS) factors.add(sums + r, r, (int)width, first);

@@ -2,7 +2,7 @@
 #pragma once
 #include "zo_core.h"
 
-constexpr int ZO_TILE = 2048;  // elements; a thread's scratch is then 28 KiB and stays in its first-level cache
+constexpr int ZO_TILE = 2048;  // elements; a thread's scratch is then 28 KiB and stays in its first-level cache, without blocks
 
 // A tile of factored noise, where rows are wide and there are some, is a block of rows and columns (factored.h). Its columns'
 // signs are made once; its rows are finished ZO_ROWS at a time.

@@ -5,6 +5,7 @@
 #include <emmintrin.h>
 #endif
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstring>
@@ -181,25 +182,31 @@ int run(const zo_pass *passes, int64_t n_passes, const zo_tensor *tensors, int64
     else
       counters[0]++;
 
-  std::vector<int64_t> first_tile(1, 0);  // of each tensor, in one row of all tiles
+  std::vector<int64_t> first_tile(1, 0), first_element(1, 0);  // of each tensor, in one row of all that changes
   std::vector<Tiles> cut;
-  int64_t elements = 0, copied = 0;
+  int64_t copied = 0;
   for (int64_t i = 0; i < n_tensors; i++) {
     bool touched = false;
     for (size_t s = 0; s < steps.size() && !touched; s++) touched = touches(*steps[s], tensors[i], i, n_tensors);
     cut.emplace_back(passes[0], tensors[i]);
     first_tile.push_back(first_tile.back() + (touched ? cut[i].count : 0));
-    elements += touched ? tensors[i].numel : 0;
+    first_element.push_back(first_element.back() + (touched ? tensors[i].numel : 0));
     copied += tensors[i].src != tensors[i].dst ? bytes(tensors[i].dst_dtype, tensors[i].numel) : 0;
   }
-  const int64_t tiles = first_tile.back();
+  const int64_t elements = first_element.back();
+  const auto tile_of = [&](int64_t e) {  // in which element e is, about: tiles of different tensors differ in size
+    if (e == elements) return first_tile.back();
+    const size_t i = std::upper_bound(first_element.begin(), first_element.end(), e) - first_element.begin() - 1;
+    const double part = (double)(e - first_element[i]) / (double)tensors[i].numel;
+    return first_tile[i] + (int64_t)(part * (double)(first_tile[i + 1] - first_tile[i]));
+  };
   const Variant &variant = *variant_of(current_isa);
 
   // All threads or one: OpenMP ends the threads that a smaller team leaves out, and starts them again.
   const int64_t work = elements * (int64_t)steps.size();
   const int64_t threads = work >= 2 * MIN_PER_THREAD ? passes[0].threads : 1;
   on_threads(threads, [&](int64_t k) {
-    const int64_t from = tiles * k / threads, to = tiles * (k + 1) / threads;
+    const int64_t from = tile_of(elements / threads * k), to = tile_of(k + 1 < threads ? elements / threads * (k + 1) : elements);
     int64_t i = 0;
     for (int64_t tile = from; tile < to; tile++) {
       while (first_tile[i + 1] <= tile) i++;

@@ -35,6 +35,9 @@ class Engine(ABC):
         """The closure's results at all of these points, (n,): here one call of it after the other."""
         return torch.stack([self.evaluate(closure, c, probe, leave_out) for c, probe in points])
 
+    def settle(self) -> None:  # noqa: B027 - most engines have no choice
+        """Choose how to evaluate until the next call: once a step, so that all its losses have the same rounding."""
+
     @abstractmethod
     def update(self, probes: Sequence[Probe], update: Update, rounding: Tensor | None) -> None:
         """Move the weights, from theta; ``rounding`` is the stream of the stochastic rounding, None rounds to nearest."""

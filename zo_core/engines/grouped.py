@@ -35,7 +35,7 @@ from .structure import GROUP, Plan, groups
 
 _ROWS = {"cpu": 1024}  # that a matrix is multiplied by at once, from where on more make it no faster
 _MANY_ROWS = 1 << 16  # of other devices
-_SINGLY = {"cpu": 512}  # rows of one point from where on products of 16 bits are faster one point after the other
+_SINGLY = {"cpu": 512}  # rows of one point from where on bfloat16 is faster one point after the other
 # Of a loss, by what copies are rounded to. One unit of a logit in bfloat16 is 5% of the loss of a single example.
 _ROUNDING = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 _OURS = (Path(torch.__file__).parent, Path(__file__).parent.parent)  # whose lines are not the closure's
@@ -73,6 +73,7 @@ class GroupedEngine(ShadowEngine):
         self.points_at_once, self.named = points_at_once, named
         self.fallback: str | None = None  # why the shadow engine evaluates, where it does
         self._known = False  # whether losses were compared
+        self._singly = False  # whether the shadow engine evaluates as it is faster
         self._most: int | None = None  # points at once that memory was found to hold
         self._widest = 0  # bytes of the largest product so far, of one point
         self._copied: dict[int, torch.dtype] = {}  # tensors that were copied for several points, and their dtypes
@@ -99,7 +100,7 @@ class GroupedEngine(ShadowEngine):
     ) -> Tensor:
         """The closure's results at all of these points, (n,)."""
         why = ""
-        if self.fallback is None and not self._is_slower():
+        if self.fallback is None and not self._singly:
             try:
                 if self._known or self._agrees(closure, points[:2], leave_out):
                     return self._in_chunks(closure, points, leave_out)
@@ -119,6 +120,12 @@ class GroupedEngine(ShadowEngine):
         if why:
             self._leave(why)
         return found
+
+    def settle(self) -> None:
+        """Leave the evaluations of a step to the shadow engine if it is faster by the largest product so far, and the choice is ours."""
+        long = self.rows >= _SINGLY.get(self.device.type, sys.maxsize)
+        ours = not self.named and not self._frozen and all(t.dtype is torch.bfloat16 for t in self.space.tensors)
+        self._singly = long and ours
 
     def restore(self) -> None:
         """End an evaluation, wherever it was left: parameters are theta again."""
@@ -144,12 +151,6 @@ class GroupedEngine(ShadowEngine):
             "evaluates it from now on, at one point after the other",
         )
 
-    def _is_slower(self) -> bool:
-        """Whether the shadow engine is faster, by the largest product so far, where all matrices train and the choice is ours."""
-        if self.named or self._frozen or self.rows < _SINGLY.get(self.device.type, sys.maxsize):
-            return False
-        return all(t.itemsize == 2 for t in self.space.tensors)
-
     def _agrees(self, closure: Callable[[], Tensor], points: Sequence[Point], leave_out: Collection[int]) -> bool:
         """Whether the first points have the losses that the shadow engine finds; not known while these are not finite."""
         if not (why := self._elsewhere()):
@@ -168,7 +169,8 @@ class GroupedEngine(ShadowEngine):
         self._scratch.buffers.clear()  # the shadow engine's copies of matrices, which may not be needed again
         if why:
             self._leave(why)
-        return self._known
+        self.settle()
+        return self._known and not self._singly
 
     def _rounding(self, dtype: torch.dtype) -> float:
         """How far losses of weights in this dtype may be apart, relatively. TF32's products have as many digits as float16's."""

@@ -90,10 +90,12 @@ def _load_model(base: str, header: Header, status: Callable[[str], None]) -> tup
 def _copy_generation_config(run: Path, out: Path, made: int) -> None:
     """Copy that of the run's own model, which has its label biases, if these weights are of the same step."""
     try:
-        if json.loads((run / "summary.json").read_text(encoding="utf-8"))["selected_step"] == made:
-            shutil.copy(run / "model" / "generation_config.json", out)
+        same = json.loads((run / "summary.json").read_text(encoding="utf-8"))["selected_step"] == made
+        found = (run / "model" / "generation_config.json").read_bytes()
     except (OSError, ValueError, LookupError, TypeError):
         return  # the run is not finished, or its model was moved: the weights are what was asked for
+    if same:
+        (out / "generation_config.json").write_bytes(found)
 
 
 def _load_file(base: str, header: Header) -> tuple[dict[str, torch.Tensor], Callable[[Path], None]]:

@@ -230,6 +230,7 @@ class ZOOptimizer(Tensors):
         if self._buffers.module is not self.module:
             self._buffers = Buffers(self.module)
         engine = self._prepare()
+        engine.settle()
         if (exchange := self._joined()) is not None:
             options = {"closures": "one" if callable(closure) else "one for each probe"}
             exchange.start(self._steps, options | records.options_of(self.param_groups), self._snapshot)

@@ -232,7 +232,7 @@ class Stateful(torch.optim.Optimizer):
 
     @property
     def fallback(self) -> str | None:
-        """Why the grouped engine leaves the closure to the shadow engine, as its warning says; None where it does not."""
+        """Why the grouped engine cannot serve the closure and leaves it to the shadow engine, as its warning says; None where it can."""
         found: str | None = getattr(self._engine, "fallback", None)
         return found
 
