@@ -67,6 +67,8 @@ class Method:
         pool: how many examples the batch is chosen from, by their losses; 0: it is not.
         spread: whether each probe has a batch of its own.
         biases: how many examples label biases are fitted to for an evaluation, as ``FinetuneConfig.label_bias``; 0: there are none.
+        stratify: whether each batch has the labels in their shares, as ``FinetuneConfig.stratify``.
+        temperature: of the loss, as ``FinetuneConfig.temperature``.
     """
 
     name: str
@@ -77,6 +79,8 @@ class Method:
     pool: int = 0
     spread: bool = False
     biases: int = 0
+    stratify: bool = False
+    temperature: float = 1.0
 
     def steps(self, forwards: float) -> int:
         """As many as so many forwards of one example pay for, with those that the biases are fitted by at the end."""
@@ -108,6 +112,7 @@ def fzoo(probes: int, batch: int, lr: float = 3.2e-3, pool: int = 0, **options: 
 BASE = "MeZO, 1 probe of 16"
 RANK_1: dict[str, Any] = {"distribution": "factored"}
 RANK_4: dict[str, Any] = {"distribution": "factored", "rank": 4}
+EVEN: dict[str, Any] = {"biases": 256, "stratify": True, "temperature": 10.0}
 METHODS = {
     BASE: Method("MeZO", 16, 2, 3.2e-5, {}),
     "MeZO, signs, 1 probe of 16": Method("MeZO", 16, 2, 3.2e-5, SIGNS),
@@ -128,6 +133,11 @@ METHODS = {
     "FZOO, factored, rank 4, 8 probes of 16": fzoo(8, 16, beta=0.0, **RANK_4),
     "MeZO, label biases, 1 probe of 16": Method("MeZO", 16, 2, 3.2e-5, {}, biases=256),
     "FZOO, factored, label biases, 8 probes of 16": replace(fzoo(8, 16, beta=0.0, **RANK_1), biases=256),
+    "MeZO, label biases, T 10, 1 probe of 4": Method("MeZO", 4, 2, 3.2e-5, {}, **EVEN),
+    "FZOO, factored, label biases, T 1, 8 probes of 8": replace(fzoo(8, 8, beta=0.0, **RANK_1), **EVEN | {"temperature": 1.0}),
+    "FZOO, factored, label biases, T 3, 8 probes of 4": replace(fzoo(8, 4, beta=0.0, **RANK_1), **EVEN | {"temperature": 3.0}),
+    "FZOO, factored, label biases, T 10, 8 probes of 4": replace(fzoo(8, 4, beta=0.0, **RANK_1), **EVEN),
+    "FZOO, factored, label biases, T 10, 8 probes of 8": replace(fzoo(8, 8, beta=0.0, **RANK_1), **EVEN),
     "FZOO, mean deviation, 8 probes of 16": fzoo(8, 16),
     "FZOO, mean deviation, 16 probes of 4": fzoo(16, 4),
     "FZOO, mean deviation, factored, 16 probes of 4": fzoo(16, 4, **RANK_1),
@@ -190,15 +200,18 @@ def closures_of(session: Session, method: Method, step: int) -> Any:
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
-    """Train, looking at validation at each mark; what came of it. A loss that is far above the first ends it."""
+    """Train until the last mark, looking at validation at each; what came of it. A loss that is far above the first ends it."""
     method, demo = METHODS[job["method"]], job["what"] == "demo"
     model, start = start_of(job["device"])
     session = session_of(job["task"], job["longest"], job["device"], demo)
     config = session.config.model_copy(
-        update={"seed": job["seed"], "batch_size": method.batch, "label_bias": method.biases}
-    )
+        update={
+            "seed": job["seed"], "batch_size": method.batch, "label_bias": method.biases, "stratify": method.stratify,
+            "temperature": method.temperature,
+        }
+    )  # fmt: skip
     session = session._replace(config=config)
-    session.scorer.fits_biases = method.biases > 0
+    session.scorer.fits_biases, session.scorer.temperature = method.biases > 0, method.temperature
     session.scorer.biases.zero_()
     model.load_state_dict(start)
     optimizer = method.make(model, job["lr"], job["seed"])
@@ -207,7 +220,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     marks = {method.steps(mark * job["forwards"]): mark for mark in job["marks"]}
     best, out = math.inf, dict[str, Any]()
     begun = time.perf_counter()
-    for step in range(steps + 1):
+    last = max(marks)
+    for step in range(last + 1):
         if step in marks:
             session.fit_label_biases()
             found = tasks.evaluate(session.scorer, validation, batch_size=64)
@@ -217,11 +231,16 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
             if demo and found.loss < best:
                 best, kept = found.loss, tasks.evaluate(session.scorer, session.parts["test"], batch_size=64)
                 out = {"test": {"mark": curve[-1][0], "loss": round(kept.loss, 5), "accuracy": round(kept.accuracy, 5)}}
-        if step < steps:
+        if step < last:
             if job["schedule"] == "linear":
                 optimizer.param_groups[0]["lr"] = job["lr"] * (1 - step / steps)
             optimizer.step(closures_of(session, method, step))
-    out |= {"curve": curve, "steps": steps, "skipped": optimizer.skipped, "finished": curve[-1][0] == 1.0}
+    out |= {
+        "curve": curve,
+        "steps": steps,
+        "skipped": optimizer.skipped,
+        "finished": curve[-1][0] == round(max(job["marks"]), 4),
+    }
     return {**out, "worker_seconds": round(time.perf_counter() - begun, 1)}
 
 
@@ -323,11 +342,11 @@ def table_of_task(args: argparse.Namespace, study: Study, task: str) -> dict[str
             low, high = row["interval"] = interval(paired)
             row |= {"difference": statistics.mean(paired), "from": args.against}
             shown = f"{row['difference']:+.4f} ±{(high - low) / 2:.4f}"
-        at = " ".join(f"{loss:.4f}" for loss in losses)
+        at = ", ".join(f"{loss:.4f} at {mark:.2g}" for mark, loss in zip(marks, losses, strict=True))
         reached = "" if row["reached_at"] is None else f"{row['reached_at']:.2f}"
         rows.append([name, f"{lr:.2g}", f"{len(ends)}", at, f"{100 * row['accuracy']:.1f}", shown, reached])
     title = f"{task}: {args.forwards} forwards of one example, {args.validation} examples of validation"
-    columns = ["", "lr", "seeds", "at 0, 1/3, 1/2, the end", "acc. %", "difference, 95%", "its end at"]
+    columns = ["", "lr", "seeds", "loss at parts of them", "acc. %", "difference, 95%", "its end at"]
     show(title, columns, rows)
     return out
 

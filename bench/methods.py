@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 import zo_core
 from zo_core.integrations import tasks
-from zo_core.integrations.config import FinetuneConfig
+from zo_core.integrations.config import EARLIER, FinetuneConfig
 from zo_core.integrations.session import Session, prepare
 from zo_core.integrations.sweep import ladder
 
@@ -108,7 +108,7 @@ def without_long(session: Session, longest: int) -> Session:
 def session_of(data: str, dtype: str, longest: int, **options: Any) -> Session:
     """Model, and data without its long examples; options as of ``FinetuneConfig``."""
     usual = {"batch_size": BATCH, "test_size": 0.3, "validation_size": 0.1, "autocast": dtype == "float32"}
-    usual |= {"group_by_length": False, "label_bias": 0}
+    usual |= EARLIER
     return without_long(prepare(FinetuneConfig(data=data, dtype=dtype, **{**usual, **options})), longest)  # type: ignore[arg-type]
 
 
@@ -347,7 +347,9 @@ def mean_curve(runs: Sequence[dict[str, Any]], column: int = 1) -> tuple[list[in
 
 
 def reach(steps: Sequence[float], losses: Sequence[float], goal: float) -> float | None:
-    """Steps until the loss is at the goal, on straight lines between marks."""
+    """Steps until the loss is at the goal, on straight lines between marks; the first mark where it is already there."""
+    if losses[0] <= goal:
+        return steps[0]
     for (a, la), (b, lb) in pairwise(zip(steps, losses, strict=True)):
         if lb <= goal:
             return a + (b - a) * ((la - goal) / (la - lb) if la > lb else 1.0)

@@ -26,7 +26,7 @@ from zo_core.kernels import reference
 import zo_core
 from zo_core.integrations import report as report_of_run
 from zo_core.integrations import tasks
-from zo_core.integrations.config import FinetuneConfig
+from zo_core.integrations.config import EARLIER, FinetuneConfig
 from zo_core.integrations.session import Session, prepare
 from zo_core.weights import Update
 
@@ -351,7 +351,7 @@ def run_training(args: argparse.Namespace) -> None:
             continue
         way, dtype = TRAINED[name]
         own = {"model": args.model, "dtype": dtype, "autocast": False, "seed": seed, "validation_size": args.validation}
-        own |= {"group_by_length": False, "label_bias": 0}
+        own |= EARLIER
         schedule = {"steps": args.steps, "batch_size": args.batch, "lr": args.lr, "eps": args.eps}
         config = FinetuneConfig(**own, **schedule)
         run = train(WAYS[way], config, f"{name}, seed {seed}")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 import zo_core
 from zo_core.integrations import tasks
-from zo_core.integrations.config import FinetuneConfig
+from zo_core.integrations.config import EARLIER, FinetuneConfig
 from zo_core.integrations.session import Session, prepare
 
 from .harness import console, report
@@ -100,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(arguments)
-    config = FinetuneConfig(model=args.model, data=args.data, method="mezo", steps=1, autocast=False, label_bias=0)
+    config = FinetuneConfig(model=args.model, data=args.data, method="mezo", steps=1, autocast=False, **EARLIER)
     session = prepare(config, lambda text: console.print(text, style="dim"))
     kinds: dict[str, list[int]] = {}
     for i, kind in enumerate(zo_core.scales.kinds(session.model).values()):

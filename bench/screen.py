@@ -31,7 +31,7 @@ from rich.progress import track
 from torch import Tensor
 
 from zo_core.integrations import tasks
-from zo_core.integrations.config import FinetuneConfig
+from zo_core.integrations.config import EARLIER, FinetuneConfig
 from zo_core.integrations.session import Session, prepare
 
 from .harness import console, keep, load, machine, report
@@ -325,7 +325,7 @@ def main() -> None:
     known = load(args.json).get("measured", {})
     found = known.get(key, {"probes": []})
     if len(found["probes"]) < args.probes:
-        config = FinetuneConfig(model=args.model, data=args.data, test_size=0.3, validation_size=0.1, label_bias=0)  # type: ignore[call-arg]
+        config = FinetuneConfig(model=args.model, data=args.data, test_size=0.3, validation_size=0.1, **EARLIER)  # type: ignore[call-arg]
         session = prepare(config, console.print)
         point = Point(without_long(session, args.longest), args.large, args.examples)
         about = {

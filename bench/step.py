@@ -22,7 +22,7 @@ from zo_core.kernels import reference
 
 import zo_core
 from zo_core import layers
-from zo_core.integrations.config import FinetuneConfig
+from zo_core.integrations.config import EARLIER, FinetuneConfig
 from zo_core.integrations.session import prepare
 from zo_core.integrations.tasks import Batch, Encoded, collate
 from zo_core.losses import causal_lm_loss
@@ -49,7 +49,7 @@ def workload(model: str, dtype: Any, batch: int, length: int, autocast: bool = F
     if model in gpu_models.NAMES:
         untrained = Untrained(gpu_models.build(model, "cpu"))
         return untrained, gpu_models.batch(untrained.model, batch, length)
-    session = prepare(FinetuneConfig(model=model, dtype=dtype, autocast=autocast, label_bias=0), console.log)
+    session = prepare(FinetuneConfig(model=model, dtype=dtype, autocast=autocast, **EARLIER), console.log)
     long = [e for e in session.parts["train"] if len(e.tokens) >= length][:batch]
     if len(long) < batch:
         raise SystemExit(f"--length {length}: expected {batch} prompts of so many tokens, found {len(long)}")

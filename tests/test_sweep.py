@@ -118,12 +118,11 @@ def test_a_ladder_that_leaves_the_range_goes_on_without_the_value(inputs: dict[s
 
 
 def test_hopeless_trials_are_stopped(inputs: dict[str, object], tmp_path: Path) -> None:
-    trials = sweeps.Sweep(
-        prepare(FinetuneConfig(**{**inputs, "steps": 40}, method="mezo", probes=4, label_bias=0, output=tmp_path)),
-        sweeps.Console(quiet=True),
-    )
+    plain = {"batch_size": 16, "label_bias": 0, "temperature": 1.0}
+    config = FinetuneConfig(**{**inputs, "steps": 40}, method="mezo", probes=4, **plain, output=tmp_path)
+    trials = sweeps.Sweep(prepare(config), sweeps.Console(quiet=True))
     assert trials.trial(2e-3, 1e-3) < math.inf
-    assert trials.trial(3e-2, 1e-3) == math.inf
+    assert trials.trial(0.1, 1e-3) == math.inf
     assert trials.kept.trials[1].end != "finished"
     assert len(trials.kept.trials[1].at_quarters) < 4
 

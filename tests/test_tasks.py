@@ -23,6 +23,7 @@ from transformers import (
     XLNetConfig,
 )
 
+from zo_core import losses
 from zo_core.integrations import tasks
 from zo_core.integrations.tasks import Example, Prompter, Scorer, TaskError
 
@@ -131,6 +132,34 @@ def test_batches_visit_every_example_once_an_epoch(n: int, batch_size: int) -> N
     assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
     assert epochs[0] != epochs[1]
     assert drawn[:batch_size] != tasks.batch_indices(n, batch_size, step=0, seed=6)
+
+
+@given(st.integers(2, 120), st.integers(1, 4), st.integers(1, 20), st.booleans(), st.integers(0, 5))
+@settings(max_examples=40, deadline=None)
+def test_stratified_batches_have_each_label_in_its_share(
+    per: int, kinds: int, batch_size: int, grouped: bool, seed: int
+) -> None:
+    counts = [per * (1 + k) for k in range(kinds)]  # shares of 1 to 4 in their sum
+    labels = [k for k, count in enumerate(counts) for _ in range(count)]
+    n, lengths = len(labels), [13 * i % 71 for i in range(len(labels))]
+    length = lengths.__getitem__ if grouped else None
+    steps = range(-(-2 * n // batch_size))
+    batches = [tasks.batch_indices(n, batch_size, step=s, seed=seed, length=length, labels=labels) for s in steps]
+    drawn = [i for batch in batches for i in batch]
+    assert all(sorted(drawn[k : k + n]) == list(range(n)) for k in (0, n))  # every example once an epoch
+    for batch in batches[: n // batch_size]:
+        for k, count in enumerate(counts):
+            away = abs([labels[i] for i in batch].count(k) - batch_size * count / n)
+            assert away < (1 + grouped) * (1 + kinds * count / n)
+    assert n < 20 or drawn[:n] != drawn[n : 2 * n]
+
+
+def test_stratified_batches_of_two_labels_alike_have_as_many_of_each() -> None:
+    labels, lengths = [0] * 80 + [1] * 80, [13 * i % 71 for i in range(160)]
+    for length in (None, lengths.__getitem__):
+        batches = [tasks.batch_indices(160, 4, step=s, seed=1, length=length, labels=labels) for s in range(80)]
+        assert all(sum(labels[i] for i in batch) == 2 for batch in batches)
+    assert sum(max(lengths[i] for i in batch) for batch in batches) / 80 < 42  # of 35 on average
 
 
 @given(n=st.integers(1, 300), batch_size=st.integers(1, 20), seed=st.integers(0, 5))
@@ -332,48 +361,37 @@ def test_loss_is_the_cross_entropy_over_the_label_words(scorer: Scorer) -> None:
     assert scorer.loss(batch).item() == pytest.approx(-p.log().mean().item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("labels", [2, 3, 5])
-def test_label_biases_make_the_cross_entropy_least(labels: int) -> None:
-    draw = torch.Generator().manual_seed(labels)
-    logits = 2 * torch.randn(3, 60, labels, generator=draw) + torch.arange(labels)
-    wanted = torch.randint(labels, (60,), generator=draw)
-    shares = torch.bincount(wanted, minlength=labels) / 60
-    found = torch.vmap(lambda x: tasks.label_biases(x, shares, rounds=200))(logits)  # as the grouped engine calls it
-    for x, biases in zip(logits, found, strict=True):
-        torch.testing.assert_close(biases, tasks.label_biases(x, shares, rounds=200))
-        torch.testing.assert_close((x + biases).softmax(-1).mean(0), shares)
-        assert biases.mean().abs() < 1e-5
-        moved = biases.clone().requires_grad_()
-        torch.nn.functional.cross_entropy(x + moved, wanted).backward()
-        assert moved.grad is not None and moved.grad.abs().max() < 1e-5
-
-
-def test_label_biases_of_predictions_that_are_sure_are_finite() -> None:
-    found = tasks.label_biases(torch.tensor([[0.0, 300.0], [0.0, 310.0]]), torch.tensor([0.5, 0.5]))
-    torch.testing.assert_close(found, torch.tensor([152.5, -152.5]), atol=5.0, rtol=0)
-
-
-def test_label_shares_count_one_example_more_of_all_labels_alike() -> None:
-    found = tasks.label_shares(torch.tensor([0, 0, 2]), 3)
-    torch.testing.assert_close(found, torch.tensor([7 / 12, 1 / 12, 4 / 12]))
-
-
 @torch.no_grad()
 def test_a_loss_with_fitted_biases_does_not_depend_on_the_labels_that_the_model_prefers(scorer: Scorer) -> None:
     batch = tasks.collate(scorer.encoded)
     logits, plain = scorer.logits(batch), scorer.loss(batch)
-    shares = tasks.label_shares(batch.labels, 2)
-    expected = torch.nn.functional.cross_entropy(logits + tasks.label_biases(logits, shares), batch.labels)
+    shares = losses.label_shares(batch.labels, 2)
+    expected = torch.nn.functional.cross_entropy(logits + losses.label_biases(logits, shares), batch.labels)
     scorer.fits_biases = True
     scorer.biases = torch.tensor([0.5, -3.0])  # those of evaluations
     try:
         assert float(scorer.loss(batch)) == float(expected) < float(plain)
-        preferring = tasks.label_biases(logits + torch.tensor([0.0, 2.0]), shares) + torch.tensor([-1.0, 1.0])
-        torch.testing.assert_close(preferring, tasks.label_biases(logits, shares), atol=2e-3, rtol=0)
+        scorer.temperature = 4.0
+        warm = logits / 4
+        warm = 4 * torch.nn.functional.cross_entropy(warm + losses.label_biases(warm, shares), batch.labels)
+        torch.testing.assert_close(scorer.loss(batch), warm)
+        preferring = losses.label_biases(logits + torch.tensor([0.0, 2.0]), shares) + torch.tensor([-1.0, 1.0])
+        torch.testing.assert_close(preferring, losses.label_biases(logits, shares), atol=2e-3, rtol=0)
         found = tasks.evaluate(scorer, scorer.encoded)
         torch.testing.assert_close(found.logits, logits + scorer.biases, rtol=1e-4, atol=1e-5)
     finally:
-        scorer.fits_biases, scorer.biases = False, torch.zeros(2)
+        scorer.fits_biases, scorer.biases, scorer.temperature = False, torch.zeros(2), 1.0
+
+
+@torch.no_grad()
+def test_a_loss_at_a_high_temperature_is_linear_in_the_margins(scorer: Scorer) -> None:
+    batch = tasks.collate(scorer.encoded)
+    logits, scorer.temperature = scorer.logits(batch), 1e3
+    try:
+        margins = logits[range(len(batch.labels)), batch.labels] - logits.mean(-1)
+        assert float(scorer.loss(batch)) == pytest.approx(1e3 * math.log(2) - float(margins.mean()), abs=2e-3)
+    finally:
+        scorer.temperature = 1.0
 
 
 @torch.no_grad()

@@ -187,12 +187,19 @@ class FinetuneConfig(BaseModel):
         "Points that the grouped engine evaluates at once. Default: as many as pay and fit in memory.",
         ge=1,
     )
-    batch_size: int = _option(16, "Method", "Examples per forward.", ge=1)
+    batch_size: int = _option(8, "Method", "Examples per forward; at least two of each label.", ge=1)
     group_by_length: bool = _option(
         True, "Method", "Make batches of prompts of similar lengths, which need little padding."
     )
+    stratify: bool = _option(True, "Method", "Make batches in which each label has its share of the data.")
     spread: bool = _option(
         False, "Method", "Give each probe a batch of its own, of --batch-size examples, in place of one for all."
+    )
+    temperature: float = _option(
+        10.0,
+        "Method",
+        "Temperature of the softmax in the loss: above 1, examples with unlikely labels weigh less; 1: plain cross-entropy.",
+        gt=0,
     )
     label_bias: int = _option(
         256,
@@ -324,7 +331,9 @@ class FinetuneConfig(BaseModel):
         return self.lr * falls[self.schedule]
 
 
-EARLIER = {"group_by_length": False, "label_bias": 0}  # options of now, as versions without them went on
+EARLIER: dict[str, Any] = {  # options of now, as versions without them went on
+    "group_by_length": False, "label_bias": 0, "stratify": False, "temperature": 1.0,
+}  # fmt: skip
 CAN_CHANGE = {"steps", "time_budget", "save_every", "output"}  # options that a resumed run may change
 
 

@@ -135,7 +135,7 @@ def plot(path: Path, steps: Sequence[dict[str, Any]], evaluations: Sequence[dict
     losses = [float("nan") if line["loss"] is None else line["loss"] for line in steps]
     left.plot(forwards[1:], losses, color=grey, alpha=0.45, linewidth=0.8, label="each step")
     left.plot(forwards[1:], smooth(losses), color=blue, linewidth=2, label="smoothed")
-    left.set_ylabel("training loss (nats)")
+    left.set_ylabel("training loss")
 
     validation = [line for line in evaluations if line["split"] == "validation"]
     x = [line["forwards"] for line in validation]

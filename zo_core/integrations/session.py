@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 import zo_core
+from zo_core import losses
 from zo_core.integrations import tasks
 from zo_core.integrations.assets import fetch, names
 from zo_core.integrations.config import FinetuneConfig
@@ -36,7 +37,10 @@ class Session(NamedTuple):
         """A training batch by its number in the run; it depends on nothing but the number and the seed."""
         train, config = self.parts["train"], self.config
         length = (lambda i: len(train[i].tokens)) if config.group_by_length else None
-        indices = tasks.batch_indices(len(train), config.batch_size, step=number, seed=config.seed, length=length)
+        labels = [example.label for example in train] if config.stratify else None
+        indices = tasks.batch_indices(
+            len(train), config.batch_size, step=number, seed=config.seed, length=length, labels=labels
+        )
         return self.scorer.batch([train[i] for i in indices])
 
     def loss_of(self, number: int) -> Callable[[], torch.Tensor]:
@@ -57,8 +61,8 @@ class Session(NamedTuple):
             found = tasks.evaluate(scorer, some_examples, batch_size=self.config.eval_batch_size, progress=progress)
             finite = found.logits.isfinite().all(-1)
             if finite.any():
-                shares = tasks.label_shares(found.labels[finite], len(scorer.biases))
-                scorer.biases = tasks.label_biases(found.logits[finite], shares, rounds=200).to(scorer.device)
+                shares = losses.label_shares(found.labels[finite], len(scorer.biases))
+                scorer.biases = losses.label_biases(found.logits[finite], shares, rounds=200).to(scorer.device)
 
     def evaluate(
         self, part: str, progress: Callable[[int], None] = lambda n: None, *, fit: bool = True
@@ -148,7 +152,7 @@ def prepare(
         "sha256": hashlib.sha256(json.dumps([encoded, prompter.label_tokens]).encode()).hexdigest(),
         "majority": {name: _majority(part) for name, part in encoded.items()},
     }
-    scorer.fits_biases = config.label_bias > 0
+    scorer.fits_biases, scorer.temperature = config.label_bias > 0, config.temperature
     config = config.model_copy(update={"labels": words, "autocast": scorer.autocast})
     return Session(config, model, tokenizer, scorer, encoded, facts)
 

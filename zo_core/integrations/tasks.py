@@ -2,11 +2,7 @@
 
 An example becomes a prompt, which is the template with the text in it. Each label value has a word, and the model's
 prediction is the label whose word begins with the token of the largest next-token logit. The loss is the cross-entropy
-over these tokens alone.
-
-A model that has not been trained for the task prefers some labels, whatever the text is. A bias for each label's logit, fitted to
-examples, takes that away (Zhao et al., 2021, arXiv:2102.09690; Zhou et al., 2023, arXiv:2309.17249). A loss whose biases are
-fitted to its own batch has no gradient along this preference, which otherwise most of a batch's noise is.
+over these tokens alone, with biases and at a temperature (zo_core/losses.py).
 """
 
 import csv
@@ -316,9 +312,15 @@ def collate(examples: Sequence[Encoded], device: torch.device | str = "cpu", *, 
 
 
 def batch_indices(
-    n: int, batch_size: int, *, step: int, seed: int, length: Callable[[int], int] | None = None
+    n: int,
+    batch_size: int,
+    *,
+    step: int,
+    seed: int,
+    length: Callable[[int], int] | None = None,
+    labels: Sequence[int] | None = None,
 ) -> list[int]:
-    """Numbers of the training examples, of `n`, that a step uses; they depend on the step, the seed and the lengths alone.
+    """Numbers of the training examples, of `n`, that a step uses; they depend on the arguments alone.
 
     Each epoch has a permutation of its own, and a batch at the end of an epoch continues with the next one.
 
@@ -329,56 +331,52 @@ def batch_indices(
         seed: of the order.
         length: tokens of the prompt of an example. With it the examples of 32 batches of an epoch are divided anew among these
             batches, by length, so that they need little padding.
+        labels: the label of each example. With them each batch has, as nearly as its size allows, each label's share of the data.
     """
     start, chosen = step * batch_size, list[int]()
     while len(chosen) < batch_size:
         epoch, offset = divmod(start + len(chosen), n)
         order = permutation(n, seed=seed, stream=1 + epoch)
+        if labels is not None:
+            order = order[_interleave([labels[i] for i in order.tolist()])]
         head = -epoch * n % batch_size  # as many complete the batch in which the epoch before ended
         if length is not None and offset >= head:
             place = (offset - head) % (BATCHES * batch_size)
             window = order[offset - place :][: BATCHES * batch_size].tolist()
-            found = _by_length(window, batch_size, length)[place:]
+            found = _by_length(window, batch_size, length, labels)[place:]
         else:
             found = order[offset : offset + batch_size].tolist()
         chosen += found[: batch_size - len(chosen)]
     return chosen
 
 
-def _by_length(examples: list[int], batch_size: int, length: Callable[[int], int]) -> list[int]:
-    """The examples divided into batches by length. A batch comes as early as the first of its examples was drawn; one that is not full is last."""
+def _interleave(labels: Sequence[int]) -> torch.Tensor:
+    """An order (int64) in which the examples of each label are spread evenly; those of one label stay in theirs."""
+    given = torch.tensor(labels)
+    place = torch.empty(len(given), dtype=torch.float64)
+    for label in set(labels):
+        those = (given == label).nonzero()[:, 0]
+        place[those] = (torch.arange(len(those), dtype=torch.float64) + 0.5) / len(those)
+    return place.argsort(stable=True)
+
+
+def _by_length(
+    examples: list[int], batch_size: int, length: Callable[[int], int], labels: Sequence[int] | None
+) -> list[int]:
+    """The examples divided into batches by length, with `labels` so that each has labels in their shares.
+
+    A batch comes as early as the first of its examples was drawn; one that is not full is last.
+    """
     drawn = {example: place for place, example in enumerate(examples)}
     ordered = sorted(examples, key=length)
+    if labels is not None:
+        ordered = [ordered[i] for i in _interleave([labels[i] for i in ordered]).tolist()]
     batches = [ordered[k : k + batch_size] for k in range(0, len(ordered), batch_size)]
     batches.sort(key=lambda batch: (len(batch) < batch_size, min(drawn[i] for i in batch)))
     return [i for batch in batches for i in batch]
 
 
 # ---- scoring ---------------------------------------------------------------------------------------------
-
-
-def label_biases(logits: torch.Tensor, shares: torch.Tensor, rounds: int = 10) -> torch.Tensor:
-    """Biases with which the mean probability of each label over examples is its share; float32 (labels,), of mean 0.
-
-    Where the shares are the labels' own, these biases make the cross-entropy of the examples least. They are found by fixed-point
-    iteration, b += log(shares) - log(mean softmax(logits + b)), which works under ``torch.vmap``.
-
-    Args:
-        logits: float32 (examples, labels).
-        shares: float32 (labels,), positive, of sum 1.
-        rounds: iterations. The surer the predictions are, the more of the distance each leaves.
-    """
-    biases = torch.zeros_like(shares)
-    wanted = shares.log() + math.log(len(logits))  # logarithms of sums of probabilities over the examples
-    for _ in range(rounds):
-        biases = biases + wanted - (logits + biases).log_softmax(-1).logsumexp(0)
-    return biases - biases.mean()
-
-
-def label_shares(labels: torch.Tensor, n: int) -> torch.Tensor:
-    """The share of each of n labels among int64 labels, as if there were one more example, of all labels alike; float32 (n,)."""
-    counts = (labels[:, None] == torch.arange(n, device=labels.device)).float().sum(0)
-    return (counts + 1 / n) / (len(labels) + 1)
 
 
 class Scorer:
@@ -394,6 +392,7 @@ class Scorer:
     Attributes:
         biases: float32 (labels,), added to the logits: those of the model's generation config (``sequence_bias``), or 0.
         fits_biases: whether ``loss`` takes biases that it fits to its batch, in place of these.
+        temperature: of the softmax in ``loss``.
     """
 
     def __init__(
@@ -407,7 +406,7 @@ class Scorer:
         self.biases = torch.tensor(
             [known.get((token,), 0.0) for token in label_tokens], dtype=torch.float32, device=self.device
         )
-        self.fits_biases = False
+        self.fits_biases, self.temperature = False, 1.0
         accepted = inspect.signature(model.forward).parameters
         wanted: dict[str, Any] = {"logits_to_keep": 1, "use_cache": False}
         self.options = {name: value for name, value in wanted.items() if name in accepted}
@@ -453,11 +452,9 @@ class Scorer:
         return _agree(one, other, one)
 
     def loss(self, batch: Batch) -> torch.Tensor:
-        """The mean cross-entropy over the label tokens, a float32 scalar."""
-        logits, biases = self.logits(batch), self.biases
-        if self.fits_biases:
-            biases = label_biases(logits, label_shares(batch.labels, len(biases)))
-        return losses.cross_entropy(logits + biases, batch.labels)
+        """``losses.label_loss`` over the label tokens, a float32 scalar."""
+        biases = None if self.fits_biases else self.biases
+        return losses.label_loss(self.logits(batch), batch.labels, temperature=self.temperature, biases=biases)
 
 
 def _agree(a: torch.Tensor, b: torch.Tensor, logits: torch.Tensor) -> bool:
