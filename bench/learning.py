@@ -343,7 +343,7 @@ def table_of_task(args: argparse.Namespace, study: Study, task: str) -> dict[str
             row |= {"difference": statistics.mean(paired), "from": args.against}
             shown = f"{row['difference']:+.4f} ±{(high - low) / 2:.4f}"
         at = ", ".join(f"{loss:.4f} at {mark:.2g}" for mark, loss in zip(marks, losses, strict=True))
-        reached = "" if row["reached_at"] is None else f"{row['reached_at']:.2f}"
+        reached = "" if row["reached_at"] is None else f"{'≤' * (losses[0] <= goal)}{row['reached_at']:.2f}"
         rows.append([name, f"{lr:.2g}", f"{len(ends)}", at, f"{100 * row['accuracy']:.1f}", shown, reached])
     title = f"{task}: {args.forwards} forwards of one example, {args.validation} examples of validation"
     columns = ["", "lr", "seeds", "loss at parts of them", "acc. %", "difference, 95%", "its end at"]
