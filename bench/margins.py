@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from rich.progress import track
 
 import zo_core
+from zo_core import losses
 from zo_core.integrations.config import EARLIER, FinetuneConfig
 from zo_core.integrations.session import Session, prepare
 
@@ -68,19 +69,18 @@ class Margins:
     def __init__(self, gram: Array, margins: Array, labels: NDArray[np.int64]) -> None:
         self.margins, self.labels = margins, labels
         p = self.likely(1.0)
-        weights = p * (1 - p)
-        self.curvature = weights
-        mean = gram @ (weights / weights.sum())
-        self.gram = gram - mean[:, None] - mean[None] + (weights / weights.sum()) @ mean
+        self.curvature = p * (1 - p)
+        weights = self.curvature / self.curvature.sum()
+        mean = gram @ weights
+        self.gram = gram - mean[:, None] - mean[None] + weights @ mean
         self.plain = p - labels
 
     def likely(self, temperature: float) -> Array:
         """The probability of the second label with a fitted bias, at a temperature."""
-        bias, share = 0.0, self.labels.mean()
-        for _ in range(200):
-            p = 1 / (1 + np.exp(-self.margins / temperature - bias))
-            bias -= (p.mean() - share) / (p * (1 - p)).mean()
-        return np.asarray(p)
+        logits = torch.from_numpy(np.stack((np.zeros_like(self.margins), self.margins), -1) / temperature)
+        shares = torch.from_numpy(np.bincount(self.labels, minlength=2) / len(self.labels))
+        biases = losses.label_biases(logits, shares, rounds=200)
+        return np.asarray((logits + biases).softmax(-1)[:, 1])
 
     def figures(self, r: Array) -> dict[str, float]:
         """Of a loss whose gradient is the mean of r_i times that of margin i."""
@@ -126,12 +126,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(
             f"--sentences {args.sentences}: too few to tell the gradient from their noise; give some hundred"
         )
-    base, rows, losses = progress(whole.at(1.0), 16) / 16, list[list[str]](), dict[str, Any]()
+    base, rows, found = progress(whole.at(1.0), 16) / 16, list[list[str]](), dict[str, Any]()
     for t in TEMPERATURES:
         x = whole.at(t)
         gains = {b: progress(x, b) / b / base for b in BATCHES}
         cosine = x["along"] / (x["signal"] * x["of_ce"]) ** 0.5
-        losses[f"{t:g}"] = {**x, "progress": gains}
+        found[f"{t:g}"] = {**x, "progress": gains}
         rows.append(
             [
                 f"{t:g}",
@@ -155,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for kind, k in kinds.items()
     ]  # fmt: skip
     columns = ["kind", "% of the signal", "% of the trace", "noise", "progress alone, 8 a batch"]
-    result = {"sentences": len(labels), "losses": losses, "kinds": kinds, "temperature": args.temperature}
+    result = {"sentences": len(labels), "losses": found, "kinds": kinds, "temperature": args.temperature}
     report(f"kinds of tensors at temperature {args.temperature:g}", columns, rows, result, args.json)
 
 

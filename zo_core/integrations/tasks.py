@@ -334,34 +334,34 @@ def batch_indices(
         labels: the label of each example. With them each batch has, as nearly as its size allows, each label's share of the data.
     """
     start, chosen = step * batch_size, list[int]()
+    given = None if labels is None else torch.tensor(labels)
     while len(chosen) < batch_size:
         epoch, offset = divmod(start + len(chosen), n)
         order = permutation(n, seed=seed, stream=1 + epoch)
-        if labels is not None:
-            order = order[_interleave([labels[i] for i in order.tolist()])]
+        if given is not None:
+            order = order[_interleave(given[order])]
         head = -epoch * n % batch_size  # as many complete the batch in which the epoch before ended
         if length is not None and offset >= head:
             place = (offset - head) % (BATCHES * batch_size)
             window = order[offset - place :][: BATCHES * batch_size].tolist()
-            found = _by_length(window, batch_size, length, labels)[place:]
+            found = _by_length(window, batch_size, length, given)[place:]
         else:
             found = order[offset : offset + batch_size].tolist()
         chosen += found[: batch_size - len(chosen)]
     return chosen
 
 
-def _interleave(labels: Sequence[int]) -> torch.Tensor:
+def _interleave(labels: torch.Tensor) -> torch.Tensor:
     """An order (int64) in which the examples of each label are spread evenly; those of one label stay in theirs."""
-    given = torch.tensor(labels)
-    place = torch.empty(len(given), dtype=torch.float64)
-    for label in set(labels):
-        those = (given == label).nonzero()[:, 0]
+    place = torch.empty(len(labels), dtype=torch.float64)
+    for label in set(labels.tolist()):
+        those = (labels == label).nonzero()[:, 0]
         place[those] = (torch.arange(len(those), dtype=torch.float64) + 0.5) / len(those)
     return place.argsort(stable=True)
 
 
 def _by_length(
-    examples: list[int], batch_size: int, length: Callable[[int], int], labels: Sequence[int] | None
+    examples: list[int], batch_size: int, length: Callable[[int], int], labels: torch.Tensor | None
 ) -> list[int]:
     """The examples divided into batches by length, with `labels` so that each has labels in their shares.
 
@@ -370,7 +370,7 @@ def _by_length(
     drawn = {example: place for place, example in enumerate(examples)}
     ordered = sorted(examples, key=length)
     if labels is not None:
-        ordered = [ordered[i] for i in _interleave([labels[i] for i in ordered]).tolist()]
+        ordered = [ordered[i] for i in _interleave(labels[ordered]).tolist()]
     batches = [ordered[k : k + batch_size] for k in range(0, len(ordered), batch_size)]
     batches.sort(key=lambda batch: (len(batch) < batch_size, min(drawn[i] for i in batch)))
     return [i for batch in batches for i in batch]
