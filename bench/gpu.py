@@ -302,6 +302,32 @@ def gate(bench: Bench, part: tuple[int, int] = (0, 1)) -> bool:
             got, expected = of(backend, into, decay), of(reference, into, decay)
             assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True)), f"into {into}, decay {decay}"
 
+    def padded() -> None:
+        """A step on prompts of several lengths: every point in one forward, and the losses that the shadow engine has."""
+        from bench.gpu_models import batch, build
+        from zo_core import FZOO
+
+        losses = list[Any]()
+        for engine in ("shadow", "grouped"):
+            model: Any = build("Llama-3-8B", d, tiny=True).float()
+            ids = batch(model, 3, 8)
+            mask = torch.ones_like(ids)
+            mask[0, :5] = mask[2, :2] = 0
+
+            def loss(model: Any = model, ids: Any = ids, mask: Any = mask) -> Any:
+                with torch.no_grad():
+                    return (
+                        model(input_ids=ids, attention_mask=mask, use_cache=False)
+                        .logits[:, -1]
+                        .log_softmax(-1)[:, 3]
+                        .mean()
+                    )
+
+            opt = FZOO(model, lr=1e-2, probes=8, seed=1, engine=engine, distribution="factored")
+            losses.append(torch.tensor([float(opt.step(loss)) for _ in range(3)]))
+            assert opt.fallback is None, opt.fallback
+        assert torch.allclose(losses[0], losses[1], rtol=1e-4), losses
+
     def huge() -> None:
         m = 2**31 + 4099
         out = torch.zeros(m, device=d, dtype=torch.bfloat16)
@@ -323,6 +349,7 @@ def gate(bench: Bench, part: tuple[int, int] = (0, 1)) -> bool:
     ][:: 1 + bench.every // 20]:
         check(f"encoding {dtype} + {bits} bits{' stochastic' * update}", partial(encoding, dtype, bits, update))
     if not bench.smoke:
+        check("padded prompts", padded)
         check("graph", graph)
         check("2^31 elements", huge)
         torch.cuda.empty_cache()

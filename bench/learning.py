@@ -5,9 +5,9 @@ one example, of which a step of MeZO on 16 takes 32. The parts of the study:
 
     rates   validation loss over learning rates a decade each way, on movie reviews, with seeds of their own; the range of good rates
     tasks   all methods at their best rate on each task with the same seeds, which choose the examples and their order, so that
-            differences between methods are paired; constant rates
-    long    as many forwards as 2,000 steps of MeZO, rates that fall linearly, at the best rate and half a decade below
-    demo    runs like that of ``make demo``: sentences of all lengths, rates that fall linearly, and the accuracy on its test
+            differences between methods are paired; constant rates and temperatures
+    long    as many forwards as 2,000 steps of MeZO, rates and temperatures that fall linearly, at the best rate and half a decade below
+    demo    runs like that of ``make demo``: sentences of all lengths, rates and temperatures that fall linearly, and the accuracy on its test
             sentences of the weights that were best on its validation sentences
 
 Prompts are of at most --longest tokens but in the last part. Tables have the mean of the differences from another method's loss (--against)
@@ -68,7 +68,7 @@ class Method:
         spread: whether each probe has a batch of its own.
         biases: how many examples label biases are fitted to for an evaluation, as ``FinetuneConfig.label_bias``; 0: there are none.
         stratify: whether each batch has the labels in their shares, as ``FinetuneConfig.stratify``.
-        temperature: of the loss, as ``FinetuneConfig.temperature``.
+        temperature: of the loss, as ``FinetuneConfig.temperature``; constant where the rate is.
     """
 
     name: str
@@ -113,6 +113,8 @@ BASE = "MeZO, 1 probe of 16"
 RANK_1: dict[str, Any] = {"distribution": "factored"}
 RANK_4: dict[str, Any] = {"distribution": "factored", "rank": 4}
 EVEN: dict[str, Any] = {"biases": 256, "stratify": True, "temperature": 10.0}
+EIGHT: dict[str, Any] = EVEN | {"batch": 8, "temperature": 2.0}
+FINETUNE: dict[str, Any] = EVEN | {"batch": 8, "temperature": 3.0}  # the defaults of ``zo-core finetune``
 METHODS = {
     BASE: Method("MeZO", 16, 2, 3.2e-5, {}),
     "MeZO, signs, 1 probe of 16": Method("MeZO", 16, 2, 3.2e-5, SIGNS),
@@ -138,6 +140,21 @@ METHODS = {
     "FZOO, factored, label biases, T 3, 8 probes of 4": replace(fzoo(8, 4, beta=0.0, **RANK_1), **EVEN | {"temperature": 3.0}),
     "FZOO, factored, label biases, T 10, 8 probes of 4": replace(fzoo(8, 4, beta=0.0, **RANK_1), **EVEN),
     "FZOO, factored, label biases, T 10, 8 probes of 8": replace(fzoo(8, 8, beta=0.0, **RANK_1), **EVEN),
+    "MeZO, label biases, T 2, 1 probe of 8": Method("MeZO", points=2, lr=3.2e-5, options={}, **EIGHT),
+    "MeZO, momentum 0.9, label biases, T 2, 1 probe of 8": Method(
+        "MeZO", points=2, lr=1e-5, options={"momentum": 0.9, "window": 16}, **EIGHT
+    ),
+    "LeZO, label biases, T 2, 1 probe of 8": Method("LeZO", points=2, lr=3.2e-5, options=SIGNS, **EIGHT),
+    "HiZOO, label biases, T 2, 1 probe of 8": Method("HiZOO", points=3, lr=1e-4, options={}, **EIGHT),
+    "AdaMeZO, label biases, T 2, 1 probe of 8": Method("AdaMeZO", points=2, lr=2e-4, options={}, **EIGHT),
+    "MEAZO, label biases, T 2, 1 probe of 8": Method("MEAZO", points=2, lr=2e-4, options={}, **EIGHT),
+    "BSZO, label biases, T 2, 2 probes of 8": Method("BSZO", points=3, lr=6.3e-5, options={}, **EIGHT),
+    "1.5-SPSA, label biases, T 2, 4 probes of 8": Method("SPSA", points=9, lr=3.2e-4, options={"probes": 4}, **EIGHT),
+    "FZOO-R, label biases, T 2, 4 probes of 8": Method(
+        "FZOO", points=5, lr=1e-3, options={"probes": 4, "reuse": True, **SIGNS}, **EIGHT
+    ),
+    "FZOO, factored, label biases, T 2, 8 probes of 8": replace(fzoo(8, 8, beta=0.0, **RANK_1), **EIGHT),
+    "FZOO, factored, label biases, T 3, 8 probes of 8": replace(fzoo(8, 8, beta=0.0, **RANK_1), **FINETUNE),
     "FZOO, mean deviation, 8 probes of 16": fzoo(8, 16),
     "FZOO, mean deviation, 16 probes of 4": fzoo(16, 4),
     "FZOO, mean deviation, factored, 16 probes of 4": fzoo(16, 4, **RANK_1),
@@ -147,8 +164,8 @@ METHODS = {
     "FZOO, mean deviation, 32 probes of 2 among 8": fzoo(32, 2, pool=8),
 }  # fmt: skip
 LONGER = (
-    BASE, "FZOO, 8 probes of 16", "FZOO, mean deviation, 8 probes of 16", "FZOO, mean deviation, 16 probes of 4",
-    "FZOO, mean deviation, factored, 16 probes of 4", "FZOO, mean deviation, 16 probes of 4 among 16",
+    BASE, "MeZO, label biases, T 2, 1 probe of 8", "MEAZO, label biases, T 2, 1 probe of 8",
+    "FZOO, factored, label biases, T 3, 8 probes of 8",
 )  # fmt: skip
 
 
@@ -179,15 +196,15 @@ def session_of(task: str, longest: int, device: str, demo: bool) -> Session:
 
 
 @torch.no_grad()
-def closures_of(session: Session, method: Method, step: int) -> Any:
-    """The closure of a step, or those of its probes. With a pool its loss is a mean of chosen examples with weights, whose mean is
+def closures_of(session: Session, method: Method, step: int, progress: float) -> Any:
+    """The closure of a step, or those of its probes, when this fraction of the run is done. With a pool its loss is a mean of chosen examples with weights, whose mean is
     that of all examples of the pool.
     """
     if method.spread:
         n = method.options["probes"]
-        return [session.loss_of(step * n + k) for k in range(n)]
+        return [session.loss_of(step * n + k, progress) for k in range(n)]
     if not method.pool:
-        return session.loss_of(step)
+        return session.loss_of(step, progress)
     train, scorer = session.parts["train"], session.scorer
     numbers = tasks.batch_indices(len(train), method.pool, step=step, seed=session.config.seed)
     pool = [train[i] for i in numbers]
@@ -211,7 +228,6 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         }
     )  # fmt: skip
     session = session._replace(config=config)
-    session.scorer.fits_biases, session.scorer.temperature = method.biases > 0, method.temperature
     session.scorer.biases.zero_()
     model.load_state_dict(start)
     optimizer = method.make(model, job["lr"], job["seed"])
@@ -232,13 +248,14 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
                 best, kept = found.loss, tasks.evaluate(session.scorer, session.parts["test"], batch_size=64)
                 out = {"test": {"mark": curve[-1][0], "loss": round(kept.loss, 5), "accuracy": round(kept.accuracy, 5)}}
         if step < last:
-            if job["schedule"] == "linear":
-                optimizer.param_groups[0]["lr"] = job["lr"] * (1 - step / steps)
-            optimizer.step(closures_of(session, method, step))
+            progress = step / steps if job["schedule"] == "linear" else 0.0
+            optimizer.param_groups[0]["lr"] = job["lr"] * (1 - progress)
+            optimizer.step(closures_of(session, method, step, progress))
     out |= {
         "curve": curve,
         "steps": steps,
         "skipped": optimizer.skipped,
+        "fallback": optimizer.fallback,
         "finished": curve[-1][0] == round(max(job["marks"]), 4),
     }
     return {**out, "worker_seconds": round(time.perf_counter() - begun, 1)}
@@ -288,7 +305,7 @@ def known_rates(args: argparse.Namespace, study: Study) -> dict[str, float]:
 
 
 def jobs_of(args: argparse.Namespace, rates: dict[str, float]) -> list[dict[str, Any]]:
-    """The runs after the ladders, in the order in which they are begun: five seeds of the tasks, the long ones, all others."""
+    """The runs after the ladders, in the order in which they are begun: the long ones, five seeds of the tasks, all others."""
     last = args.seeds if "tasks" in args.parts else 0
 
     def of_tasks(seeds: Iterable[int]) -> list[dict[str, Any]]:
@@ -300,7 +317,7 @@ def jobs_of(args: argparse.Namespace, rates: dict[str, float]) -> list[dict[str,
     both = [(name, rates[name] * rung) for name in LONGER if name in rates for rung in RUNGS[:2]]
     long = [job_of(args, "long", "reviews", name, lr, 0) for name, lr in both if "long" in args.parts]
     demo = [job_of(args, "demo", "reviews", name, lr, s) for s in range(3) for name, lr in both if "demo" in args.parts]
-    return [*of_tasks(range(min(5, last))), *demo, *long, *of_tasks(range(5, last))]
+    return [*long, *of_tasks(range(min(5, last))), *demo, *of_tasks(range(5, last))]
 
 
 # ---- tables ------------------------------------------------------------------------------------------------------
@@ -357,7 +374,7 @@ def table_of_rates(args: argparse.Namespace, study: Study) -> dict[str, Any]:
     before = math.nan
     for r in study.runs:
         if r["job"]["what"] == "rates" and r["job"]["device"] == args.device and not r["curve"][0][0]:
-            before = r["curve"][0][1]
+            before = r["curve"][0][1] if r["job"]["method"] == args.against else before
             end = r["curve"][-1][1] if r["finished"] else math.inf
             losses[r["job"]["method"]].setdefault(r["job"]["lr"], []).append(end)
     means = {name: {lr: statistics.mean(x) for lr, x in sorted(by.items())} for name, by in losses.items() if by}

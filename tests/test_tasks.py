@@ -367,31 +367,27 @@ def test_a_loss_with_fitted_biases_does_not_depend_on_the_labels_that_the_model_
     logits, plain = scorer.logits(batch), scorer.loss(batch)
     shares = losses.label_shares(batch.labels, 2)
     expected = torch.nn.functional.cross_entropy(logits + losses.label_biases(logits, shares), batch.labels)
-    scorer.fits_biases = True
     scorer.biases = torch.tensor([0.5, -3.0])  # those of evaluations
     try:
-        assert float(scorer.loss(batch)) == float(expected) < float(plain)
-        scorer.temperature = 4.0
+        assert float(scorer.loss(batch, fit_biases=True)) == float(expected) < float(plain)
         warm = logits / 4
         warm = 4 * torch.nn.functional.cross_entropy(warm + losses.label_biases(warm, shares), batch.labels)
-        torch.testing.assert_close(scorer.loss(batch), warm)
+        torch.testing.assert_close(scorer.loss(batch, temperature=4.0, fit_biases=True), warm)
         preferring = losses.label_biases(logits + torch.tensor([0.0, 2.0]), shares) + torch.tensor([-1.0, 1.0])
         torch.testing.assert_close(preferring, losses.label_biases(logits, shares), atol=2e-3, rtol=0)
         found = tasks.evaluate(scorer, scorer.encoded)
         torch.testing.assert_close(found.logits, logits + scorer.biases, rtol=1e-4, atol=1e-5)
     finally:
-        scorer.fits_biases, scorer.biases, scorer.temperature = False, torch.zeros(2), 1.0
+        scorer.biases = torch.zeros(2)
 
 
 @torch.no_grad()
 def test_a_loss_at_a_high_temperature_is_linear_in_the_margins(scorer: Scorer) -> None:
     batch = tasks.collate(scorer.encoded)
-    logits, scorer.temperature = scorer.logits(batch), 1e3
-    try:
-        margins = logits[range(len(batch.labels)), batch.labels] - logits.mean(-1)
-        assert float(scorer.loss(batch)) == pytest.approx(1e3 * math.log(2) - float(margins.mean()), abs=2e-3)
-    finally:
-        scorer.temperature = 1.0
+    logits = scorer.logits(batch)
+    margins = logits[range(len(batch.labels)), batch.labels] - logits.mean(-1)
+    found = scorer.loss(batch, temperature=1e3)
+    assert float(found) == pytest.approx(1e3 * math.log(2) - float(margins.mean()), abs=2e-3)
 
 
 @torch.no_grad()

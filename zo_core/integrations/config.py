@@ -28,19 +28,19 @@ class Method(NamedTuple):
 _MEZO = {"lr": 3e-5, "probes": 1, "distribution": "rademacher", "eval_every": 100}
 _HIZOO = {"lr": 3e-5, "probes": 1, "distribution": "gaussian", "eval_every": 60, "smoothing": 1e-6}
 _FZOO = {"lr": 4e-3, "probes": 8, "distribution": "factored", "eval_every": 30}
-_MEAZO = {"lr": 2e-4, "probes": 1, "distribution": "rademacher", "eval_every": 100, "beta": 0.99}
-_BSZO = {"lr": 2e-5, "probes": 2, "distribution": "gaussian", "eval_every": 60}
+_MEAZO = {"lr": 6e-4, "probes": 1, "distribution": "rademacher", "eval_every": 100, "beta": 0.99}
+_BSZO = {"lr": 6e-5, "probes": 2, "distribution": "gaussian", "eval_every": 60}
 _SPSA = {"lr": 4e-4, "probes": 4, "distribution": "rademacher", "eval_every": 20, "alpha": 0.1}
 _ADAMEZO = {
     "lr": 2e-4, "probes": 1, "distribution": "gaussian", "eval_every": 100, "momentum": 0.7, "beta2": 0.9,
 }  # fmt: skip
 METHODS = {
     "mezo": Method("MeZO", {}, _MEZO),
-    "lezo": Method("LeZO", {}, {**_MEZO, "rho": 0.75}),
+    "lezo": Method("LeZO", {}, {**_MEZO, "lr": 1e-4, "rho": 0.75}),
     "hizoo": Method("HiZOO", {"hessian": "diagonal"}, _HIZOO),
     "hizoo-l": Method("HiZOO", {"hessian": "factored"}, _HIZOO),
     "fzoo": Method("FZOO", {}, _FZOO),
-    "fzoo-r": Method("FZOO", {"reuse": True}, {**_FZOO, "lr": 2e-3, "probes": 4}),
+    "fzoo-r": Method("FZOO", {"reuse": True}, {**_FZOO, "lr": 3e-3, "probes": 4}),
     "spsa": Method("SPSA", {}, _SPSA),
     "adamezo": Method("AdaMeZO", {}, _ADAMEZO),
     "meazo": Method("MEAZO", {}, _MEAZO),
@@ -130,7 +130,9 @@ class FinetuneConfig(BaseModel):
         "fzoo", "Method", "Zeroth-order method."
     )
     lr: float = _option(None, "Method", f"Learning rate. Default: {_defaults('lr')}.", gt=0)
-    schedule: Literal["constant", "linear", "cosine"] = _option("linear", "Method", "How the learning rate decreases.")
+    schedule: Literal["constant", "linear", "cosine"] = _option(
+        "linear", "Method", "How the learning rate and the temperature decrease."
+    )
     warmup: float = _option(0.0, "Method", "Fraction of the run in which the learning rate rises from 0.", ge=0, lt=1)
     eps: float = _option(1e-3, "Method", "Size of a perturbation.", gt=0)
     weight_decay: float = _option(0.0, "Method", "Weight decay.", ge=0)
@@ -196,9 +198,10 @@ class FinetuneConfig(BaseModel):
         False, "Method", "Give each probe a batch of its own, of --batch-size examples, in place of one for all."
     )
     temperature: float = _option(
-        2.0,
+        3.0,
         "Method",
-        "Temperature of the softmax in the loss: above 1, examples with unlikely labels weigh less; 1: plain cross-entropy.",
+        "Temperature of the softmax in the loss: above 1, examples with unlikely labels weigh less. It falls to 1, plain cross-entropy, as "
+        "the learning rate falls.",
         gt=0,
     )
     label_bias: int = _option(
@@ -324,11 +327,17 @@ class FinetuneConfig(BaseModel):
 
     def lr_at(self, progress: float) -> float:
         """The learning rate when this fraction of the run is done: a linear warmup, then the schedule."""
-        if progress < self.warmup:
-            return self.lr * progress / self.warmup
-        rest = min(1.0, (progress - self.warmup) / (1 - self.warmup))
+        return self.lr * (progress / self.warmup if progress < self.warmup else self._schedule_at(progress))
+
+    def temperature_at(self, progress: float) -> float:
+        """The temperature of the loss when this fraction of the run is done: it falls to 1 as the learning rate falls to 0."""
+        return 1 + (self.temperature - 1) * self._schedule_at(progress)
+
+    def _schedule_at(self, progress: float) -> float:
+        """From 1 at the end of the warmup to 0 at the end of the run, unless the schedule is constant."""
+        rest = min(1.0, max(0.0, (progress - self.warmup) / (1 - self.warmup)))
         falls = {"constant": 1.0, "linear": 1 - rest, "cosine": (1 + math.cos(math.pi * rest)) / 2}
-        return self.lr * falls[self.schedule]
+        return falls[self.schedule]
 
 
 EARLIER: dict[str, Any] = {  # options of now, as versions without them went on

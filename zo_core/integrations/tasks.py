@@ -391,8 +391,6 @@ class Scorer:
 
     Attributes:
         biases: float32 (labels,), added to the logits: those of the model's generation config (``sequence_bias``), or 0.
-        fits_biases: whether ``loss`` takes biases that it fits to its batch, in place of these.
-        temperature: of the softmax in ``loss``.
     """
 
     def __init__(
@@ -406,7 +404,6 @@ class Scorer:
         self.biases = torch.tensor(
             [known.get((token,), 0.0) for token in label_tokens], dtype=torch.float32, device=self.device
         )
-        self.fits_biases, self.temperature = False, 1.0
         accepted = inspect.signature(model.forward).parameters
         wanted: dict[str, Any] = {"logits_to_keep": 1, "use_cache": False}
         self.options = {name: value for name, value in wanted.items() if name in accepted}
@@ -451,10 +448,10 @@ class Scorer:
         one, other = self.model(input_ids=rows, attention_mask=torch.ones_like(rows)).logits[:, len(tokens) - 1]
         return _agree(one, other, one)
 
-    def loss(self, batch: Batch) -> torch.Tensor:
-        """``losses.label_loss`` over the label tokens, a float32 scalar."""
-        biases = None if self.fits_biases else self.biases
-        return losses.label_loss(self.logits(batch), batch.labels, temperature=self.temperature, biases=biases)
+    def loss(self, batch: Batch, *, temperature: float = 1.0, fit_biases: bool = False) -> torch.Tensor:
+        """``losses.label_loss`` over the label tokens, a float32 scalar; with biases that are fitted to the batch, or the scorer's own."""
+        biases = None if fit_biases else self.biases
+        return losses.label_loss(self.logits(batch), batch.labels, temperature=temperature, biases=biases)
 
 
 def _agree(a: torch.Tensor, b: torch.Tensor, logits: torch.Tensor) -> bool:
