@@ -5,9 +5,9 @@ one example, of which a step of MeZO on 16 takes 32. The parts of the study:
 
     rates   validation loss over learning rates a decade each way, on movie reviews, with seeds of their own; the range of good rates
     tasks   all methods at their best rate on each task with the same seeds, which choose the examples and their order, so that
-            differences between methods are paired; constant rates and temperatures
-    long    as many forwards as 2,000 steps of MeZO, rates and temperatures that fall linearly, at the best rate and half a decade below
-    demo    runs like that of ``make demo``: sentences of all lengths, rates and temperatures that fall linearly, and the accuracy on its test
+            differences between methods are paired; constant rates
+    long    as many forwards as 2,000 steps of MeZO, rates that fall linearly, at the best rate and half a decade below
+    demo    runs like that of ``make demo``: sentences of all lengths, rates that fall linearly, and the accuracy on its test
             sentences of the weights that were best on its validation sentences
 
 Prompts are of at most --longest tokens but in the last part. Tables have the mean of the differences from another method's loss (--against)
@@ -68,7 +68,7 @@ class Method:
         spread: whether each probe has a batch of its own.
         biases: how many examples label biases are fitted to for an evaluation, as ``FinetuneConfig.label_bias``; 0: there are none.
         stratify: whether each batch has the labels in their shares, as ``FinetuneConfig.stratify``.
-        temperature: of the loss, as ``FinetuneConfig.temperature``; constant where the rate is.
+        temperature: of the loss, as ``FinetuneConfig.temperature``.
     """
 
     name: str
@@ -109,12 +109,11 @@ def fzoo(probes: int, batch: int, lr: float = 3.2e-3, pool: int = 0, **options: 
     return Method("FZOO", batch, 1 + probes, lr, {"probes": probes, "beta": 0.9, **SIGNS, **options}, pool)
 
 
-BASE = "MeZO, 1 probe of 16"
+BASE, BASE_EVEN = "MeZO, 1 probe of 16", "MeZO, label biases, T 2, 1 probe of 8"
 RANK_1: dict[str, Any] = {"distribution": "factored"}
 RANK_4: dict[str, Any] = {"distribution": "factored", "rank": 4}
 EVEN: dict[str, Any] = {"biases": 256, "stratify": True, "temperature": 10.0}
-EIGHT: dict[str, Any] = EVEN | {"batch": 8, "temperature": 2.0}
-FINETUNE: dict[str, Any] = EVEN | {"batch": 8, "temperature": 3.0}  # the defaults of ``zo-core finetune``
+FINETUNE: dict[str, Any] = EVEN | {"batch": 8, "temperature": 2.0}  # the defaults of ``zo-core finetune``
 METHODS = {
     BASE: Method("MeZO", 16, 2, 3.2e-5, {}),
     "MeZO, signs, 1 probe of 16": Method("MeZO", 16, 2, 3.2e-5, SIGNS),
@@ -140,21 +139,20 @@ METHODS = {
     "FZOO, factored, label biases, T 3, 8 probes of 4": replace(fzoo(8, 4, beta=0.0, **RANK_1), **EVEN | {"temperature": 3.0}),
     "FZOO, factored, label biases, T 10, 8 probes of 4": replace(fzoo(8, 4, beta=0.0, **RANK_1), **EVEN),
     "FZOO, factored, label biases, T 10, 8 probes of 8": replace(fzoo(8, 8, beta=0.0, **RANK_1), **EVEN),
-    "MeZO, label biases, T 2, 1 probe of 8": Method("MeZO", points=2, lr=3.2e-5, options={}, **EIGHT),
+    BASE_EVEN: Method("MeZO", points=2, lr=3.2e-5, options={}, **FINETUNE),
     "MeZO, momentum 0.9, label biases, T 2, 1 probe of 8": Method(
-        "MeZO", points=2, lr=1e-5, options={"momentum": 0.9, "window": 16}, **EIGHT
+        "MeZO", points=2, lr=1e-5, options={"momentum": 0.9, "window": 16}, **FINETUNE
     ),
-    "LeZO, label biases, T 2, 1 probe of 8": Method("LeZO", points=2, lr=3.2e-5, options=SIGNS, **EIGHT),
-    "HiZOO, label biases, T 2, 1 probe of 8": Method("HiZOO", points=3, lr=1e-4, options={}, **EIGHT),
-    "AdaMeZO, label biases, T 2, 1 probe of 8": Method("AdaMeZO", points=2, lr=2e-4, options={}, **EIGHT),
-    "MEAZO, label biases, T 2, 1 probe of 8": Method("MEAZO", points=2, lr=2e-4, options={}, **EIGHT),
-    "BSZO, label biases, T 2, 2 probes of 8": Method("BSZO", points=3, lr=6.3e-5, options={}, **EIGHT),
-    "1.5-SPSA, label biases, T 2, 4 probes of 8": Method("SPSA", points=9, lr=3.2e-4, options={"probes": 4}, **EIGHT),
+    "LeZO, label biases, T 2, 1 probe of 8": Method("LeZO", points=2, lr=3.2e-5, options=SIGNS, **FINETUNE),
+    "HiZOO, label biases, T 2, 1 probe of 8": Method("HiZOO", points=3, lr=1e-4, options={}, **FINETUNE),
+    "AdaMeZO, label biases, T 2, 1 probe of 8": Method("AdaMeZO", points=2, lr=2e-4, options={}, **FINETUNE),
+    "MEAZO, label biases, T 2, 1 probe of 8": Method("MEAZO", points=2, lr=2e-4, options={}, **FINETUNE),
+    "BSZO, label biases, T 2, 2 probes of 8": Method("BSZO", points=3, lr=6.3e-5, options={}, **FINETUNE),
+    "1.5-SPSA, label biases, T 2, 4 probes of 8": Method("SPSA", points=9, lr=3.2e-4, options={"probes": 4}, **FINETUNE),
     "FZOO-R, label biases, T 2, 4 probes of 8": Method(
-        "FZOO", points=5, lr=1e-3, options={"probes": 4, "reuse": True, **SIGNS}, **EIGHT
+        "FZOO", points=5, lr=1e-3, options={"probes": 4, "reuse": True, **SIGNS}, **FINETUNE
     ),
-    "FZOO, factored, label biases, T 2, 8 probes of 8": replace(fzoo(8, 8, beta=0.0, **RANK_1), **EIGHT),
-    "FZOO, factored, label biases, T 3, 8 probes of 8": replace(fzoo(8, 8, beta=0.0, **RANK_1), **FINETUNE),
+    "FZOO, factored, label biases, T 2, 8 probes of 8": replace(fzoo(8, 8, beta=0.0, **RANK_1), **FINETUNE),
     "FZOO, mean deviation, 8 probes of 16": fzoo(8, 16),
     "FZOO, mean deviation, 16 probes of 4": fzoo(16, 4),
     "FZOO, mean deviation, factored, 16 probes of 4": fzoo(16, 4, **RANK_1),
@@ -164,8 +162,8 @@ METHODS = {
     "FZOO, mean deviation, 32 probes of 2 among 8": fzoo(32, 2, pool=8),
 }  # fmt: skip
 LONGER = (
-    BASE, "MeZO, label biases, T 2, 1 probe of 8", "MEAZO, label biases, T 2, 1 probe of 8",
-    "FZOO, factored, label biases, T 3, 8 probes of 8",
+    BASE, BASE_EVEN, "MEAZO, label biases, T 2, 1 probe of 8",
+    "FZOO, factored, label biases, T 2, 8 probes of 8",
 )  # fmt: skip
 
 
@@ -196,15 +194,16 @@ def session_of(task: str, longest: int, device: str, demo: bool) -> Session:
 
 
 @torch.no_grad()
-def closures_of(session: Session, method: Method, step: int, progress: float) -> Any:
-    """The closure of a step, or those of its probes, when this fraction of the run is done. With a pool its loss is a mean of chosen examples with weights, whose mean is
-    that of all examples of the pool.
+def closures_of(session: Session, method: Method, step: int) -> Any:
+    """The closure of a step, or those of its probes.
+
+    With a pool its loss, plain cross-entropy, is a mean of chosen examples with weights, whose mean is that of all examples of the pool.
     """
     if method.spread:
         n = method.options["probes"]
-        return [session.loss_of(step * n + k, progress) for k in range(n)]
+        return [session.loss_of(step * n + k) for k in range(n)]
     if not method.pool:
-        return session.loss_of(step, progress)
+        return session.loss_of(step)
     train, scorer = session.parts["train"], session.scorer
     numbers = tasks.batch_indices(len(train), method.pool, step=step, seed=session.config.seed)
     pool = [train[i] for i in numbers]
@@ -248,9 +247,9 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
                 best, kept = found.loss, tasks.evaluate(session.scorer, session.parts["test"], batch_size=64)
                 out = {"test": {"mark": curve[-1][0], "loss": round(kept.loss, 5), "accuracy": round(kept.accuracy, 5)}}
         if step < last:
-            progress = step / steps if job["schedule"] == "linear" else 0.0
-            optimizer.param_groups[0]["lr"] = job["lr"] * (1 - progress)
-            optimizer.step(closures_of(session, method, step, progress))
+            if job["schedule"] == "linear":
+                optimizer.param_groups[0]["lr"] = job["lr"] * (1 - step / steps)
+            optimizer.step(closures_of(session, method, step))
     out |= {
         "curve": curve,
         "steps": steps,
@@ -350,6 +349,7 @@ def table_of_task(args: argparse.Namespace, study: Study, task: str) -> dict[str
         if not ends:
             continue
         (marks, losses, _), lr = mean_curve(runs[name]), runs[name][0]["job"]["lr"]
+        marks = [max(mark, METHODS[name].biases / args.forwards) for mark in marks]  # a fit is no step, but forwards
         row = out[name] = {
             "lr": lr, "seeds": len(ends), "accuracy": statistics.mean(accuracy for *_, accuracy in ends.values()),
             "curve": dict(zip(map(str, marks), losses, strict=True)), "reached_at": reach(marks, losses, goal),
@@ -369,27 +369,28 @@ def table_of_task(args: argparse.Namespace, study: Study, task: str) -> dict[str
 
 
 def table_of_rates(args: argparse.Namespace, study: Study) -> dict[str, Any]:
-    """Print the losses over rates, and how wide the range is where at least half of the progress of --against at its best is made."""
+    """Print the losses over rates, and how wide the range is where at least half of the progress of --against at its best is made, of
+    methods with label biases half of that of MeZO with them.
+    """
     losses: dict[str, dict[float, list[float]]] = {name: {} for name in METHODS}
-    before = math.nan
+    before = dict[str, float]()
     for r in study.runs:
         if r["job"]["what"] == "rates" and r["job"]["device"] == args.device and not r["curve"][0][0]:
-            before = r["curve"][0][1] if r["job"]["method"] == args.against else before
+            before[r["job"]["method"]] = r["curve"][0][1]
             end = r["curve"][-1][1] if r["finished"] else math.inf
             losses[r["job"]["method"]].setdefault(r["job"]["lr"], []).append(end)
     means = {name: {lr: statistics.mean(x) for lr, x in sorted(by.items())} for name, by in losses.items() if by}
-    level = (before + min(means[args.against].values())) / 2 if args.against in means else math.nan
+    levels = {b: (before[b] + min(means[b].values())) / 2 for b in (args.against, BASE_EVEN) if b in means}
     rows, out = list[list[str]](), dict[str, Any]()
     for name, by in means.items():
+        level = levels.get(BASE_EVEN if METHODS[name].biases else args.against, math.nan)
         best, width = min(by, key=lambda lr: by[lr]), decades(list(by.items()), level)
         finite = {f"{lr:g}": x if math.isfinite(x) else None for lr, x in by.items()}
-        out[name] = {"before": before, "losses": finite, "best": best, "decades": width}
+        out[name] = {"before": before[name], "losses": finite, "best": best, "level": level, "decades": width}
         shown = ", ".join(f"{lr:g} {'-' if math.isinf(x) else f'{x:.3f}'}" for lr, x in by.items())
-        rows.append([name, f"{best:g}", f"{by[best]:.3f}", f"{width:.2f}", shown])
-    columns = ["", "best", "its loss", "decades", "loss at each rate (-: far above the first)"]
-    show(
-        f"Learning rates, movie reviews ({before:.4f} before); decades of rates with at most {level:.3f}", columns, rows
-    )
+        rows.append([name, f"{best:g}", f"{by[best]:.3f}", f"{width:.2f}, {level:.3f}", shown])
+    columns = ["", "best", "its loss", "decades of at most", "loss at each rate (-: far above the first)"]
+    show("Learning rates, movie reviews; decades of rates whose losses are at most a level", columns, rows)
     return out
 
 

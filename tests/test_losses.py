@@ -1,5 +1,7 @@
 """Losses in float32: torch's values, without the logits in float32. The loss for classification."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -107,7 +109,8 @@ def test_a_label_loss_of_16_bit_logits_is_in_float32_and_batched():
 
 
 def test_a_label_loss_refuses_what_it_cannot_take():
-    with pytest.raises(ValueError, match="temperature: expected a number above 0, got 0"):
-        losses.label_loss(torch.zeros(2, 2), torch.tensor([0, 1]), temperature=0)
+    for wrong in (0, -1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match=f"temperature: expected a finite number above 0, got {wrong}"):
+            losses.label_loss(torch.zeros(2, 2), torch.tensor([0, 1]), temperature=wrong)
     with pytest.raises(ValueError, match="targets: expected shape"):
         losses.label_loss(torch.zeros(2, 2), torch.tensor([0, 1, 1]))

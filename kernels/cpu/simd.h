@@ -164,6 +164,9 @@ template <class V> ZO_INLINE V narrow(vu x) { V low; narrow(x, low); return low;
 ZO_INLINE vh high_halves(vu x) {
 #if defined(__AVX512BW__)
   return (vh)_mm512_castsi512_si256(_mm512_permutexvar_epi16((__m512i)(iota() * 0x40004u + 0x30001u), (__m512i)x));
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+  const __m256i high = (__m256i)(x >> 16);
+  return (vh)_mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
 #else
   return narrow<vh>(x >> 16);
 #endif

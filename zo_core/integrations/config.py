@@ -130,9 +130,7 @@ class FinetuneConfig(BaseModel):
         "fzoo", "Method", "Zeroth-order method."
     )
     lr: float = _option(None, "Method", f"Learning rate. Default: {_defaults('lr')}.", gt=0)
-    schedule: Literal["constant", "linear", "cosine"] = _option(
-        "linear", "Method", "How the learning rate and the temperature decrease."
-    )
+    schedule: Literal["constant", "linear", "cosine"] = _option("linear", "Method", "How the learning rate decreases.")
     warmup: float = _option(0.0, "Method", "Fraction of the run in which the learning rate rises from 0.", ge=0, lt=1)
     eps: float = _option(1e-3, "Method", "Size of a perturbation.", gt=0)
     weight_decay: float = _option(0.0, "Method", "Weight decay.", ge=0)
@@ -198,10 +196,9 @@ class FinetuneConfig(BaseModel):
         False, "Method", "Give each probe a batch of its own, of --batch-size examples, in place of one for all."
     )
     temperature: float = _option(
-        3.0,
+        2.0,
         "Method",
-        "Temperature of the softmax in the loss: above 1, examples with unlikely labels weigh less. It falls to 1, plain cross-entropy, as "
-        "the learning rate falls.",
+        "Temperature of the softmax in the loss: above 1, examples with unlikely labels weigh less; 1: plain cross-entropy.",
         gt=0,
     )
     label_bias: int = _option(
@@ -327,17 +324,11 @@ class FinetuneConfig(BaseModel):
 
     def lr_at(self, progress: float) -> float:
         """The learning rate when this fraction of the run is done: a linear warmup, then the schedule."""
-        return self.lr * (progress / self.warmup if progress < self.warmup else self._schedule_at(progress))
-
-    def temperature_at(self, progress: float) -> float:
-        """The temperature of the loss when this fraction of the run is done: it falls to 1 as the learning rate falls to 0."""
-        return 1 + (self.temperature - 1) * self._schedule_at(progress)
-
-    def _schedule_at(self, progress: float) -> float:
-        """From 1 at the end of the warmup to 0 at the end of the run, unless the schedule is constant."""
-        rest = min(1.0, max(0.0, (progress - self.warmup) / (1 - self.warmup)))
+        if progress < self.warmup:
+            return self.lr * progress / self.warmup
+        rest = min(1.0, (progress - self.warmup) / (1 - self.warmup))
         falls = {"constant": 1.0, "linear": 1 - rest, "cosine": (1 + math.cos(math.pi * rest)) / 2}
-        return falls[self.schedule]
+        return self.lr * falls[self.schedule]
 
 
 EARLIER: dict[str, Any] = {  # options of now, as versions without them went on

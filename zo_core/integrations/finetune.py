@@ -11,8 +11,8 @@
     summary.json    the results          plot.png   loss and accuracy over the run
 
 All that a step needs is a function of the seed and the step's number, so a resumed run has the same weights, bit for
-bit, as one that was never stopped. (The learning rate of a schedule and the temperature of the loss are exceptions if the budget
-is a time, as they then depend on the clock, or if the run is resumed with another budget.)
+bit, as one that was never stopped. (The learning rate of a schedule is an exception if the budget is a time, as it then
+depends on the clock, or if the run is resumed with another budget.)
 """
 
 import datetime
@@ -310,11 +310,10 @@ class Run:
         """One optimizer step; returns its loss."""
         config, state = self.config, self.state
         start, evaluations, flat = time.perf_counter(), self.optimizer.evaluations, self.optimizer.flat
-        progress = config.progress(state.step, state.seconds)
-        lr = config.lr_at(progress)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        closures = self.session.closures_of(state.step, progress)
+            group["lr"] = config.lr_at(config.progress(state.step, state.seconds))
+        lr = self.optimizer.param_groups[0]["lr"]
+        closures = self.session.closures_of(state.step)
         self.session.model.train(config.dropout)
         loss = float(self.optimizer.step(closures if config.spread else closures[0]))
         took = time.perf_counter() - start

@@ -43,16 +43,15 @@ class Session(NamedTuple):
         )
         return self.scorer.batch([train[i] for i in indices])
 
-    def loss_of(self, number: int, progress: float = 0.0) -> Callable[[], torch.Tensor]:
-        """A closure that returns the loss of a training batch, without gradients, when this fraction of the run is done."""
-        batch, temperature = self.batch_of(number), self.config.temperature_at(progress)
-        fit_biases = self.config.label_bias > 0
+    def loss_of(self, number: int) -> Callable[[], torch.Tensor]:
+        """A closure that returns the loss of a training batch, without gradients."""
+        batch, temperature, fit_biases = self.batch_of(number), self.config.temperature, self.config.label_bias > 0
         return torch.no_grad()(lambda: self.scorer.loss(batch, temperature=temperature, fit_biases=fit_biases))
 
-    def closures_of(self, step: int, progress: float = 0.0) -> list[Callable[[], torch.Tensor]]:
+    def closures_of(self, step: int) -> list[Callable[[], torch.Tensor]]:
         """A step's closures: one, or with ``spread`` one for each probe; batches follow one another in the data's order."""
         n = self.config.probes if self.config.spread else 1
-        return [self.loss_of(step * n + k, progress) for k in range(n)]
+        return [self.loss_of(step * n + k) for k in range(n)]
 
     def fit_label_biases(self, progress: Callable[[int], None] = lambda n: None) -> None:
         """Fit the biases of evaluations to training examples, unless there shall be none; ``progress`` as of ``tasks.evaluate``."""

@@ -146,7 +146,7 @@ class Sweep:
             for step in range(steps):
                 for group in optimizer.param_groups:
                     group["lr"] = config.lr_at(step / steps)
-                closures = session.closures_of(step, step / steps)
+                closures = session.closures_of(step)
                 optimizer.step(closures if session.config.spread else closures[0])
                 bar.advance(task)
                 for _ in range(ends.count(step + 1)):
