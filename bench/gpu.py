@@ -316,12 +316,8 @@ def gate(bench: Bench, part: tuple[int, int] = (0, 1)) -> bool:
 
             def loss(model: Any = model, ids: Any = ids, mask: Any = mask) -> Any:
                 with torch.no_grad():
-                    return (
-                        model(input_ids=ids, attention_mask=mask, use_cache=False)
-                        .logits[:, -1]
-                        .log_softmax(-1)[:, 3]
-                        .mean()
-                    )
+                    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+                    return logits[:, -1].log_softmax(-1)[:, 3].mean()
 
             opt = FZOO(model, lr=1e-2, probes=8, seed=1, engine=engine, distribution="factored")
             losses.append(torch.tensor([float(opt.step(loss)) for _ in range(3)]))
