@@ -14,9 +14,13 @@ sentences compares losses:
 
 By kind of tensor, at --temperature, the same with the trace of the Gauss-Newton matrix of cross-entropy: the progress of steps along these
 tensors alone, relative to all, <g, g_CE>^2 / ((|g|^2 + noise / (B - 1)) trace).
+
+By length, at --temperature: steps on the sentences with the shortest prompts alone, whose gradient is g, while cross-entropy of all sentences
+shall fall. Progress, with 8 a batch, is relative to that with all sentences, for each forward of one example and for each token.
 """
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -37,9 +41,13 @@ from .methods import without_long
 Array = NDArray[np.float64]
 TEMPERATURES = (1.0, 2.0, 3.0, 5.0, 10.0, 100.0)
 BATCHES = (2, 4, 8, 16)
+SHARES = (0.25, 0.4, 0.55, 0.75, 1.0)
 
 
-def sketches(session: Session, n: int, width: int) -> tuple[dict[str, Array], Array, NDArray[np.int64]]:
+Ints = NDArray[np.int64]
+
+
+def sketches(session: Session, n: int, width: int) -> tuple[dict[str, Array], Array, Ints]:
     """Gram matrices (n, n) of the margins' gradients for each kind of tensor; margins (n,) and labels (n,) of the sentences."""
     model, scorer = session.model, session.scorer
     kind_of = zo_core.scales.kinds(model)
@@ -66,7 +74,7 @@ def sketches(session: Session, n: int, width: int) -> tuple[dict[str, Array], Ar
 class Margins:
     """What follows from the Gram matrix of margins' gradients and the coefficients of a loss."""
 
-    def __init__(self, gram: Array, margins: Array, labels: NDArray[np.int64]) -> None:
+    def __init__(self, gram: Array, margins: Array, labels: Ints) -> None:
         self.margins, self.labels = margins, labels
         p = self.likely(1.0)
         self.curvature = p * (1 - p)
@@ -82,28 +90,50 @@ class Margins:
         biases = losses.label_biases(logits, shares, rounds=200)
         return np.asarray((logits + biases).softmax(-1)[:, 1])
 
-    def figures(self, r: Array) -> dict[str, float]:
-        """Of a loss whose gradient is the mean of r_i times that of margin i."""
-        n = len(r)
+    def figures(self, r: Array, taken: Array | None = None) -> dict[str, float]:
+        """Of a loss whose gradient is the mean of r_i times that of margin i, over all sentences or those for which ``taken`` is 1, not 0."""
+        taken = np.ones(len(r)) if taken is None else taken
+        n, k, r = len(r), float(taken.sum()), r * taken
 
-        def common(a: Array, b: Array) -> float:
-            """<E a_i g_i, E b_i g_i> from pairs of different sentences."""
-            return float((a @ self.gram @ b - (a * b * np.diag(self.gram)).sum()) / (n * (n - 1)))
+        def common(a: Array, b: Array, pairs: float) -> float:
+            """<E a_i g_i, E b_i g_i> from so many pairs of different sentences."""
+            return float((a @ self.gram @ b - (a * b * np.diag(self.gram)).sum()) / pairs)
 
-        signal, along = common(r, r), common(r, self.plain)
+        signal, along = common(r, r, k * (k - 1)), common(r, self.plain, k * (n - 1))
         return {
-            "signal": signal, "noise": float((r * r * np.diag(self.gram)).mean()) - signal, "along": along,
-            "of_ce": common(self.plain, self.plain), "trace": float((self.curvature * np.diag(self.gram)).mean()),
+            "signal": signal, "noise": float((r * r * np.diag(self.gram)).sum() / k) - signal, "along": along,
+            "of_ce": common(self.plain, self.plain, n * (n - 1)), "trace": float((self.curvature * np.diag(self.gram)).mean()),
         }  # fmt: skip
 
-    def at(self, temperature: float) -> dict[str, float]:
+    def at(self, temperature: float, taken: Array | None = None) -> dict[str, float]:
         """The figures of cross-entropy at a temperature."""
-        return self.figures(self.likely(temperature) - self.labels)
+        return self.figures(self.likely(temperature) - self.labels, taken)
 
 
 def progress(x: dict[str, float], batch: int) -> float:
     """Of a step of a batch, but for a factor that losses share."""
     return x["along"] ** 2 / (x["signal"] + x["noise"] / (batch - 1))
+
+
+def by_length(whole: Margins, lengths: Ints, temperature: float) -> dict[str, dict[str, float]]:
+    """The figures of the shortest sentences, by their share; print the table."""
+    found, rows = dict[str, dict[str, float]](), list[list[str]]()
+    x = whole.at(temperature)
+    for share in SHARES:
+        taken = lengths <= np.sort(lengths)[math.ceil(share * len(lengths)) - 1]
+        part, tokens = whole.at(temperature, taken.astype(float)), float(lengths[taken].mean())
+        gain = progress(part, 8) / progress(x, 8)
+        part |= {"tokens": tokens, "progress": gain, "per_token": gain * float(lengths.mean()) / tokens}
+        found[f"{share:g}"] = part
+        rows.append(
+            [
+                f"{share:g}", f"{lengths[taken].max()}", f"{tokens:.1f}", f"{part['along'] / x['along']:.2f}",
+                f"{part['noise'] / part['signal']:.1f}", f"{gain:.2f}", f"{part['per_token']:.2f}",
+            ]
+        )  # fmt: skip
+    columns = ["share", "longest", "mean tokens", "along, relative", "noise", "progress a forward", "a token"]
+    report(f"shortest sentences at temperature {temperature:g}", columns, rows, {}, None)
+    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -114,12 +144,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--sentences", type=int, default=512)
     parser.add_argument("--longest", type=int, default=32, help="tokens of a prompt; longer ones are left out")
     parser.add_argument("--width", type=int, default=1 << 18, help="numbers of a sketch")
-    parser.add_argument("--temperature", type=float, default=10.0, help="of the table by kind")
+    parser.add_argument("--temperature", type=float, default=10.0, help="of the tables by kind and length")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(arguments)
     config = FinetuneConfig(model=args.model, data=args.data, autocast=False, **EARLIER)
     session = without_long(prepare(config, lambda text: console.print(text, style="dim")), args.longest)
     by_kind, margins, labels = sketches(session, min(args.sentences, len(session.parts["train"])), args.width)
+    lengths = np.array([len(example.tokens) for example in session.parts["train"][: len(labels)]])
     whole = Margins(np.sum(list(by_kind.values()), axis=0), margins, labels)
 
     if whole.at(1.0)["signal"] <= 0:
@@ -155,7 +186,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for kind, k in kinds.items()
     ]  # fmt: skip
     columns = ["kind", "% of the signal", "% of the trace", "noise", "progress alone, 8 a batch"]
-    result = {"sentences": len(labels), "losses": found, "kinds": kinds, "temperature": args.temperature}
+    result = {
+        "sentences": len(labels), "losses": found, "kinds": kinds, "temperature": args.temperature,
+        "lengths": by_length(whole, lengths, args.temperature),
+    }  # fmt: skip
     report(f"kinds of tensors at temperature {args.temperature:g}", columns, rows, result, args.json)
 
 
