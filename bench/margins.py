@@ -39,12 +39,11 @@ from .harness import console, report
 from .methods import without_long
 
 Array = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Mask = NDArray[np.bool_]
 TEMPERATURES = (1.0, 2.0, 3.0, 5.0, 10.0, 100.0)
 BATCHES = (2, 4, 8, 16)
 SHARES = (0.25, 0.4, 0.55, 0.75, 1.0)
-
-
-Ints = NDArray[np.int64]
 
 
 def sketches(session: Session, n: int, width: int) -> tuple[dict[str, Array], Array, Ints]:
@@ -90,9 +89,9 @@ class Margins:
         biases = losses.label_biases(logits, shares, rounds=200)
         return np.asarray((logits + biases).softmax(-1)[:, 1])
 
-    def figures(self, r: Array, taken: Array | None = None) -> dict[str, float]:
-        """Of a loss whose gradient is the mean of r_i times that of margin i, over all sentences or those for which ``taken`` is 1, not 0."""
-        taken = np.ones(len(r)) if taken is None else taken
+    def figures(self, r: Array, taken: Mask | None = None) -> dict[str, float]:
+        """Of a loss whose gradient is the mean of r_i times that of margin i, over all sentences or those that are ``taken``."""
+        taken = np.ones(len(r), bool) if taken is None else taken
         n, k, r = len(r), float(taken.sum()), r * taken
 
         def common(a: Array, b: Array, pairs: float) -> float:
@@ -105,7 +104,7 @@ class Margins:
             "of_ce": common(self.plain, self.plain, n * (n - 1)), "trace": float((self.curvature * np.diag(self.gram)).mean()),
         }  # fmt: skip
 
-    def at(self, temperature: float, taken: Array | None = None) -> dict[str, float]:
+    def at(self, temperature: float, taken: Mask | None = None) -> dict[str, float]:
         """The figures of cross-entropy at a temperature."""
         return self.figures(self.likely(temperature) - self.labels, taken)
 
@@ -118,10 +117,10 @@ def progress(x: dict[str, float], batch: int) -> float:
 def by_length(whole: Margins, lengths: Ints, temperature: float) -> dict[str, dict[str, float]]:
     """The figures of the shortest sentences, by their share; print the table."""
     found, rows = dict[str, dict[str, float]](), list[list[str]]()
-    x = whole.at(temperature)
+    x, ordered = whole.at(temperature), np.sort(lengths)
     for share in SHARES:
-        taken = lengths <= np.sort(lengths)[math.ceil(share * len(lengths)) - 1]
-        part, tokens = whole.at(temperature, taken.astype(float)), float(lengths[taken].mean())
+        taken = lengths <= ordered[math.ceil(share * len(lengths)) - 1]
+        part, tokens = whole.at(temperature, taken), float(lengths[taken].mean())
         gain = progress(part, 8) / progress(x, 8)
         part |= {"tokens": tokens, "progress": gain, "per_token": gain * float(lengths.mean()) / tokens}
         found[f"{share:g}"] = part
