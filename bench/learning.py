@@ -50,7 +50,8 @@ EXAMPLES = """examples:
 PARTS, TASKS = ("rates", "tasks", "long", "demo"), ("reviews", "products", "tweets")
 SWEEP_SEEDS = (100, 101)
 MARKS = (0.0, 1 / 3, 1 / 2, 1.0)
-LONG, DEMO = 64_000, 19_000  # forwards of one example: 2,000 steps of MeZO; what 8 minutes of `make demo` were
+BUDGET = 3072  # forwards of one example
+LONG, DEMO = 64_000, 19_000  # 2,000 steps of MeZO; what 8 minutes of `make demo` were
 RUNGS = tuple(10 ** (i / 2) for i in (0, -1, 1, -2, 2))
 
 
@@ -147,6 +148,7 @@ METHODS = {
     "HiZOO, label biases, T 2, 1 probe of 8": Method("HiZOO", points=3, lr=1e-4, options={}, **FINETUNE),
     "AdaMeZO, label biases, T 2, 1 probe of 8": Method("AdaMeZO", points=2, lr=2e-4, options={}, **FINETUNE),
     "MEAZO, label biases, T 2, 1 probe of 8": Method("MEAZO", points=2, lr=2e-4, options={}, **FINETUNE),
+    "MEAZO, label biases, T 1, 1 probe of 8": Method("MEAZO", points=2, lr=2e-4, options={}, **FINETUNE | {"temperature": 1.0}),
     "BSZO, label biases, T 2, 2 probes of 8": Method("BSZO", points=3, lr=6.3e-5, options={}, **FINETUNE),
     "1.5-SPSA, label biases, T 2, 4 probes of 8": Method("SPSA", points=9, lr=3.2e-4, options={"probes": 4}, **FINETUNE),
     "FZOO-R, label biases, T 2, 4 probes of 8": Method(
@@ -162,7 +164,7 @@ METHODS = {
     "FZOO, mean deviation, 32 probes of 2 among 8": fzoo(32, 2, pool=8),
 }  # fmt: skip
 LONGER = (
-    BASE, BASE_EVEN, "MEAZO, label biases, T 2, 1 probe of 8",
+    BASE, BASE_EVEN, "MEAZO, label biases, T 2, 1 probe of 8", "MEAZO, label biases, T 1, 1 probe of 8",
     "FZOO, factored, label biases, T 2, 8 probes of 8",
 )  # fmt: skip
 
@@ -268,7 +270,7 @@ def job_of(args: argparse.Namespace, what: str, task: str, name: str, lr: float,
     longer, demo = what in ("long", "demo"), what == "demo"
     return {
         "what": what, "task": task, "method": name, "lr": float(f"{lr:.2g}"), "seed": seed, "device": args.device,
-        "forwards": {"long": LONG, "demo": DEMO}.get(what, args.forwards), "schedule": "linear" if longer else "constant",
+        "forwards": args.forwards or {"long": LONG, "demo": DEMO}.get(what, BUDGET), "schedule": "linear" if longer else "constant",
         "marks": [i / 10 for i in range(11)] if longer else args.marks,
         "longest": 256 if demo else args.longest, "validation": args.validation,
     }  # fmt: skip
@@ -313,7 +315,8 @@ def jobs_of(args: argparse.Namespace, rates: dict[str, float]) -> list[dict[str,
             for seed in seeds for task in args.tasks for name, lr in rates.items()
         ]  # fmt: skip
 
-    both = [(name, rates[name] * rung) for name in LONGER if name in rates for rung in RUNGS[:2]]
+    rungs = RUNGS[:2] if args.lr is None else RUNGS[:1]
+    both = [(name, rates[name] * rung) for name in LONGER if name in rates for rung in rungs]
     long = [job_of(args, "long", "reviews", name, lr, 0) for name, lr in both if "long" in args.parts]
     demo = [job_of(args, "demo", "reviews", name, lr, s) for s in range(3) for name, lr in both if "demo" in args.parts]
     return [*long, *of_tasks(range(min(5, last))), *demo, *of_tasks(range(5, last))]
@@ -336,7 +339,8 @@ def show(title: str, columns: list[str], rows: list[list[str]]) -> None:
 
 def table_of_task(args: argparse.Namespace, study: Study, task: str) -> dict[str, Any]:
     """Print what is known of a task, and return it."""
-    which = {"forwards": args.forwards, "device": args.device, "longest": args.longest}
+    budget = args.forwards or BUDGET
+    which = {"forwards": budget, "device": args.device, "longest": args.longest}
     runs = {
         name: [r for r in runs_of(study, task, name) if {k: r["job"][k] for k in which} == which and r["finished"]]
         for name in METHODS
@@ -349,7 +353,7 @@ def table_of_task(args: argparse.Namespace, study: Study, task: str) -> dict[str
         if not ends:
             continue
         (marks, losses, _), lr = mean_curve(runs[name]), runs[name][0]["job"]["lr"]
-        marks = [max(mark, METHODS[name].biases / args.forwards) for mark in marks]  # a fit is no step, but forwards
+        marks = [max(mark, METHODS[name].biases / budget) for mark in marks]  # a fit is no step, but forwards
         row = out[name] = {
             "lr": lr, "seeds": len(ends), "accuracy": statistics.mean(accuracy for *_, accuracy in ends.values()),
             "curve": dict(zip(map(str, marks), losses, strict=True)), "reached_at": reach(marks, losses, goal),
@@ -362,7 +366,7 @@ def table_of_task(args: argparse.Namespace, study: Study, task: str) -> dict[str
         at = ", ".join(f"{loss:.4f} at {mark:.2g}" for mark, loss in zip(marks, losses, strict=True))
         reached = "" if row["reached_at"] is None else f"{'≤' * (losses[0] <= goal)}{row['reached_at']:.2f}"
         rows.append([name, f"{lr:.2g}", f"{len(ends)}", at, f"{100 * row['accuracy']:.1f}", shown, reached])
-    title = f"{task}: {args.forwards} forwards of one example, {args.validation} examples of validation"
+    title = f"{task}: {budget} forwards of one example, {args.validation} examples of validation"
     columns = ["", "lr", "seeds", "loss at parts of them", "acc. %", "difference, 95%", "its end at"]
     show(title, columns, rows)
     return out
@@ -413,18 +417,19 @@ def table_of_longer(args: argparse.Namespace, study: Study, what: str) -> dict[s
     rows, out = list[list[str]](), dict[str, Any]()
     for name in METHODS:
         some = [r for r in runs_of(study, what, name) if r["job"]["device"] == args.device and r["finished"]]
-        for lr in sorted({r["job"]["lr"] for r in some}):
-            runs = [r for r in some if r["job"]["lr"] == lr]
+        for lr, forwards in sorted({(r["job"]["lr"], r["job"]["forwards"]) for r in some}):
+            runs = [r for r in some if (r["job"]["lr"], r["job"]["forwards"]) == (lr, forwards)]
             marks, losses, _ = mean_curve(runs)
             row = {
                 "seeds": len(runs),
+                "forwards": forwards,
                 "steps": runs[0]["steps"],
                 "curve": dict(zip(map(str, marks), losses, strict=True)),
             }
             row["accuracy"] = [r["curve"][-1][2] for r in runs]
             if what == "demo":
                 row["test"] = [r["test"] for r in runs]
-            out[f"{name}, lr {lr:g}"] = row
+            out[f"{name}, lr {lr:g}, {forwards} forwards"] = row
             tests = [r["test"]["accuracy"] for r in runs if "test" in r]
             shown = (
                 f"{100 * statistics.mean(tests):.2f} ({', '.join(f'{100 * x:.1f}' for x in tests)})" if tests else ""
@@ -435,15 +440,15 @@ def table_of_longer(args: argparse.Namespace, study: Study, what: str) -> dict[s
                     name,
                     f"{lr:g}",
                     f"{len(runs)}",
+                    f"{forwards}",
                     f"{row['steps']}",
                     at,
                     f"{100 * statistics.mean(row['accuracy']):.1f}",
                     shown,
                 ]
             )
-    forwards = {"long": LONG, "demo": DEMO}[what]
-    columns = ["", "lr", "seeds", "steps", "at 0, .2 .. 1", "acc. %", "test accuracy %"]
-    show(f"{what}: {forwards} forwards of one example, rates that fall linearly", columns, rows)
+    columns = ["", "lr", "seeds", "forwards", "steps", "at 0, .2 .. 1", "acc. %", "test accuracy %"]
+    show(f"{what}: rates that fall linearly; forwards of one example", columns, rows)
     return out
 
 
@@ -459,7 +464,9 @@ def main() -> None:
     parser.add_argument(
         "--lr", type=float, help="of all --methods, in place of the best of each one's ladder, which is not made"
     )
-    parser.add_argument("--forwards", type=int, default=3072, help="of one example, the budget of a run (default 3072)")
+    parser.add_argument(
+        "--forwards", type=int, help=f"of one example, the budget of a run (default {BUDGET}, long {LONG}, demo {DEMO})"
+    )
     parser.add_argument(
         "--marks", type=float, nargs="+", default=list(MARKS), help="of the budget, where validation is looked at"
     )

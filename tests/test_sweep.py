@@ -173,7 +173,7 @@ def test_every_method_runs_with_its_own_defaults(method: str, inputs: dict[str, 
 def test_a_command_makes_the_run_it_was_made_of() -> None:
     assert (
         FinetuneConfig(method="fzoo", steps=5).command()
-        == "zo-core finetune --method fzoo --lr 0.004 --eps 0.001 --steps 5"
+        == "zo-core finetune --method fzoo --lr 0.0025 --eps 0.001 --steps 5"
     )
     config = FinetuneConfig(labels={"1": " bad", "5": "= good"}, method="spsa", time_budget="2m", keep_best=False)
     assert config.command() == (

@@ -58,7 +58,7 @@ def causal_lm_loss(logits: Tensor, labels: Tensor, *, ignore_index: int = -100) 
     return cross_entropy(logits, following, ignore_index=ignore_index)
 
 
-def label_loss(logits: Tensor, labels: Tensor, *, temperature: float = 2.0, biases: Tensor | None = None) -> Tensor:
+def label_loss(logits: Tensor, labels: Tensor, *, temperature: float = 1.0, biases: Tensor | None = None) -> Tensor:
     """Cross-entropy of classification for training with few forwards: at a temperature, with a bias for each label's logit.
 
     temperature * cross_entropy(logits / temperature + b, labels). The gradient along an example's logits is softmax(logits / temperature

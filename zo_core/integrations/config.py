@@ -27,7 +27,7 @@ class Method(NamedTuple):
 
 _MEZO = {"lr": 3e-5, "probes": 1, "distribution": "rademacher", "eval_every": 100}
 _HIZOO = {"lr": 3e-5, "probes": 1, "distribution": "gaussian", "eval_every": 60, "smoothing": 1e-6}
-_FZOO = {"lr": 4e-3, "probes": 8, "distribution": "factored", "eval_every": 30}
+_FZOO = {"lr": 2.5e-3, "probes": 8, "distribution": "factored", "eval_every": 30}
 _MEAZO = {"lr": 6e-4, "probes": 1, "distribution": "rademacher", "eval_every": 100, "beta": 0.99}
 _BSZO = {"lr": 6e-5, "probes": 2, "distribution": "gaussian", "eval_every": 60}
 _SPSA = {"lr": 4e-4, "probes": 4, "distribution": "rademacher", "eval_every": 20, "alpha": 0.1}
@@ -196,9 +196,9 @@ class FinetuneConfig(BaseModel):
         False, "Method", "Give each probe a batch of its own, of --batch-size examples, in place of one for all."
     )
     temperature: float = _option(
-        2.0,
+        1.0,
         "Method",
-        "Temperature of the softmax in the loss: above 1, examples with unlikely labels weigh less; 1: plain cross-entropy.",
+        "Temperature of the softmax in the loss, for runs of few steps: above 1, say 2, examples with unlikely labels weigh less.",
         gt=0,
     )
     label_bias: int = _option(
