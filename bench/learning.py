@@ -114,7 +114,7 @@ BASE, BASE_EVEN = "MeZO, 1 probe of 16", "MeZO, label biases, T 2, 1 probe of 8"
 RANK_1: dict[str, Any] = {"distribution": "factored"}
 RANK_4: dict[str, Any] = {"distribution": "factored", "rank": 4}
 EVEN: dict[str, Any] = {"biases": 256, "stratify": True, "temperature": 10.0}
-FINETUNE: dict[str, Any] = EVEN | {"batch": 8, "temperature": 2.0}  # the defaults of ``zo-core finetune``
+FINETUNE: dict[str, Any] = EVEN | {"batch": 8, "temperature": 2.0}  # as ``zo-core finetune --temperature 2``
 METHODS = {
     BASE: Method("MeZO", 16, 2, 3.2e-5, {}),
     "MeZO, signs, 1 probe of 16": Method("MeZO", 16, 2, 3.2e-5, SIGNS),
@@ -352,8 +352,8 @@ def table_of_task(args: argparse.Namespace, study: Study, task: str) -> dict[str
     for name, ends in last.items():
         if not ends:
             continue
-        (marks, losses, _), lr = mean_curve(runs[name]), runs[name][0]["job"]["lr"]
-        marks = [max(mark, METHODS[name].biases / budget) for mark in marks]  # a fit is no step, but forwards
+        (stops, losses, _), lr = mean_curve(runs[name]), runs[name][0]["job"]["lr"]
+        marks = [max(mark, METHODS[name].biases / budget) for mark in stops]  # a fit is no step, but forwards
         row = out[name] = {
             "lr": lr, "seeds": len(ends), "accuracy": statistics.mean(accuracy for *_, accuracy in ends.values()),
             "curve": dict(zip(map(str, marks), losses, strict=True)), "reached_at": reach(marks, losses, goal),

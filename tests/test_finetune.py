@@ -385,7 +385,7 @@ def test_a_stop_in_any_phase_can_be_resumed(
             run.signum = signal.SIGINT
         return step(run)
 
-    options = {**inputs, "steps": 20, "lr": 2e-2, "batch_size": 16, "temperature": 1.0}
+    options = {**inputs, "steps": 20, "lr": 1.0, "batch_size": 16, "temperature": 1.0}  # a rate that makes it worse
     whole = finetune(FinetuneConfig(**{**options, "steps": 25}, output=tmp_path / "whole"))
     assert whole["selected_step"] < 20, "a stop while the best weights are in the model must not lose the last ones"
     monkeypatch.setattr(runs.Run, "evaluate", stopping_evaluate)
