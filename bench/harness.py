@@ -76,8 +76,14 @@ def keep(path: Path, **values: Any) -> None:
         file.write(("{\n" + ",\n".join(lines) + "\n}\n").encode())
 
 
-def report(title: str, columns: list[str], rows: list[list[str]], result: dict[str, Any], path: Path | None) -> None:
-    """Print the table; write the result, with the machine, as JSON."""
+def report(
+    title: str,
+    columns: list[str],
+    rows: list[list[str]],
+    result: dict[str, Any] | None = None,
+    path: Path | None = None,
+) -> None:
+    """Print the table; with a path write the result, with the machine, as JSON."""
     table = Table(title=title)
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
@@ -90,5 +96,5 @@ def report(title: str, columns: list[str], rows: list[list[str]], result: dict[s
     )
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"machine": about, **result}, indent=1) + "\n")
+        path.write_text(json.dumps({"machine": about, **(result or {})}, indent=1) + "\n")
         console.print(f"written to {path}")

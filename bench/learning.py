@@ -334,7 +334,7 @@ def interval(values: Sequence[float]) -> list[float]:
 def show(title: str, columns: list[str], rows: list[list[str]]) -> None:
     """Print a table, if it has any rows."""
     if rows:
-        report(title, columns, rows, {}, None)
+        report(title, columns, rows)
 
 
 def table_of_task(args: argparse.Namespace, study: Study, task: str) -> dict[str, Any]:
@@ -499,7 +499,8 @@ def main() -> None:
         **{what: table_of_longer(args, study, what) for what in ("long", "demo")},
     }
     tables = load(args.json).get("tables", {})
-    keep(args.json, tables={**tables, args.device: {**tables.get(args.device, {}), **out}})
+    shown = {name: table for name, table in out.items() if table}  # runs of another --forwards leave tables as they are
+    keep(args.json, tables={**tables, args.device: {**tables.get(args.device, {}), **shown}})
 
 
 if __name__ == "__main__":

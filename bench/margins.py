@@ -131,7 +131,7 @@ def by_length(whole: Margins, lengths: Ints, temperature: float) -> dict[str, di
             ]
         )  # fmt: skip
     columns = ["share", "longest", "mean tokens", "along, relative", "noise", "progress a forward", "a token"]
-    report(f"shortest sentences at temperature {temperature:g}", columns, rows, {}, None)
+    report(f"shortest sentences at temperature {temperature:g}", columns, rows)
     return found
 
 
@@ -172,7 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             ]
         )
     columns = ["temperature", "signal", "noise", "along", *(f"progress, {b} a batch" for b in BATCHES)]
-    report(f"losses of {len(labels)} sentences, relative to cross-entropy with 16 a batch", columns, rows, {}, None)
+    report(f"losses of {len(labels)} sentences, relative to cross-entropy with 16 a batch", columns, rows)
 
     kinds = {kind: Margins(gram, margins, labels).at(args.temperature) for kind, gram in by_kind.items()}
     x = whole.at(args.temperature)

@@ -300,7 +300,7 @@ def timing(args: argparse.Namespace) -> dict[str, Any]:
         [name, f"{f['median'] * 1e3:,.0f}", *([f"{f['beside'] * 1e3:,.0f}"] if "beside" in f else [""])]
         for name, f in found.items()
     ]
-    report("A step (medians), and what it takes beside its forwards", ["", "step ms", "beside ms"], rows, {}, None)
+    report("A step (medians), and what it takes beside its forwards", ["", "step ms", "beside ms"], rows)
     return {"seconds": found, "batch": list(session.batch_of(0)[0].shape), "threads": torch.get_num_threads()}
 
 
@@ -414,7 +414,7 @@ def tables(args: argparse.Namespace, study: Study) -> dict[str, Any]:
         report(
             f"{what}, equal {budget}: validation loss {losses[0]:.4f} before; means ±sd over seeds",
             ["", "lr", "seeds", "steps", "s", "val. loss", "test acc. %", "forwards / s to MeZO's", "MiB beside"],
-            rows, {}, None,
+            rows,
         )  # fmt: skip
     return out
 

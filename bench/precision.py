@@ -370,7 +370,7 @@ def run_training(args: argparse.Namespace) -> None:
     report(
         f"{args.model}, {args.steps} steps of {args.batch}: validation (n {args.validation}), mean ±sd; difference ±se",
         ["", "seeds", "loss before", "after", "from float32", "accuracy %", "from float32", "seconds"],
-        rows, {}, None,
+        rows,
     )  # fmt: skip
 
 

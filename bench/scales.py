@@ -127,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ]
         scales = [f"{x}; {chosen[s][kind]:.2f}" for s, x in zip(measured, slopes, strict=True)]
         rows.append([kind, *(f"{x:.2%}" for x in shares), f"{shares[1] / shares[2]:.2f}", *scales])
-    report("where gradient and curvature sit", columns, rows, {}, None)
+    report("where gradient and curvature sit", columns, rows)
     dense = {k: share("common", k) / share("weights", k) for k in kinds}
     every = [dict(zip(kinds, x, strict=True)) for x in itertools.product((0.5, 2.0), repeat=len(kinds))]
     tried = {

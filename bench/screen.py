@@ -344,7 +344,7 @@ def main() -> None:
         rows, table = table_of(found, eps, args.draws, args.resamples)
         columns = ["", "forwards", "best lr", "merit 1e-6", f"over {BASE}'s", "95%"]
         facts = facts_of(found, eps)
-        report(f"{key}: progress for a forward of one example, {len(found['probes'])} probes", columns, rows, {}, None)
+        report(f"{key}: progress for a forward of one example, {len(found['probes'])} probes", columns, rows)
         console.print(", ".join(f"{name} {value:.3g}" for name, value in facts.items()), highlight=False)
         keep(args.json, tables={**load(args.json).get("tables", {}), key: {**facts, "estimators": table}})
 

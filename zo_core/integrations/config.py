@@ -198,7 +198,8 @@ class FinetuneConfig(BaseModel):
     temperature: float = _option(
         1.0,
         "Method",
-        "Temperature of the softmax in the loss, for runs of few steps: above 1, say 2, examples with unlikely labels weigh less.",
+        "Temperature of the softmax in the loss: above 1, say 2 in a run of few steps, examples with unlikely labels weigh less; "
+        "1: plain cross-entropy.",
         gt=0,
     )
     label_bias: int = _option(
